@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bits per byte: total nats / ln 2 / number of bytes predicted.
+
+Comparable between models of any tokenizer. Special tokens count neither as nats nor as bytes; every byte of a
+multi-byte character counts. Three doors to one function:
+
+- `bits_per_byte(nats, num_bytes)`;
+- `evaluate.load("modeling_stlm/training/bits_per_byte.py")`, from a checkout or from the installed file;
+- `BitsPerByteEvaluator` for `Trainer`, which keeps two numbers instead of the logits of the whole set.
+"""
+
+import math
+
+import datasets
+import evaluate
+import torch
+from torch.nn import functional as F
+
+
+NUM_BYTES = 256
+
+
+def bits_per_byte(nats: float, num_bytes: int) -> float:
+    """Bits per byte of a text of `num_bytes` bytes to which a model gave `nats` in total.
+
+    Raises:
+        ValueError: if there are no bytes.
+    """
+    if num_bytes <= 0:
+        raise ValueError(f"bits per byte needs at least one byte, got {num_bytes}")
+    return nats / math.log(2) / num_bytes
+
+
+class BitsPerByte(evaluate.Metric):
+    """`compute(predictions=nats, references=ids)`: for each text the nats of its bytes and the ids they were given to.
+
+    Ids of 256 and more and negative ones are left out.
+    """
+
+    def _info(self):
+        features = {
+            "predictions": datasets.Sequence(datasets.Value("float64")),
+            "references": datasets.Sequence(datasets.Value("int64")),
+        }
+        return evaluate.MetricInfo(
+            description=__doc__, citation="", inputs_description=self.__doc__, features=datasets.Features(features)
+        )
+
+    def _compute(self, predictions, references):
+        nats, num_bytes = 0.0, 0
+        for text_nats, ids in zip(predictions, references, strict=True):
+            if len(text_nats) != len(ids):
+                raise ValueError(f"a text has {len(text_nats)} predictions for {len(ids)} ids: give one for each")
+            for value, token_id in zip(text_nats, ids, strict=True):
+                if 0 <= token_id < NUM_BYTES:
+                    nats += value
+                    num_bytes += 1
+        return {"bits_per_byte": bits_per_byte(nats, num_bytes)}
+
+
+class BitsPerByteEvaluator:
+    """Bits per byte inside `Trainer`.
+
+    ```python
+    evaluator = BitsPerByteEvaluator()
+    trainer = Trainer(
+        args=TrainingArguments(batch_eval_metrics=True, ...),
+        preprocess_logits_for_metrics=evaluator.nats,
+        compute_metrics=evaluator,
+        ...
+    )
+    ```
+
+    Args:
+        token_bytes (`torch.Tensor` of shape `(V,)`, *optional*):
+            Bytes behind each id, 0 for special tokens, for models over other tokens than bytes.
+    """
+
+    def __init__(self, token_bytes: torch.Tensor | None = None):
+        self.token_bytes = token_bytes
+        self.total_nats, self.total_bytes = 0.0, 0
+
+    @staticmethod
+    def nats(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Nats of each label (B, T), 0 where there is none: what is left of `logits (B, T, V)`."""
+        if isinstance(logits, tuple):
+            logits = logits[0]
+        nats = F.cross_entropy(logits[:, :-1].float().transpose(1, 2), labels[:, 1:], reduction="none")
+        return F.pad(nats, (1, 0))
+
+    def __call__(self, prediction, compute_result: bool = True) -> dict[str, float]:
+        nats, labels = torch.as_tensor(prediction.predictions), torch.as_tensor(prediction.label_ids)
+        labels = F.pad(labels[:, 1:], (1, 0), value=-100)  # the first id of a window has no prediction
+        if self.token_bytes is None:
+            token_bytes = ((labels >= 0) & (labels < NUM_BYTES)).long()
+        else:
+            token_bytes = self.token_bytes[labels.clamp(min=0)] * (labels >= 0)
+        self.total_nats += float(nats[token_bytes > 0].double().sum())
+        self.total_bytes += int(token_bytes.sum())
+        if not compute_result:
+            return {}
+        result = {"bits_per_byte": bits_per_byte(self.total_nats, self.total_bytes), "bytes": self.total_bytes}
+        self.total_nats, self.total_bytes = 0.0, 0
+        return result

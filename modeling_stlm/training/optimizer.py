@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Muon for the matrices of the hidden layers, AdamW for everything else (embeddings, norms, convolutions, vectors)."""
+
+import torch
+from torch import nn
+
+
+class MuonWithAdamW(torch.optim.AdamW):
+    """AdamW, except for parameter groups with `use_muon=True`.
+
+    Muon (Keller Jordan, 2024) orthogonalises the momentum of a matrix. `torch.optim.Muon` iterates in bfloat16, which a
+    CPU without bfloat16 arithmetic emulates: 0.55 s a step for the matrices of `stlm-3m` on one core against 0.14 s
+    in float32, where a whole training step of 8 kB takes 1.2 s. So on a CPU the iteration runs in float32 here.
+    """
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        groups = self.param_groups
+        self.param_groups = [group for group in groups if not group["use_muon"]]
+        try:
+            loss = super().step(closure)
+        finally:
+            self.param_groups = groups
+        for group in groups:
+            if group["use_muon"]:
+                for parameter in group["params"]:
+                    if parameter.grad is not None:
+                        self._muon_step(parameter, group)
+        return loss
+
+    def _muon_step(self, parameter: torch.Tensor, group: dict) -> None:
+        state = self.state[parameter]
+        if not state:
+            state["momentum_buffer"] = torch.zeros_like(parameter)
+        momentum = group["momentum"]
+        state["momentum_buffer"].lerp_(parameter.grad, 1 - momentum)
+        update = orthogonalize(parameter.grad.lerp(state["momentum_buffer"], momentum))
+        rows, columns = parameter.shape
+        parameter.mul_(1 - group["lr"] * group["weight_decay"])
+        parameter.add_(update.to(parameter.dtype), alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
+
+
+def orthogonalize(matrix: torch.Tensor, steps: int = 5) -> torch.Tensor:
+    """Nearest semi-orthogonal matrix, roughly: singular values end between 0.5 and 1.5 (Newton-Schulz, quintic)."""
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x = matrix.bfloat16() if matrix.is_cuda else matrix.float()
+    tall = x.shape[0] > x.shape[1]
+    x = x.T if tall else x
+    x = x / x.norm().clamp(min=1e-7)
+    for _ in range(steps):
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.T if tall else x
+
+
+class MuonRecipe:
+    """Optimizer factory for `Trainer(optimizer_cls_and_kwargs=(MuonRecipe, {...}))`.
+
+    Every two-dimensional parameter outside embeddings and heads goes to Muon. Keywords:
+        muon_lr (`float`): learning rate of the matrices; adamw_lr (`float`): of all others.
+        weight_decay (`float`): of the matrices; the others have none.
+    """
+
+    def __call__(
+        self, model: nn.Module, muon_lr: float = 0.02, adamw_lr: float = 3e-3, weight_decay: float = 0.0
+    ) -> MuonWithAdamW:
+        embeddings = {
+            id(parameter)
+            for module in (*(m for m in model.modules() if isinstance(m, nn.Embedding)), model.get_output_embeddings())
+            if module is not None
+            for parameter in module.parameters()
+        }
+        trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        matrices = [p for p in trainable if p.ndim == 2 and id(p) not in embeddings]
+        others = [p for p in trainable if p.ndim != 2 or id(p) in embeddings]
+        return MuonWithAdamW(
+            [
+                {"params": matrices, "use_muon": True, "lr": muon_lr, "momentum": 0.95, "weight_decay": weight_decay},
+                {"params": others, "use_muon": False, "lr": adamw_lr, "momentum": 0.0, "weight_decay": 0.0},
+            ],
+            betas=(0.9, 0.95),
+            eps=1e-10,
+        )

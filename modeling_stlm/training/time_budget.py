@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Train for a given time instead of a given number of steps."""
+
+import time
+
+from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
+
+
+class TimeBudget(TrainerCallback, ExportableState):
+    """Stops after `minutes` and sets the learning rate by the share of that time that has passed.
+
+    Linear warm-up, then constant, then linear decay to zero at the end of the budget. Use with
+    `lr_scheduler_type="constant"`. The time is saved with each checkpoint and goes on from there on resume; evaluation
+    and saving count.
+
+    Args:
+        minutes (`float`): length of the training.
+        warmup (`float`), decay (`float`): shares of it spent warming up and decaying.
+        clock (`str`): `"wall"`, or `"cpu"` for the time of this process on all cores, which a busy machine does not
+            stretch.
+    """
+
+    def __init__(self, minutes: float, warmup: float = 0.02, decay: float = 0.6, clock: str = "wall"):
+        if clock not in ("wall", "cpu"):
+            raise ValueError(f"clock={clock!r} must be 'wall' or 'cpu'")
+        if minutes <= 0:
+            raise ValueError(f"minutes={minutes} must be positive")
+        self.minutes, self.warmup, self.decay, self.clock = minutes, warmup, decay, clock
+        self.elapsed_seconds = 0.0
+        self._last = None
+
+    def _now(self) -> float:
+        return time.process_time() if self.clock == "cpu" else time.monotonic()
+
+    def _tick(self) -> float:
+        """Share of the budget that has passed."""
+        now = self._now()
+        if self._last is not None:
+            self.elapsed_seconds += now - self._last
+        self._last = now
+        return self.elapsed_seconds / (60 * self.minutes)
+
+    def learning_rate_factor(self, fraction: float) -> float:
+        return max(0.0, min(1.0, fraction / self.warmup, (1 - fraction) / self.decay))
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._last = self._now()
+
+    def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+        factor = self.learning_rate_factor(self._tick())
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * factor
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self._tick() >= 1:
+            control.should_training_stop = True
+
+    def state(self) -> dict:
+        return {
+            "args": {"minutes": self.minutes, "warmup": self.warmup, "decay": self.decay, "clock": self.clock},
+            "attributes": {"elapsed_seconds": self.elapsed_seconds},
+        }

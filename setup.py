@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+from pathlib import Path
+
+from setuptools import setup
+
+
+ROOT = Path(__file__).parent
+
+
+def read_version() -> str:
+    for line in (ROOT / "modeling_stlm" / "__init__.py").read_text(encoding="utf-8").splitlines():
+        if line.startswith("__version__"):
+            return line.split('"')[1]
+    raise RuntimeError("modeling_stlm/__init__.py has no __version__")
+
+
+setup(
+    name="stlm",
+    version=read_version(),
+    description="Super Tiny Language Models: pooled byte-level transformers for the Hugging Face ecosystem",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=["modeling_stlm", "modeling_stlm.training", "tokenization_stlm"],
+    package_dir={"tokenization_stlm": "tokenization"},
+    package_data={"modeling_stlm": ["presets/*.json"]},
+    install_requires=["torch>=2.6", "transformers>=5.23,<6", "numpy"],
+    extras_require={
+        "train": ["accelerate>=1.15", "datasets>=4", "evaluate>=0.4", "matplotlib>=3.9", "peft>=0.21"],
+        "test": ["hypothesis>=6.130", "parameterized>=0.9", "pytest>=9", "pytest-timeout>=2.3", "pytest-xdist>=3.6"],
+        "dev": ["pre-commit>=4", "ruff==0.17.5"],
+    },
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3.11",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)

@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: Apache-2.0
+import os
+
+import pytest
+import torch
+
+
+# Tiny models run several times faster on one thread. Subprocesses inherit it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["HF_HUB_OFFLINE"] = "1"
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+MARKERS_OF_TRANSFORMERS = (
+    "accelerate_tests",
+    "flash_attn_test",
+    "flash_attn_3_test",
+    "flash_attn_4_test",
+    "flash_attn_all_test",
+    "fp_quant_test",
+    "generate",
+    "is_fsdp_test",
+    "is_tensor_parallel_test",
+    "is_training_test",
+    "order",
+    "torch_compile_test",
+    "torch_export_test",
+)
+
+
+def pytest_configure(config):
+    for marker in MARKERS_OF_TRANSFORMERS:
+        config.addinivalue_line("markers", f"{marker}: used by the testers of transformers")
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
