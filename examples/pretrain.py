@@ -124,7 +124,9 @@ def main():
         else:
             config, tokenizer = bpe_llama(stored, args.vocab_size, documents(args.train))
     else:
-        config = STLMConfig.from_pretrained(args.model) if Path(args.model).is_dir() else STLMConfig.from_preset(args.model)
+        config = (
+            STLMConfig.from_pretrained(args.model) if Path(args.model).is_dir() else STLMConfig.from_preset(args.model)
+        )
         tokenizer = STLMTokenizer()
     model = AutoModelForCausalLM.from_config(config)
     print(f"{args.model}: {model.num_parameters():,} stored parameters, {model.device}, {model.dtype}")

@@ -98,24 +98,16 @@ class STLMModelOutput(ModelOutput):
     boundaries: torch.BoolTensor | None = None
 
 
-class STLMRotaryEmbedding(nn.Module):
-    """Rotary embedding (arXiv:2104.09864) for heads of width `head_dim`."""
-
-    def __init__(self, head_dim: int, theta: float):
-        super().__init__()
-        self.head_dim, self.theta = head_dim, theta
-        self.register_buffer("inv_freq", self.compute_inv_freq(), persistent=False)
-
-    def compute_inv_freq(self) -> torch.Tensor:
-        """Frequencies (K / 2,)."""
-        return 1.0 / self.theta ** (torch.arange(0, self.head_dim, 2, dtype=torch.float) / self.head_dim)
-
-    @torch.no_grad()
-    def forward(self, positions: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin (B, T, K) at `positions` (B, T)."""
-        angles = positions[..., None].float() * self.inv_freq.float()
-        angles = torch.cat([angles, angles], dim=-1)
-        return angles.cos().to(dtype), angles.sin().to(dtype)
+@torch.no_grad()
+def rotary_embedding(
+    positions: torch.Tensor, head_dim: int, theta: float, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin (B, T, K) of the rotary embedding (arXiv:2104.09864) at `positions` (B, T)."""
+    # Not kept in a buffer: `model.to(torch.bfloat16)` would round the frequencies.
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float, device=positions.device) / head_dim
+    angles = positions[..., None].float() / theta**exponents
+    angles = torch.cat([angles, angles], dim=-1)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
 class STLMAttention(nn.Module):
@@ -348,7 +340,6 @@ class STLMTrunk(nn.Module):
         self.attention_blocks = nn.ModuleList(STLMTrunkAttentionBlock(config) for _ in range(num_attention))
         self.feed_forward_blocks = nn.ModuleList(STLMTrunkFeedForwardBlock(config) for _ in range(num_feed_forward))
         self.norm = nn.RMSNorm(config.trunk_hidden_size, eps=config.rms_norm_eps)
-        self.rotary_emb = STLMRotaryEmbedding(config.trunk_head_dim, config.rope_theta)
 
     def forward(
         self,
@@ -370,7 +361,7 @@ class STLMTrunk(nn.Module):
         index = torch.arange(patches.shape[1], device=patches.device)[None]
         if start is not None:
             index = index + start[:, None]
-        rotary = self.rotary_emb(index, patches.dtype)
+        rotary = rotary_embedding(index, self.config.trunk_head_dim, self.config.rope_theta, patches.dtype)
         first_slot = self.config.num_byte_layers + 1
         for i, (attention, feed_forward) in enumerate(self.config.trunk_schedule[: self.config.num_trunk_passes]):
             cache_kwargs = {"layer_idx": first_slot + i, "num_rows": num_rows, "rows": rows, "start": start}
@@ -388,7 +379,9 @@ class STLMPreTrainedModel(PreTrainedModel, BudgetMixin):
     _no_split_modules = ["STLMByteLayer", "STLMTrunkAttentionBlock", "STLMTrunkFeedForwardBlock"]
     _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
-    _supports_flex_attn = True
+    # Patches are ragged, so attention needs a mask: flash attention takes none, and the compiled CPU kernel of flex
+    # attention, given one, corrupts memory in torch 2.13.
+    _supports_flex_attn = False
     _supports_flash_attn = False
     # Engines behind this flag key their own cache by layer and know nothing of patches (vLLM, SGLang).
     _supports_attention_backend = False
@@ -416,8 +409,6 @@ class STLMPreTrainedModel(PreTrainedModel, BudgetMixin):
             init.zeros_(module.o_proj.weight)
         elif isinstance(module, STLMFeedForward):
             init.zeros_(module.down_proj.weight)
-        elif isinstance(module, STLMRotaryEmbedding):
-            init.copy_(module.inv_freq, module.compute_inv_freq())
         elif isinstance(module, STLMModel):
             init.normal_(module.start, std=self.config.initializer_range)
             init.copy_(module.byte_kinds, byte_kinds())
@@ -452,7 +443,6 @@ class STLMModel(STLMPreTrainedModel):
             STLMByteLayer(config, i) for i in range(config.num_front_layers, config.num_byte_layers)
         )
         self.norm = nn.RMSNorm(width, eps=config.rms_norm_eps)
-        self.rotary_emb = STLMRotaryEmbedding(config.head_dim, config.rope_theta)
         self.register_buffer("byte_kinds", byte_kinds(), persistent=False)
         self.gradient_checkpointing = False
         self.post_init()
@@ -494,7 +484,9 @@ class STLMModel(STLMPreTrainedModel):
         if attention_mask is None and position_ids is not None and num_past == 0:
             positions = _packed_positions(position_ids, input_ids)
         if positions is not None and past_key_values is not None:
-            raise ValueError("a cache cannot hold packed documents (position_ids that restart): pass one document a row")
+            raise ValueError(
+                "a cache cannot hold packed documents (position_ids that restart): pass one document a row"
+            )
         if use_cache and past_key_values is None and positions is None and not self.training:
             past_key_values = DynamicCache(config=self.config)
 
@@ -633,7 +625,8 @@ class STLMModel(STLMPreTrainedModel):
         window = self.config.attention_window_bytes
         block = num_bytes if output_attentions else min(num_bytes, window)
         mask = window_mask(index if positions is None else positions, window, block)
-        return Rows(lengths, positions, self.rotary_emb(index, dtype), mask)
+        rotary = rotary_embedding(index, self.config.head_dim, self.config.rope_theta, dtype)
+        return Rows(lengths, positions, rotary, mask)
 
     # Patches
 

@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Slow and obvious: one document at a time, byte by byte, written from the design and not from the code.
+
+Only modules without a notion of patches are borrowed from the model (norms, linear layers, feed-forward, the trunk).
+"""
+
+import torch
+
+
+def kind(byte: int) -> str:
+    if byte >= 256:
+        return "special"
+    if chr(byte) in "0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ":
+        return "word"
+    return "word" if byte >= 128 else "space"
+
+
+def completes_character(ids: list[int], t: int) -> bool:
+    """Whether a character of three or four bytes is complete at t."""
+    for length, first, last in ((3, 0xE0, 0xEF), (4, 0xF0, 0xF7)):
+        lead = t - length + 1
+        if lead >= 0 and first <= ids[lead] <= last and all(0x80 <= b <= 0xBF for b in ids[lead + 1 : t + 1]):
+            return True
+    return False
+
+
+def boundaries(ids: list[int], config) -> list[bool]:
+    ends, characters, since_anchor = [], 0, 0
+    for t, byte in enumerate(ids):
+        since_anchor += 1
+        anchor = kind(byte) == "special"
+        cap = config.patch_bytes
+        if config.patching == "spacelike":
+            cap = config.max_patch_bytes
+            word_ends = kind(byte) == "space" and t > 0 and kind(ids[t - 1]) == "word"
+            anchor = anchor or word_ends
+            if anchor:
+                characters = 0
+            elif completes_character(ids, t):
+                characters += 1
+                anchor = characters % config.max_patch_characters == 0
+        ends.append(anchor or since_anchor % cap == 0)
+        if anchor:
+            since_anchor = 0
+    return ends
+
+
+def patches(ends: list[bool]) -> list[list[int]]:
+    """Bytes of each completed patch."""
+    done, current = [], []
+    for t, end in enumerate(ends):
+        current.append(t)
+        if end:
+            done.append(current)
+            current = []
+    return done
+
+
+def ngram_rows(ids: list[int], t: int, config) -> list[int]:
+    rows, digest = [], 0
+    for back in range(max(config.ngram_orders)):
+        byte = ids[t - back] if t - back >= 0 else -1
+        digest = (digest * 65599 + byte + 1) % (2**31 - 1)
+        if back + 1 in config.ngram_orders:
+            rows.append(digest % config.ngram_rows + config.ngram_rows * config.ngram_orders.index(back + 1))
+    return rows
+
+
+def rotate(x: torch.Tensor, position: int, theta: float) -> torch.Tensor:
+    """Rotary embedding of one head (K,) at one position."""
+    half = x.shape[-1] // 2
+    out = torch.empty_like(x)
+    for i in range(half):
+        angle = torch.tensor(position / theta ** (2 * i / x.shape[-1]), dtype=x.dtype)
+        out[i] = x[i] * angle.cos() - x[i + half] * angle.sin()
+        out[i + half] = x[i + half] * angle.cos() + x[i] * angle.sin()
+    return out
+
+
+def window_attention(mixer, x: torch.Tensor) -> torch.Tensor:
+    """x (T, D)."""
+    config, num_bytes = mixer.config, len(x)
+    heads, kv_heads, width = mixer.num_heads, mixer.num_key_value_heads, mixer.head_dim
+    query = mixer.q_norm(mixer.q_proj(x).view(num_bytes, heads, width))
+    key = mixer.k_norm(mixer.k_proj(x).view(num_bytes, kv_heads, width))
+    value = mixer.v_proj(x).view(num_bytes, kv_heads, width)
+    rows = []
+    for t in range(num_bytes):
+        seen = range(max(0, t - config.attention_window_bytes + 1), t + 1)
+        out = []
+        for head in range(heads):
+            group = head // (heads // kv_heads)
+            q = rotate(query[t, head], t, config.rope_theta)
+            scores = torch.stack([q @ rotate(key[s, group], s, config.rope_theta) for s in seen]) / width**0.5
+            out.append(sum(p * value[s, group] for p, s in zip(scores.softmax(0), seen)))
+        rows.append(torch.cat(out))
+    return mixer.o_proj(torch.stack(rows))
+
+
+def short_conv(mixer, x: torch.Tensor) -> torch.Tensor:
+    gate_in, gate_out, inputs = mixer.in_proj(x).chunk(3, dim=-1)
+    inputs = gate_in * inputs
+    rows = []
+    for t in range(len(x)):
+        row = torch.zeros_like(inputs[0])
+        for back in range(min(mixer.kernel_size, t + 1)):
+            row = row + mixer.conv.weight[:, 0, mixer.kernel_size - 1 - back] * inputs[t - back]
+        rows.append(row)
+    return mixer.out_proj(gate_out * torch.stack(rows))
+
+
+def byte_layer(layer, x: torch.Tensor) -> torch.Tensor:
+    mix = window_attention if layer.has_attention else short_conv
+    x = x + mix(layer.mixer, layer.mixer_norm(x))
+    return x + layer.feed_forward(layer.feed_forward_norm(x))
+
+
+def hidden_states(model, ids: list[int]) -> torch.Tensor:
+    """Last hidden state (T, D) of `STLMModel` for one document."""
+    config = model.config
+    x = model.embed_tokens.weight[ids]
+    if config.ngram_orders:
+        x = torch.stack(
+            [row + model.ngram_embed_tokens.weight[ngram_rows(ids, t, config)].sum(0) for t, row in enumerate(x)]
+        )
+    for layer in model.front_layers:
+        x = byte_layer(layer, x)
+    done = patches(boundaries(ids, config))
+    seen = [model.start] * len(ids)
+    if done:
+        pooled = torch.stack([torch.cat([x[patch].mean(0), x[patch[-1]]]) for patch in done])
+        out = model.unpool_proj(model.trunk(model.pool_proj(pooled)[None], None))[0]  # (P, D)
+        for t in range(len(ids)):
+            complete = [p for p, patch in enumerate(done) if patch[-1] <= t]
+            if complete:
+                seen[t] = out[complete[-1]]
+    x = x + torch.stack(seen)
+    for layer in model.back_layers:
+        x = byte_layer(layer, x)
+    return model.norm(x)
+
+
+def logits(causal_lm, ids: list[int]) -> torch.Tensor:
+    """(T, V)"""
+    return hidden_states(causal_lm.model, ids) @ causal_lm.lm_head.weight.T

@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The cache: whatever way bytes are fed, logits are those of one forward pass over the row alone."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import DynamicCache, LlamaConfig, StaticCache
+
+from .test_model import ALL, ROWS
+from .tiny import MIXERS, RTOL, SHARING, TEXT, assert_equal, batch, ids_of, tiny_config, tiny_model
+
+
+IDS = torch.tensor([ids_of(TEXT)])
+
+
+def feed(model, input_ids, attention_mask=None, sizes=(1,), cache=None):
+    """Logits of the pieces of `input_ids`, and the cache."""
+    pieces, start = [], 0
+    while start < input_ids.shape[1]:
+        end = min(input_ids.shape[1], start + sizes[len(pieces) % len(sizes)])
+        past = 0 if cache is None else cache.get_seq_length()
+        mask = None if attention_mask is None else attention_mask[:, : past + end - start]
+        out = model(input_ids[:, start:end], attention_mask=mask, past_key_values=cache, use_cache=True)
+        cache, start = out.past_key_values, end
+        pieces.append(out.logits)
+    return torch.cat(pieces, 1), cache
+
+
+@pytest.mark.parametrize("sizes", [(1,), (3,), (7, 1, 20)], ids=["steps", "threes", "mixed"])
+@pytest.mark.parametrize("options", ALL)
+@torch.no_grad()
+def test_cached_logits_equal_full_forward_at_every_offset(options, sizes):
+    model = tiny_model(**options)
+    logits, cache = feed(model, IDS, sizes=sizes)
+    assert_equal(logits, model(IDS, use_cache=False).logits)
+    assert cache.get_seq_length() == IDS.shape[1]
+    assert len(cache) == model.config.num_hidden_layers
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("options", ALL)
+@torch.no_grad()
+def test_ragged_rows_in_a_cache_equal_the_rows_alone(options, side):
+    # Prompts of different lengths, padded on either side, then one byte at a time.
+    model = tiny_model(**options)
+    prompts = batch(ROWS, side)
+    new = torch.tensor([ids_of(" and more, w")] * len(ROWS))
+    ids = torch.cat([prompts["input_ids"], new], 1)
+    mask = torch.cat([prompts["attention_mask"], torch.ones_like(new)], 1)
+    num_prompt = prompts["input_ids"].shape[1]
+    logits, _ = feed(model, ids, mask, sizes=(num_prompt, *[1] * new.shape[1]))
+    for b, row in enumerate(ROWS):
+        alone = model(torch.tensor([row + new[b].tolist()]), use_cache=False).logits[0]
+        assert_equal(logits[b][mask[b] == 1], alone)
+
+
+chunks = st.lists(st.integers(1, 9), min_size=1, max_size=4)
+
+
+@given(chunks, st.lists(st.integers(0, 40), min_size=1, max_size=4), st.sampled_from(["spacelike", "fixed"]))
+@settings(deadline=None, max_examples=25)
+@torch.no_grad()
+def test_cropping_leaves_the_cache_of_the_shorter_text(sizes, crops, patching):
+    for options in (MIXERS["both"], SHARING["middle"]):
+        model = tiny_model(patching=patching, **options)
+        expected = model(IDS, use_cache=False).logits
+        _, cache = feed(model, IDS, sizes=sizes)
+        for crop in crops:
+            cache.crop(-crop)
+            kept = IDS.shape[1] - crop
+            assert cache.get_seq_length() == kept
+            if crop:
+                logits, cache = feed(model, IDS[:, kept:], sizes=sizes, cache=cache)
+                assert (logits - expected[:, kept:]).abs().max() <= RTOL * expected.abs().max()
+
+
+@torch.no_grad()
+def test_cropping_ragged_rows_removes_positions_and_not_bytes():
+    model = tiny_model(**MIXERS["both"])
+    for side in ("left", "right"):
+        prompts = batch(ROWS, side)
+        ids, mask = prompts["input_ids"], prompts["attention_mask"]
+        full, cache = feed(model, ids, mask, sizes=(ids.shape[1],))
+        cache.crop(-20)
+        again, _ = feed(model, ids[:, -20:], mask, sizes=(6, 3), cache=cache)
+        valid = mask[:, -20:] == 1
+        assert_equal(again[valid], full[:, -20:][valid])
+
+
+@torch.no_grad()
+def test_a_cache_can_be_cropped_to_nothing_and_reset():
+    model = tiny_model()
+    expected = model(IDS, use_cache=False).logits
+    for empty in (lambda cache: cache.crop(-IDS.shape[1]), lambda cache: cache.reset()):
+        _, cache = feed(model, IDS, sizes=(9,))
+        empty(cache)
+        assert cache.get_seq_length() == 0
+        logits, _ = feed(model, IDS, sizes=(5,), cache=cache)
+        assert_equal(logits, expected)
+
+
+@torch.no_grad()
+def test_rows_of_a_cache_can_be_reordered_repeated_and_selected():
+    model = tiny_model(**MIXERS["both"])
+    inputs = batch(ROWS, "left")
+    new = torch.tensor([ids_of(" next wo")] * len(ROWS))
+    ones = torch.ones_like(new)
+    for rows, change in (
+        ([2, 0, 0, 4, 1], lambda cache: cache.reorder_cache(torch.tensor([2, 0, 0, 4, 1]))),
+        ([0, 0, 1, 1, 2, 2, 3, 3, 4, 4], lambda cache: cache.batch_repeat_interleave(2)),
+        ([3, 1], lambda cache: cache.batch_select_indices(torch.tensor([3, 1]))),
+    ):
+        for crop in (0, 4):
+            _, cache = feed(model, inputs["input_ids"], inputs["attention_mask"], sizes=(11,))
+            cache.crop(-crop)
+            change(cache)
+            kept = inputs["input_ids"].shape[1] - crop
+            mask = torch.cat([inputs["attention_mask"][:, :kept], ones], 1)[rows]
+            logits, _ = feed(model, new[rows], mask, sizes=(3,), cache=cache)
+            for b, row in enumerate(rows):
+                text = inputs["input_ids"][row, :kept][inputs["attention_mask"][row, :kept] == 1].tolist()
+                alone = model(torch.tensor([text + new[row].tolist()]), use_cache=False).logits[0, -new.shape[1] :]
+                assert_equal(logits[b], alone)
+
+
+@torch.no_grad()
+def test_the_trunk_runs_only_for_rows_whose_patch_is_complete():
+    model = tiny_model(**SHARING["middle"])
+    runs = []
+    model.model.trunk.register_forward_hook(lambda module, inputs, output: runs.append(tuple(output.shape[:2])))
+    texts = ["ab cd, ef", "abcdefghi", "a b c d e"]
+    ids = torch.tensor([ids_of(text) for text in texts])
+    boundary = model.model(ids, output_boundaries=True, use_cache=False).boundaries
+    runs.clear()
+    feed(model, ids)
+    expected = [(int(rows), 1) for rows in boundary.sum(0) if rows]
+    assert runs == expected, "one run at each step that completes a patch, with just the rows that complete one"
+    assert sum(rows for rows, _ in runs) == boundary.sum() and len(runs) < ids.shape[1]
+
+    runs.clear()
+    feed(model, ids, sizes=(9,))
+    assert runs == [(2, int(boundary.sum(1).max()))], "the row without any patch is left out of the prefill"
+
+
+@torch.no_grad()
+def test_memory_is_one_entry_a_patch_and_a_constant_for_bytes():
+    model = tiny_model(**MIXERS["both"])
+    boundary = model.model(IDS, output_boundaries=True, use_cache=False).boundaries
+    _, cache = feed(model, IDS)
+    num_patches = int(boundary.sum())
+    config = model.config
+    for slot, layer in enumerate(cache.layers):
+        if slot < config.num_byte_layers:
+            reach = config.conv_kernel_size if config.byte_mixers[slot] == "conv" else config.attention_window_bytes
+            assert layer.keys.shape[1] == reach - 1
+        elif slot > config.num_byte_layers:
+            assert num_patches <= layer.keys.shape[2] <= max(16, 2 * num_patches)
+            assert layer.get_seq_length() == num_patches
+
+
+@torch.no_grad()
+def test_a_cache_made_without_a_config_is_filled_in():
+    model = tiny_model()
+    cache = DynamicCache()
+    logits, _ = feed(model, IDS, sizes=(50, 1), cache=cache)
+    assert_equal(logits, model(IDS, use_cache=False).logits)
+
+
+def test_foreign_caches_are_refused_in_words():
+    model = tiny_model()
+    llama = LlamaConfig(hidden_size=32, num_attention_heads=2, num_hidden_layers=model.config.num_hidden_layers)
+    with pytest.raises(ValueError, match="make it with DynamicCache"):
+        model(IDS, past_key_values=DynamicCache(config=llama))
+    with pytest.raises(ValueError, match="make it with DynamicCache"):
+        model(IDS, past_key_values=DynamicCache(config=tiny_config(num_trunk_layers=3)))
+    with pytest.raises(ValueError, match="no static cache yet"):
+        StaticCache(config=model.config, max_cache_len=16)
+    cache = model(IDS).past_key_values
+    with pytest.raises(ValueError, match="holds 1 rows, but the input has 2"):
+        model(IDS.expand(2, -1), past_key_values=cache)
+    with pytest.raises(ValueError, match="negative number"):
+        cache.crop(3)
+    with pytest.raises(ValueError, match="holds fewer"):
+        cache.crop(-1000)
+
+
+def test_a_cache_in_a_graph_can_be_extended_and_differentiated():
+    model = tiny_model()
+    out = model(IDS[:, :20])
+    second = model(IDS[:, 20:40], past_key_values=out.past_key_values)
+    third = model(IDS[:, 40:60], past_key_values=second.past_key_values)
+    third.logits.sum().backward()
+    gradient = model.model.pool_proj.weight.grad.clone()
+    model.zero_grad()
+    model(IDS[:, :60], use_cache=False).logits[:, 40:].sum().backward()
+    torch.testing.assert_close(gradient, model.model.pool_proj.weight.grad, atol=1e-3, rtol=1e-4)

@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The configuration: strict, derived values consistent, errors that say what to do."""
+
+import json
+
+import pytest
+from huggingface_hub.errors import StrictDataclassClassValidationError, StrictDataclassFieldValidationError
+from modeling_stlm import STLMConfig
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from .tiny import tiny_config
+
+
+PRESETS = ["stlm-3m", "stlm-10m", "stlm-50m", "stlm-100m"]
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_round_trip_through_json(name, tmp_path):
+    config = STLMConfig.from_preset(name)
+    config.save_pretrained(tmp_path)
+    again = AutoConfig.from_pretrained(tmp_path)
+    assert again.to_json_string() == config.to_json_string()
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert "layer_types" not in saved, "processes without this code would refuse our kinds of layers"
+
+
+def test_presets_work_with_auto_classes_and_overrides():
+    model = AutoModelForCausalLM.from_config(STLMConfig.from_preset("stlm-3m", num_trunk_layers=3))
+    assert type(model).__name__ == "STLMForCausalLM" and model.config.num_trunk_layers == 3
+
+
+def test_an_unknown_preset_lists_the_known_ones():
+    with pytest.raises(ValueError, match=r"stlm-100m.*stlm-3m"):
+        STLMConfig.from_preset("stlm-7b")
+
+
+@pytest.mark.parametrize(
+    ("sharing", "depth", "unique", "expected"),
+    [
+        ("none", 3, 3, [0, 1, 2]),
+        ("immediate", 6, 4, [0, 1, 1, 2, 2, 3]),
+        ("immediate", 7, 4, [0, 1, 1, 1, 2, 2, 3]),
+        ("cycle", 5, 2, [0, 1, 0, 1, 0]),
+        ("middle", 6, 4, [0, 1, 2, 2, 2, 3]),
+        ("middle", 4, 1, [0, 0, 0, 0]),
+        ("ffn", 5, 3, [0, 1, 1, 1, 2]),
+        ("ffn", 2, 2, [0, 1]),
+        ("immediate", 1, 1, [0]),
+    ],
+)
+def test_layer_sharing_schedules(sharing, depth, unique, expected):
+    config = tiny_config(layer_sharing=sharing, num_trunk_layers=depth, num_unique_trunk_layers=unique)
+    assert [feed_forward for _, feed_forward in config.trunk_schedule] == expected
+    attention = [attention for attention, _ in config.trunk_schedule]
+    assert attention == (list(range(depth)) if sharing == "ffn" else expected)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"patching": "words"}, "choose one of .*spacelike"),
+        ({"byte_mixers": ["conv"]}, "1 entries for 3 byte layers"),
+        ({"byte_mixers": ["conv", "mamba", "conv"]}, r"\['mamba'\] are not known"),
+        ({"num_front_layers": 0}, "must be at least 1"),
+        ({"num_unique_trunk_layers": 1}, "set another layer_sharing or drop the field"),
+        ({"layer_sharing": "middle", "num_unique_trunk_layers": 9}, "between 1 and num_trunk_layers=2"),
+        ({"layer_sharing": "ffn", "num_trunk_layers": 4, "num_unique_trunk_layers": 2}, "use 'cycle' to share all"),
+        ({"layer_sharing": "loop"}, "choose one of .*cycle"),
+        ({"trunk_num_key_value_heads": 3}, "must be a multiple"),
+        ({"num_key_value_heads": 3}, "must be a multiple"),
+        ({"head_dim": 7}, "must be even"),
+        ({"trunk_head_dim": 7}, "must be even"),
+        ({"max_patch_bytes": 0}, "max_patch_bytes=0 must be at least 1"),
+        ({"ngram_orders": [1, 2]}, "must all be at least 2"),
+    ],
+)
+def test_contradictions_are_named(fields, message):
+    with pytest.raises(StrictDataclassClassValidationError, match=message):
+        tiny_config(**fields)
+
+
+def test_types_are_checked():
+    with pytest.raises(StrictDataclassFieldValidationError, match="hidden_size"):
+        tiny_config(hidden_size="16")

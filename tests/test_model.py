@@ -1,0 +1,258 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The forward pass without a cache: against the loop, and the promises of padding, packing and causality."""
+
+import pytest
+import torch
+from modeling_stlm import STLMConfig, STLMForCausalLM
+
+from . import reference
+from .tiny import MIXERS, PATCHING, SHARING, TEXT, assert_equal, batch, ids_of, tiny_config, tiny_model
+
+
+def cases(*tables):
+    return [pytest.param(options, id=name) for table in tables for name, options in table.items()]
+
+
+ALL = cases(PATCHING, MIXERS, SHARING)
+ROWS = [ids_of(TEXT), ids_of("A short one. "), ids_of("x"), ids_of("Ends mid wor"), [258, *ids_of("ab cd"), 258]]
+
+
+@pytest.mark.parametrize("options", ALL)
+@torch.no_grad()
+def test_logits_equal_the_slow_reference(options):
+    model = tiny_model(**options)
+    for ids in ROWS:
+        assert_equal(model(torch.tensor([ids])).logits[0], reference.logits(model, ids))
+
+
+@pytest.mark.parametrize("options", cases(PATCHING, MIXERS))
+def test_future_bytes_do_not_change_past_logits(options):
+    model = tiny_model(**options)
+    ids = torch.tensor([ids_of(TEXT)])
+    with torch.no_grad():
+        before = model(ids).logits
+        for t in range(0, ids.shape[1], 5):
+            changed = ids.clone()
+            changed[:, t:] = 32 if t % 2 else 120
+            if t:
+                assert_equal(model(changed).logits[:, :t], before[:, :t])
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("options", ALL)
+@torch.no_grad()
+def test_a_padded_row_gives_the_logits_of_the_row_alone(options, side):
+    model = tiny_model(**options)
+    inputs = batch(ROWS, side)
+    logits = model(**inputs).logits
+    for b, ids in enumerate(ROWS):
+        assert_equal(logits[b][inputs["attention_mask"][b] == 1], model(torch.tensor([ids])).logits[0])
+
+
+@torch.no_grad()
+def test_padding_in_the_middle_counts_for_nothing():
+    model = tiny_model(**MIXERS["both"])
+    ids = torch.tensor([ids_of(TEXT)])
+    mask = torch.ones_like(ids)
+    mask[:, 7:11] = mask[:, 30] = 0
+    assert_equal(model(ids, attention_mask=mask).logits[mask == 1], model(ids[mask == 1][None]).logits[0])
+
+
+@torch.no_grad()
+def test_right_padding_without_a_mask_is_exact():
+    # lm-evaluation-harness pads with zeros and passes no mask.
+    model = tiny_model()
+    ids = ids_of("a few words")
+    padded = model(torch.tensor([ids + [0] * 9])).logits[:, : len(ids)]
+    assert_equal(padded, model(torch.tensor([ids])).logits)
+
+
+@pytest.mark.parametrize("options", ALL)
+@torch.no_grad()
+def test_packed_documents_give_the_logits_of_the_documents_apart(options):
+    model = tiny_model(**options)
+    documents = [row for row in ROWS if len(row) > 1]  # positions of a single byte look like the next document's
+    ids = torch.tensor([[i for row in documents for i in row]])
+    positions = torch.tensor([[t for row in documents for t in range(len(row))]])
+    packed = model(ids, position_ids=positions, use_cache=False).logits[0]
+    alone = torch.cat([model(torch.tensor([row])).logits[0] for row in documents])
+    assert_equal(packed, alone)
+
+
+@torch.no_grad()
+def test_hidden_states_and_attentions_of_padded_rows_stand_at_their_bytes():
+    model = tiny_model(**MIXERS["attention"]).model
+    model.set_attn_implementation("eager")
+    wanted = {"output_hidden_states": True, "output_attentions": True, "output_boundaries": True}
+    inputs = batch(ROWS, "left")
+    padded = model(**inputs, **wanted)
+    assert len(padded.hidden_states) == 4 and len(padded.attentions) == 3
+    for b, ids in enumerate(ROWS):
+        at = inputs["attention_mask"][b] == 1
+        alone = model(torch.tensor([ids]), **wanted)
+        assert torch.equal(padded.boundaries[b][at], alone.boundaries[0])
+        for ours, expected in zip(padded.hidden_states, alone.hidden_states, strict=True):
+            assert_equal(ours[b][at], expected[0])
+        for ours, expected in zip(padded.attentions, alone.attentions, strict=True):
+            assert_equal(ours[b][:, at][:, :, at], expected[0])
+
+
+@torch.no_grad()
+def test_patch_outputs_have_one_entry_a_patch():
+    model = tiny_model(**SHARING["middle"]).model
+    model.set_attn_implementation("eager")
+    ids = torch.tensor([ids_of(TEXT)])
+    out = model(
+        ids, output_boundaries=True, output_patch_hidden_states=True, output_patch_attentions=True, use_cache=False
+    )
+    num_patches = int(out.boundaries.sum())
+    assert num_patches > 10
+    assert [tuple(states.shape) for states in out.patch_hidden_states] == [(1, num_patches, 24)] * 5
+    assert [tuple(weights.shape) for weights in out.patch_attentions] == [(1, 4, num_patches, num_patches)] * 5
+
+
+@pytest.mark.parametrize("options", cases(MIXERS))
+@torch.no_grad()
+def test_eager_attention_agrees_with_sdpa(options):
+    model = tiny_model(**options)
+    inputs = batch(ROWS, "left")
+    expected = model(**inputs).logits
+    model.set_attn_implementation("eager")
+    valid = inputs["attention_mask"] == 1
+    assert_equal(model(**inputs).logits[valid], expected[valid])
+
+
+@pytest.mark.parametrize("implementation", ["flex_attention", "flash_attention_2"])
+def test_attention_without_masks_is_refused(implementation):
+    with pytest.raises((ValueError, ImportError), match="(?i)flex|flash"):
+        STLMForCausalLM._from_config(tiny_config(), attn_implementation=implementation)
+
+
+@pytest.mark.parametrize("options", cases(MIXERS, SHARING))
+def test_gradient_checkpointing_changes_no_gradient(options):
+    model = tiny_model(**options).train()
+    ids = torch.tensor([ids_of(TEXT)])
+
+    def gradients():
+        model.zero_grad()
+        model(ids, labels=ids).loss.backward()
+        return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+    plain = gradients()
+    model.activation_checkpointing_enable()
+    for name, gradient in gradients().items():
+        torch.testing.assert_close(gradient, plain[name], msg=name)
+        assert gradient.abs().sum() > 0, f"{name} gets no gradient"
+
+
+def test_every_parameter_has_a_gradient_without_any_patch():
+    # Distributed training hangs if a rank whose batch completes no patch leaves the trunk out.
+    model = STLMForCausalLM(tiny_config()).train()
+    ids = torch.tensor([ids_of("word")])
+    model(ids, labels=ids).loss.backward()
+    assert not model.model(ids, output_boundaries=True).boundaries.any()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+@torch.no_grad()
+def test_embeddings_of_bytes_give_the_logits_of_the_bytes():
+    model = tiny_model(**MIXERS["both"])
+    inputs = batch(ROWS, "left")
+    expected = model(**inputs).logits
+    embeds = model.get_input_embeddings()(inputs.pop("input_ids"))
+    valid = inputs["attention_mask"] == 1
+    assert_equal(model(inputs_embeds=embeds, **inputs).logits[valid], expected[valid])
+    # An embedding of no byte is part of a word, with the n-grams of a missing byte.
+    soft = torch.randn_like(embeds)
+    assert torch.isfinite(model(inputs_embeds=soft, **inputs).logits).all()
+
+
+@torch.no_grad()
+def test_logits_to_keep_gives_the_last_logits():
+    model = tiny_model()
+    ids = torch.tensor([ids_of(TEXT)])
+    full = model(ids).logits
+    assert torch.equal(model(ids, logits_to_keep=3).logits, full[:, -3:])
+    assert torch.equal(model(ids, logits_to_keep=torch.tensor([1, 5])).logits, full[:, [1, 5]])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_half_precision_stays_within_its_rounding(dtype):
+    model = tiny_model()
+    ids = torch.tensor([ids_of(TEXT)])
+    expected = model(ids).logits
+    halved = model.to(dtype)(ids).logits
+    assert halved.dtype == dtype
+    # Eight (bfloat16) or eleven bits, over a dozen layers; measured 0.05 and 0.007 of the largest logit.
+    bound = {torch.bfloat16: 0.1, torch.float16: 0.015}[dtype]
+    assert (halved.float() - expected).abs().max() < bound * expected.abs().max()
+
+
+def test_added_tokens_get_embeddings_and_leave_old_logits_alone():
+    model = tiny_model()
+    ids = torch.tensor([ids_of(TEXT)])
+    expected = model(ids).logits
+    model.resize_token_embeddings(330)
+    logits = model(ids).logits
+    assert logits.shape[-1] == 330 and torch.equal(logits[..., :320], expected)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert torch.isfinite(model(torch.tensor([[65, 329, 66]])).logits).all()
+
+
+@pytest.mark.parametrize("options", cases(SHARING))
+def test_shared_layers_are_one_module_and_the_budget_adds_up(options):
+    model = tiny_model(**options)
+    config, budget = model.config, model.parameter_budget()
+    assert len(model.model.trunk.feed_forward_blocks) == config.num_unique_trunk_layers
+    assert len(config.trunk_schedule) == config.num_trunk_layers
+    assert sum(count for name, count in budget["stored"].items() if name != "total") == model.num_parameters()
+    if options:
+        assert budget["effective"]["trunk"] > budget["stored"]["trunk"]
+    else:
+        assert budget["effective"]["trunk"] == budget["stored"]["trunk"]
+    assert len(set(map(id, model.parameters()))) == len(model.state_dict()) - 1  # only the head is there twice
+
+
+def test_flops_per_byte_equal_the_count_of_the_profiler():
+    model = STLMForCausalLM(STLMConfig.from_preset("stlm-3m")).eval()
+    ids = torch.tensor([ids_of(TEXT * 4)])
+    with torch.no_grad():
+        boundaries = model.model(ids, output_boundaries=True, use_cache=False).boundaries
+        with torch.profiler.profile(with_flops=True) as profile:
+            model(ids, use_cache=False)
+    # The profiler counts mm and convolutions, not fused attention; it counts elementwise products too.
+    counted = sum(event.flops for event in profile.key_averages() if event.key in ("aten::mm", "aten::addmm"))
+    patch = ids.shape[1] / boundaries.sum().item()
+    config = model.config
+    attention = 4 * ids.shape[1] / patch / 2 * config.trunk_num_attention_heads * config.trunk_head_dim
+    conv = 2 * config.conv_kernel_size * config.hidden_size * config.num_byte_layers
+    ours = model.flops_per_byte(patch, ids.shape[1]) - config.num_trunk_layers * attention / patch - conv
+    assert ours == pytest.approx(counted / ids.shape[1], rel=0.01)
+
+
+@pytest.mark.parametrize("name", ["stlm-3m", "stlm-10m", "stlm-50m", "stlm-100m"])
+def test_presets_are_up_to_two_percent_below_their_name(name):
+    with torch.device("meta"):
+        model = STLMForCausalLM(STLMConfig.from_preset(name))
+    expected = {"stlm-3m": 2_966_912, "stlm-10m": 9_901_696, "stlm-50m": 49_115_008, "stlm-100m": 98_343_936}
+    size = int(name.removeprefix("stlm-").removesuffix("m")) * 1_000_000
+    assert model.num_parameters() == expected[name]
+    assert 0.98 * size <= expected[name] <= size
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ({}, "exactly one of input_ids and inputs_embeds"),
+        ({"input_ids": torch.zeros(1, 4, dtype=torch.long), "attention_mask": torch.ones(1, 5)}, r"expected \(1, 4\)"),
+        ({"input_ids": torch.zeros(1, 4, dtype=torch.long), "attention_mask": torch.ones(1, 1, 4, 4)}, "more axes"),
+        (
+            {"input_ids": torch.zeros(1, 4, dtype=torch.long), "position_ids": torch.zeros(1, 3)},
+            "position_ids has shape",
+        ),
+    ],
+)
+def test_wrong_inputs_are_named(inputs, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_model()(**inputs)

@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Boundaries, pooling and unpooling against loops."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from modeling_stlm.patching_stlm import (
+    PatchState,
+    byte_kinds,
+    find_boundaries,
+    index_patches,
+    pool_patches,
+    unpool_patches,
+)
+
+from . import reference
+from .tiny import TEXT, ids_of, tiny_config
+
+
+KINDS = byte_kinds()
+CONTEXT = 4
+# Long words, multi-byte characters, whole and broken, specials and runs of spaces.
+pieces = st.sampled_from(
+    [b"word", b" ", b"a", b"  \n", b"\xe6\x9d\xb1", b"\xf0\x9f\x98\x80", b"\xc3\xab", b"\xe6", b"x" * 9]
+)
+texts = st.lists(st.one_of(pieces, st.binary(max_size=5)), max_size=12).map(lambda parts: list(b"".join(parts)))
+documents = (
+    st.lists(st.one_of(texts, st.just([258])), min_size=1, max_size=4)
+    .map(lambda parts: [i for part in parts for i in part])
+    .filter(len)
+)
+rules = st.fixed_dictionaries(
+    {
+        "patching": st.sampled_from(["spacelike", "fixed"]),
+        "patch_bytes": st.integers(1, 7),
+        "max_patch_bytes": st.integers(1, 9),
+        "max_patch_characters": st.integers(1, 3),
+    }
+)
+
+
+def find(config, context, num_bytes, state, lengths=None, positions=None):
+    return find_boundaries(
+        context,
+        num_bytes,
+        KINDS,
+        patching=config.patching,
+        cap_bytes=config.patch_bytes if config.patching == "fixed" else config.max_patch_bytes,
+        cap_characters=config.max_patch_characters,
+        state=state,
+        lengths=lengths,
+        positions=positions,
+    )
+
+
+def empty(num_rows: int) -> PatchState:
+    return PatchState(torch.zeros(num_rows, dtype=torch.long), torch.zeros(num_rows, dtype=torch.long))
+
+
+def with_context(rows: list[list[int]]) -> torch.Tensor:
+    return torch.tensor([[-1] * CONTEXT + row for row in rows])
+
+
+def whole(config, ids):
+    return find(config, with_context([ids]), len(ids), empty(1))
+
+
+@given(documents, rules)
+def test_boundaries_equal_a_state_machine(ids, rule):
+    config = tiny_config(**rule)
+    found = whole(config, ids)
+    assert found.boundary[0].tolist() == reference.boundaries(ids, config)
+    sizes = [t - max((e for e in range(t) if found.boundary[0, e]), default=-1) for t in range(len(ids))]
+    assert found.patch_bytes[0].tolist() == sizes
+
+
+@given(documents, rules, st.integers(0, 255))
+def test_boundaries_of_a_prefix_are_the_prefix_of_the_boundaries(ids, rule, other):
+    config = tiny_config(**rule)
+    boundary = whole(config, ids).boundary
+    for t in range(1, len(ids)):
+        assert torch.equal(whole(config, ids[:t]).boundary, boundary[:, :t])
+    changed = [*ids[:-1], other]
+    assert torch.equal(whole(config, changed).boundary[:, :-1], boundary[:, :-1])
+
+
+@given(documents, rules, st.lists(st.integers(1, 6), min_size=1))
+def test_pieces_give_the_boundaries_of_the_whole(ids, rule, sizes):
+    config = tiny_config(**rule)
+    context, state, found, start = with_context([ids]), empty(1), [], 0
+    while start < len(ids):
+        size = min(sizes[len(found) % len(sizes)], len(ids) - start)
+        piece = find(config, context[:, start : start + CONTEXT + size], size, state)
+        found.append(piece.boundary)
+        state, start = piece.state, start + size
+    expected = whole(config, ids)
+    assert torch.equal(torch.cat(found, 1), expected.boundary)
+    assert all(torch.equal(a, b) for a, b in zip(state, expected.state))
+
+
+@given(st.lists(documents, min_size=2, max_size=4), rules)
+def test_rows_of_different_lengths_do_not_touch(rows, rule):
+    config = tiny_config(**rule)
+    longest = max(map(len, rows))
+    lengths = torch.tensor([len(row) for row in rows])
+    found = find(
+        config, with_context([row + [256] * (longest - len(row)) for row in rows]), longest, empty(len(rows)), lengths
+    )
+    for b, row in enumerate(rows):
+        alone = whole(config, row)
+        assert torch.equal(found.boundary[b, : len(row)], alone.boundary[0])
+        assert not found.boundary[b, len(row) :].any()
+        assert [int(part[b]) for part in found.state] == [int(part[0]) for part in alone.state]
+
+
+@given(st.lists(documents, min_size=1, max_size=4), rules)
+@settings(deadline=None)
+def test_packed_documents_are_patched_and_pooled_apart(rows, rule):
+    config = tiny_config(**rule)
+    ids = [i for row in rows for i in row]
+    positions = torch.tensor([[t for row in rows for t in range(len(row))]])
+    found = find(config, with_context([ids]), len(ids), empty(1), positions=positions)
+    assert found.boundary[0].tolist() == [end for row in rows for end in reference.boundaries(row, config)]
+
+    states = torch.randn(1, len(ids), 3)
+    pooled = pool_patches(states, index_patches(found))
+    expected, start = [], 0
+    for row in rows:
+        for patch in reference.patches(reference.boundaries(row, config)):
+            inside = states[0, start + patch[0] : start + patch[-1] + 1]
+            expected.append(torch.cat([inside.mean(0), inside[-1]]))
+        start += len(row)
+    assert pooled.shape[1] == max(1, len(expected))
+    if expected:
+        torch.testing.assert_close(pooled[0], torch.stack(expected))
+
+
+def test_pooling_has_the_gradient_of_a_loop():
+    ids, config = ids_of(TEXT), tiny_config()
+    states = torch.randn(1, len(ids), 4, dtype=torch.float32, requires_grad=True)
+    weight = None
+    found = whole(config, ids)
+    pooled = pool_patches(states, index_patches(found))
+    weight = torch.randn_like(pooled)
+    (gradient,) = torch.autograd.grad((pooled * weight).sum(), states)
+    loop = torch.stack(
+        [
+            torch.cat([states[0, patch].mean(0), states[0, patch[-1]]])
+            for patch in reference.patches(reference.boundaries(ids, config))
+        ]
+    )
+    (expected,) = torch.autograd.grad((loop * weight[0]).sum(), states)
+    torch.testing.assert_close(gradient, expected)
+
+
+def test_unpooling_gives_each_byte_its_patch_or_the_start():
+    patches, start = torch.randn(2, 3, 4), torch.randn(4)
+    seen = torch.tensor([[-1, 0, 0, 2], [-1, -1, 1, 1]])
+    out = unpool_patches(patches, seen, start)
+    for b in range(2):
+        for t in range(4):
+            expected = start if seen[b, t] < 0 else patches[b, seen[b, t]]
+            assert torch.equal(out[b, t], expected)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a word, and", "a |word,| and"),
+        ("\n\nThe end.  ", "\n\nThe |end.|  "),
+        ("snake_case(x)", "snake_|case(|x)|"),
+        ("don't", "don'|t"),
+    ],
+)
+def test_spacelike_patches_are_words_with_what_follows(text, expected):
+    boundary = whole(tiny_config(), ids_of(text)).boundary[0].tolist()
+    assert "".join(c + "|" * end for c, end in zip(text, boundary)) == expected
+
+
+def test_chinese_patches_are_whole_characters():
+    text = "東京都庁舎前駅"
+    boundary = whole(tiny_config(max_patch_characters=2), ids_of(text)).boundary[0].tolist()
+    assert [t + 1 for t, end in enumerate(boundary) if end] == [6, 12, 18]

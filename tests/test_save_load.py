@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints: what is in the folder, and that it loads where neither package can be imported."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from modeling_stlm import STLMForCausalLM, STLMModel, STLMTokenizer
+from safetensors import safe_open
+from transformers import AutoModel, AutoModelForCausalLM
+
+from .tiny import MIXERS, SHARING, TEXT, ids_of, tiny_model
+
+
+IDS = torch.tensor([ids_of(TEXT)])
+# Runs without site-packages of ours: the import hooks of an editable install are switched off by name.
+LOADER = """
+import importlib.abc, json, sys, torch
+class Refuse(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("modeling_stlm", "tokenization_stlm"):
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Refuse())
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+folder = sys.argv[1]
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+ids = torch.tensor([tokenizer(sys.argv[2])["input_ids"]])
+with torch.no_grad():
+    logits = model(ids).logits
+    hidden = AutoModel.from_pretrained(folder, trust_remote_code=True).eval()(ids).last_hidden_state
+new = model.generate(ids, max_new_tokens=20, do_sample=False)
+if len(sys.argv) > 3:
+    model.save_pretrained(sys.argv[3])
+torch.save({"logits": logits, "hidden": hidden, "new": new, "module": type(model).__module__}, folder + "/out.pt")
+"""
+
+
+def load_without_packages(folder, *more) -> dict:
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment |= {"HF_MODULES_CACHE": str(folder / "modules"), "HF_HUB_OFFLINE": "1"}
+    subprocess.run(
+        [sys.executable, "-c", LOADER, str(folder), TEXT, *map(str, more)], check=True, cwd=folder, env=environment
+    )
+    return torch.load(folder / "out.pt")
+
+
+def test_a_checkpoint_loads_where_the_packages_are_not_installed(tmp_path):
+    model = tiny_model(**SHARING["middle"])
+    model.save_pretrained(tmp_path / "first")
+    STLMTokenizer().save_pretrained(tmp_path / "first")
+    with torch.no_grad():
+        expected, hidden = model(IDS).logits, model.model(IDS).last_hidden_state
+    new = model.generate(IDS, max_new_tokens=20, do_sample=False)
+    loaded = load_without_packages(tmp_path / "first", tmp_path / "second")
+    assert loaded["module"].startswith("transformers_modules.")
+    assert torch.equal(loaded["logits"], expected) and torch.equal(loaded["hidden"], hidden)
+    assert torch.equal(loaded["new"], new)
+    # Saved again by the process without the packages, the code goes along.
+    STLMTokenizer().save_pretrained(tmp_path / "second")
+    assert torch.equal(load_without_packages(tmp_path / "second")["logits"], expected)
+
+
+def test_a_checkpoint_holds_code_weights_once_and_every_auto_class(tmp_path):
+    model = tiny_model(**SHARING["cycle"])
+    model.save_pretrained(tmp_path)
+    names = {path.name for path in tmp_path.iterdir()}
+    code = {"budget_stlm.py", "cache_stlm.py", "configuration_stlm.py", "modeling_stlm.py", "patching_stlm.py"}
+    assert names == code | {"config.json", "generation_config.json", "model.safetensors"}
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert set(config["auto_map"]) == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        stored = {name: file.get_tensor(name).numel() for name in file.keys()}  # noqa: SIM118
+    assert "lm_head.weight" not in stored
+    assert sum(stored.values()) == model.num_parameters()
+
+
+@pytest.mark.parametrize("options", [*SHARING.values(), MIXERS["both"]], ids=[*SHARING, "both"])
+def test_reloading_keeps_logits_and_ties(options, tmp_path):
+    model = tiny_model(**options)
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(again) is STLMForCausalLM
+    with torch.no_grad():
+        assert torch.equal(again(IDS).logits, model(IDS).logits)
+    assert again.lm_head.weight is again.model.embed_tokens.weight
+    assert len(again.model.trunk.feed_forward_blocks) == model.config.num_unique_trunk_layers
+
+
+def test_the_base_model_loads_from_a_head_and_back(tmp_path):
+    model = tiny_model()
+    model.save_pretrained(tmp_path / "head")
+    base = AutoModel.from_pretrained(tmp_path / "head")
+    assert type(base) is STLMModel
+    base.save_pretrained(tmp_path / "base")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    assert torch.equal(again(IDS).logits, model(IDS).logits)
+
+
+def test_an_untied_head_is_stored_and_loaded(tmp_path):
+    model = tiny_model(tie_word_embeddings=False)
+    assert model.lm_head.weight is not model.model.embed_tokens.weight
+    model.save_pretrained(tmp_path)
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path)(IDS).logits, model(IDS).logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_checkpoints_load_in_their_dtype(dtype, tmp_path):
+    model = tiny_model().to(dtype)
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert again.dtype == dtype and torch.equal(again(IDS).logits, model(IDS).logits)
+
+
+def test_loading_onto_a_device_map_fills_every_buffer(tmp_path):
+    model = tiny_model(**MIXERS["attention"])
+    model.save_pretrained(tmp_path, max_shard_size="10KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, device_map="cpu")
+    for (name, ours), (_, expected) in zip(again.named_buffers(), model.named_buffers(), strict=True):
+        assert torch.equal(ours, expected), name
+    assert torch.equal(again(IDS).logits, model(IDS).logits)
+
+
+def test_a_damaged_checkpoint_is_refused(tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(Exception, match="(?i)incomplete|header|corrupt"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
