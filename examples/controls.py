@@ -3,9 +3,10 @@
 
 from collections.abc import Iterable
 
-from tokenization_stlm import STLMTokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from tokenization_stlm import STLMTokenizer
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:

@@ -28,11 +28,6 @@ import matplotlib
 import torch
 from controls import bpe_llama, flat_byte_llama
 from datasets import load_dataset
-from modeling_stlm import STLMConfig, STLMTokenizer
-from modeling_stlm.training.bits_per_byte import BitsPerByteEvaluator
-from modeling_stlm.training.corpus import PackedWindows, write_corpus
-from modeling_stlm.training.optimizer import MuonRecipe
-from modeling_stlm.training.time_budget import TimeBudget
 from transformers import (
     AutoModelForCausalLM,
     GenerationConfig,
@@ -43,9 +38,15 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
+from modeling_stlm import STLMConfig, STLMTokenizer
+from modeling_stlm.training.bits_per_byte import BitsPerByteEvaluator
+from modeling_stlm.training.corpus import PackedWindows, write_corpus
+from modeling_stlm.training.optimizer import MuonRecipe
+from modeling_stlm.training.time_budget import TimeBudget
+
 
 matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402  (the backend must be chosen first)
+from matplotlib import pyplot as plt
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Super Tiny Language Models for transformers. Importing this package registers every Auto class."""
 
-from tokenization_stlm import STLMTokenizer
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto import modeling_auto
+
+from tokenization_stlm import STLMTokenizer
 
 from .configuration_stlm import STLMConfig
 from .modeling_stlm import STLMForCausalLM, STLMModel, STLMModelOutput, STLMPreTrainedModel

@@ -5,8 +5,9 @@ import json
 
 import pytest
 from huggingface_hub.errors import StrictDataclassClassValidationError, StrictDataclassFieldValidationError
-from modeling_stlm import STLMConfig
 from transformers import AutoConfig, AutoModelForCausalLM
+
+from modeling_stlm import STLMConfig
 
 from .tiny import tiny_config
 

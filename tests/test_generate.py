@@ -3,8 +3,9 @@
 
 import pytest
 import torch
-from modeling_stlm import STLMForCausalLM, STLMTokenizer
 from transformers import DynamicCache, GenerationMixin, TextIteratorStreamer, TextStreamer, set_seed
+
+from modeling_stlm import STLMForCausalLM, STLMTokenizer
 
 from .test_model import ALL, ROWS
 from .tiny import MIXERS, RTOL, TEXT, batch, ids_of, tiny_model

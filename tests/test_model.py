@@ -3,6 +3,7 @@
 
 import pytest
 import torch
+
 from modeling_stlm import STLMConfig, STLMForCausalLM
 
 from . import reference
@@ -124,7 +125,7 @@ def test_eager_attention_agrees_with_sdpa(options):
 
 @pytest.mark.parametrize("implementation", ["flex_attention", "flash_attention_2"])
 def test_attention_without_masks_is_refused(implementation):
-    with pytest.raises((ValueError, ImportError), match="(?i)flex|flash"):
+    with pytest.raises((ValueError, ImportError), match=r"(?i)flex|flash"):
         STLMForCausalLM._from_config(tiny_config(), attn_implementation=implementation)
 
 

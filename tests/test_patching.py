@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from modeling_stlm.patching_stlm import (
     PatchState,
     byte_kinds,

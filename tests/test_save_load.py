@@ -8,9 +8,10 @@ import sys
 
 import pytest
 import torch
-from modeling_stlm import STLMForCausalLM, STLMModel, STLMTokenizer
 from safetensors import safe_open
 from transformers import AutoModel, AutoModelForCausalLM
+
+from modeling_stlm import STLMForCausalLM, STLMModel, STLMTokenizer
 
 from .tiny import MIXERS, SHARING, TEXT, ids_of, tiny_model
 
@@ -73,7 +74,7 @@ def test_a_checkpoint_holds_code_weights_once_and_every_auto_class(tmp_path):
     config = json.loads((tmp_path / "config.json").read_text())
     assert set(config["auto_map"]) == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
-        stored = {name: file.get_tensor(name).numel() for name in file.keys()}  # noqa: SIM118
+        stored = {name: file.get_tensor(name).numel() for name in file.keys()}
     assert "lm_head.weight" not in stored
     assert sum(stored.values()) == model.num_parameters()
 
@@ -129,5 +130,5 @@ def test_a_damaged_checkpoint_is_refused(tmp_path):
     tiny_model().save_pretrained(tmp_path)
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    with pytest.raises(Exception, match="(?i)incomplete|header|corrupt"):
+    with pytest.raises(Exception, match=r"(?i)incomplete|header|corrupt"):
         AutoModelForCausalLM.from_pretrained(tmp_path)

@@ -6,8 +6,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from modeling_stlm import STLMTokenizer
 from transformers import AutoTokenizer, TokenizersBackend
+
+from modeling_stlm import STLMTokenizer
 
 from .tiny import TEXT
 

@@ -2,6 +2,7 @@
 """Tiny models that pool, and the text they are tested on."""
 
 import torch
+
 from modeling_stlm import STLMConfig, STLMForCausalLM
 
 

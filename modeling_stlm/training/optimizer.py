@@ -32,6 +32,7 @@ class MuonWithAdamW(torch.optim.AdamW):
         state = self.state[parameter]
         if not state:
             state["momentum_buffer"] = torch.zeros_like(parameter)
+            state["step"] = torch.tensor(0.0)  # unused; AdamW looks for it when a state is loaded
         momentum = group["momentum"]
         state["momentum_buffer"].lerp_(parameter.grad, 1 - momentum)
         update = orthogonalize(parameter.grad.lerp(state["momentum_buffer"], momentum))

@@ -52,6 +52,12 @@ class TimeBudget(TrainerCallback, ExportableState):
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
 
+    def on_log(self, args, state, control, **kwargs):
+        # The scheduler, which is constant, logged its own rate.
+        if "learning_rate" in state.log_history[-1]:
+            fraction = self.elapsed_seconds / (60 * self.minutes)
+            state.log_history[-1]["learning_rate"] *= self.learning_rate_factor(fraction)
+
     def on_step_end(self, args, state, control, **kwargs):
         if self._tick() >= 1:
             control.should_training_stop = True

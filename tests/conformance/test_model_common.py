@@ -4,6 +4,7 @@
 import unittest
 
 import torch
+
 from modeling_stlm import STLMConfig, STLMForCausalLM, STLMModel
 
 from . import sdist

@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fine-tune a checkpoint on a text with the plain `Trainer`, in full or with LoRA, and see what it learned.
+
+    python examples/finetune.py                        # the shipped stlm-3m on the shipped Shakespeare
+    python examples/finetune.py --lora_rank 8          # LoRA on every linear layer of the trunk and of the byte layers
+    python examples/finetune.py --text my.txt --checkpoint runs/stlm-10m --output runs/mine
+
+Prints bits per byte on the last tenth of the text before and after, writes the curve to `OUTPUT/bits_per_byte.png`,
+streams a sample, saves the checkpoint and loads it again through `AutoModelForCausalLM`.
+"""
+
+import argparse
+from pathlib import Path
+
+import matplotlib
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer, Trainer, TrainingArguments, set_seed
+
+import modeling_stlm  # noqa: F401  (registers the Auto classes)
+from modeling_stlm.training.bits_per_byte import BitsPerByteEvaluator
+from modeling_stlm.training.corpus import PackedWindows, write_corpus
+
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+
+HERE = Path(__file__).parent
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", default=str(HERE / "checkpoints" / "stlm-3m"), help="folder or Hub id")
+    parser.add_argument("--text", type=Path, default=HERE / "data" / "shakespeare.txt")
+    parser.add_argument("--output", type=Path, default=Path("runs/finetuned"))
+    parser.add_argument("--max_steps", type=int, default=150)
+    parser.add_argument("--batch_size", type=int, default=8, help="windows of 1024 bytes a step")
+    parser.add_argument("--learning_rate", type=float, default=1e-3)
+    parser.add_argument("--lora_rank", type=int, default=0, help="0: train all weights")
+    parser.add_argument("--prompt", default="ROMEO:\n")
+    return parser.parse_args()
+
+
+def main():
+    args = parse_arguments()
+    set_seed(1)
+    tokenizer = AutoTokenizer.from_pretrained(args.checkpoint)
+    model = AutoModelForCausalLM.from_pretrained(args.checkpoint, dtype=torch.float32)
+    print(f"{args.checkpoint}: {model.num_parameters():,} parameters, {model.device}, {model.dtype}")
+    if args.lora_rank:
+        lora = LoraConfig(r=args.lora_rank, lora_alpha=2 * args.lora_rank, target_modules="all-linear")
+        model = get_peft_model(model, lora)
+        model.print_trainable_parameters()
+
+    text = args.text.read_text(encoding="utf-8")
+    cut = len(text) * 9 // 10
+    sets = {}
+    for split, part in (("train", text[:cut]), ("validation", text[cut:])):
+        path = write_corpus(args.output / "data" / f"{split}.bin", [part], tokenizer)
+        sets[split] = PackedWindows(path, tokenizer, block_size=1024)
+
+    evaluator = BitsPerByteEvaluator()
+    trainer = Trainer(
+        model=model,
+        args=TrainingArguments(
+            output_dir=str(args.output),
+            max_steps=args.max_steps,
+            per_device_train_batch_size=args.batch_size,
+            per_device_eval_batch_size=args.batch_size,
+            learning_rate=args.learning_rate,
+            warmup_steps=args.max_steps // 10,
+            logging_steps=max(1, args.max_steps // 10),
+            eval_strategy="steps",
+            eval_steps=max(1, args.max_steps // 3),
+            eval_on_start=True,
+            save_strategy="no",
+            batch_eval_metrics=True,
+            report_to="none",
+            use_cpu=not torch.cuda.is_available(),
+        ),
+        train_dataset=sets["train"],
+        eval_dataset=sets["validation"],
+        processing_class=tokenizer,
+        compute_metrics=evaluator,
+        preprocess_logits_for_metrics=evaluator.nats,
+    )
+    trainer.train()
+    logs = trainer.state.log_history
+    curve = [(log["step"], log["eval_bits_per_byte"]) for log in logs if "eval_bits_per_byte" in log]
+    write_curve(curve, args.output / "bits_per_byte.png")
+
+    if args.lora_rank:
+        model.save_pretrained(args.output / "adapter")
+        model = model.merge_and_unload()
+    model.config.use_cache = True  # Trainer turns it off, and would save it so
+    model.save_pretrained(args.output)
+    tokenizer.save_pretrained(args.output)
+
+    model = AutoModelForCausalLM.from_pretrained(args.output).eval()
+    print("\nA sample from the saved checkpoint:\n")
+    inputs = tokenizer(args.prompt, return_tensors="pt")
+    streamer = TextStreamer(tokenizer, skip_special_tokens=True)
+    model.generate(**inputs, streamer=streamer, max_new_tokens=300, do_sample=True, temperature=0.7, top_p=0.9)
+
+    print(f"\nbits per byte on the last tenth of {args.text.name}: {curve[0][1]:.3f} before, {curve[-1][1]:.3f} after")
+    print(f"curve: {args.output / 'bits_per_byte.png'}    checkpoint: {args.output}")
+    print(f"publish it: python examples/push_to_hub.py --checkpoint {args.output} --repo_id YOUR_NAME/stlm-shakespeare")
+
+
+def write_curve(curve: list[tuple[int, float]], path: Path) -> None:
+    figure, axes = plt.subplots(figsize=(6, 4))
+    axes.plot(*zip(*curve), marker="o")
+    axes.set(xlabel="step", ylabel="bits per byte (held out)", title="Fine-tuning")
+    axes.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Talk to a checkpoint in the terminal; text streams as it is generated.
+
+    python examples/generate.py                                     # go on from what you type
+    python examples/generate.py --prompt "Once upon a time"         # once, then leave
+    python examples/generate.py --chat --checkpoint runs/my-chat    # with the chat template; turns share one cache
+
+An empty line leaves.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, TextStreamer
+
+import modeling_stlm  # noqa: F401  (registers the Auto classes)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    default = Path(__file__).parent / "checkpoints" / "stlm-3m"
+    parser.add_argument("--checkpoint", default=str(default), help="folder or Hub id")
+    parser.add_argument("--prompt", help="generate once from this")
+    parser.add_argument("--chat", action="store_true", help="use the chat template")
+    parser.add_argument("--max_new_tokens", type=int, default=256, help="bytes")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0: greedy")
+    return parser.parse_args()
+
+
+def main():
+    args = parse_arguments()
+    tokenizer = AutoTokenizer.from_pretrained(args.checkpoint)
+    model = AutoModelForCausalLM.from_pretrained(args.checkpoint, dtype=torch.float32).eval()
+    print(f"{args.checkpoint}: {model.num_parameters():,} parameters, {model.device}, {model.dtype}")
+    options = {"max_new_tokens": args.max_new_tokens, "streamer": TextStreamer(tokenizer, skip_prompt=args.chat)}
+    if args.temperature > 0:
+        options |= {"do_sample": True, "temperature": args.temperature, "top_p": 0.95}
+    else:
+        options |= {"do_sample": False, "temperature": None, "top_p": None}
+    if args.chat:
+        options["eos_token_id"] = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>")]
+
+    cache, ids = DynamicCache(config=model.config), torch.empty(1, 0, dtype=torch.long)
+    while True:
+        text = args.prompt if args.prompt is not None else input("> ")
+        if not text:
+            return
+        if args.chat:
+            turn = [{"role": "user", "content": text}]
+            new = tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_tensors="pt")["input_ids"]
+            ids = torch.cat([ids, new], dim=1)
+            ids = model.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=cache, **options)
+        else:
+            model.generate(**tokenizer(text, return_tensors="pt"), **options)
+        if args.prompt is not None:
+            return
+
+
+if __name__ == "__main__":
+    main()

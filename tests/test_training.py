@@ -1,0 +1,319 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training with the unchanged Trainer, and the parts that plug into it."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import evaluate
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import DataCollatorWithFlattening, Trainer, TrainerCallback, TrainingArguments, set_seed
+
+from modeling_stlm import STLMForCausalLM, STLMTokenizer
+from modeling_stlm.training import bits_per_byte as metric
+from modeling_stlm.training.corpus import PackedWindows, write_corpus
+from modeling_stlm.training.optimizer import MuonRecipe, orthogonalize
+from modeling_stlm.training.time_budget import TimeBudget
+
+from .tiny import SHARING, TEXT, assert_equal, ids_of, randomize, tiny_config, tiny_model
+
+
+TOKENIZER = STLMTokenizer()
+DOCUMENTS = [TEXT, "short", "a b c d e. " * 40, "", "Zoë 東京"]
+
+
+@pytest.fixture
+def windows(tmp_path) -> PackedWindows:
+    return PackedWindows(write_corpus(tmp_path / "corpus.bin", DOCUMENTS, TOKENIZER), TOKENIZER, block_size=64)
+
+
+def arguments(folder: Path, **overrides) -> TrainingArguments:
+    defaults = {
+        "output_dir": str(folder),
+        "max_steps": 6,
+        "per_device_train_batch_size": 2,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+    }
+    return TrainingArguments(**(defaults | overrides))
+
+
+def losses(trainer: Trainer) -> list[float]:
+    return [log["loss"] for log in trainer.state.log_history if "loss" in log]
+
+
+def test_windows_are_the_packed_documents(windows):
+    row = [i for text in DOCUMENTS if text for i in (257, *ids_of(text), 258)]
+    positions = [t for text in DOCUMENTS if text for t in range(len(text.encode()) + 2)]
+    items = [windows[i] for i in range(len(windows))]
+    assert len(items) == len(row) // 64 > 5
+    for i, item in enumerate(items):
+        here = slice(64 * i, 64 * (i + 1))
+        assert item["input_ids"].tolist() == row[here]
+        assert item["labels"].tolist() == [-100 if t == 257 else t for t in row[here]]
+        # Positions count from the document's start, or from the window's in the document that it cuts.
+        first = positions[here][0]
+        cut = next((t for t, p in enumerate(positions[here]) if t and p == 0), 64)
+        assert item["position_ids"].tolist() == [p - first if t < cut else p for t, p in enumerate(positions[here])]
+    with pytest.raises(IndexError):
+        windows[len(windows)]
+
+
+def test_any_file_of_bytes_is_a_corpus(tmp_path):
+    (tmp_path / "text").write_bytes(bytes(range(256)) * 2)
+    windows = PackedWindows(tmp_path / "text", TOKENIZER, block_size=100)
+    assert len(windows) == 5
+    assert windows[0]["input_ids"][:4].tolist() == [257, 0, 1, 2]
+    with pytest.raises(ValueError, match="fewer than one window of 1000"):
+        PackedWindows(tmp_path / "text", TOKENIZER, block_size=1000)
+    with pytest.raises(ValueError, match="every document is empty"):
+        write_corpus(tmp_path / "empty.bin", ["", ""], TOKENIZER)
+    assert not list(tmp_path.glob("empty*"))
+
+
+def test_flattened_batches_give_the_loss_of_the_documents_apart():
+    model = tiny_model()
+    documents = [ids_of(text) for text in (TEXT, "a few words", "and more. ")]
+    packed = DataCollatorWithFlattening(return_tensors="pt")([{"input_ids": ids} for ids in documents])
+    packed = {name: value for name, value in packed.items() if isinstance(value, torch.Tensor)}
+    with torch.no_grad():
+        loss = model(**packed, use_cache=False).loss * (sum(map(len, documents)) - len(documents))
+        apart = [model(torch.tensor([ids]), labels=torch.tensor([ids])).loss * (len(ids) - 1) for ids in documents]
+    torch.testing.assert_close(loss, sum(apart))
+
+
+def test_training_lowers_the_loss_and_moves_every_parameter(tmp_path, windows):
+    model = STLMForCausalLM(tiny_config(**SHARING["middle"]))
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    trainer = Trainer(model=model, args=arguments(tmp_path, max_steps=40), train_dataset=windows)
+    trainer.train()
+    assert losses(trainer)[-1] < losses(trainer)[0] - 1
+    assert [name for name, parameter in model.named_parameters() if torch.equal(parameter, before[name])] == []
+
+
+class StopAt(TrainerCallback):
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            control.should_save = control.should_training_stop = True
+
+
+@pytest.mark.parametrize("muon", [False, True], ids=["adamw", "muon"])
+def test_a_resumed_training_has_the_losses_of_one_that_was_not_cut(tmp_path, windows, muon):
+    recipe = {"optimizer_cls_and_kwargs": (MuonRecipe, {"muon_lr": 0.02, "adamw_lr": 1e-3})} if muon else {}
+
+    def trainer(name, **more):
+        set_seed(5)
+        model = STLMForCausalLM(tiny_config(hidden_dropout=0.1))
+        return Trainer(model=model, args=arguments(tmp_path / name), train_dataset=windows, **recipe, **more)
+
+    whole = trainer("whole")
+    whole.train()
+    cut = trainer("cut", callbacks=[StopAt(3)])
+    cut.train()
+    resumed = trainer("cut")
+    resumed.train(resume_from_checkpoint=True)
+    assert losses(cut) == losses(whole)[:3]
+    assert losses(resumed) == losses(whole)
+    for ours, expected in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
+        assert torch.equal(ours, expected)
+
+
+def test_gradient_accumulation_gives_the_loss_of_the_whole_batch(tmp_path, windows):
+    results = []
+    for batch_size, accumulation in ((4, 1), (1, 4)):
+        set_seed(5)
+        args = arguments(
+            tmp_path, per_device_train_batch_size=batch_size, gradient_accumulation_steps=accumulation, max_steps=3
+        )
+        trainer = Trainer(model=STLMForCausalLM(tiny_config()), args=args, train_dataset=windows)
+        trainer.train()
+        results.append(losses(trainer))
+    assert results[0] == pytest.approx(results[1], rel=1e-4)
+
+
+def test_lora_trains_saves_loads_and_merges(tmp_path, windows):
+    base = randomize(STLMForCausalLM(tiny_config(**SHARING["middle"])))
+    base.save_pretrained(tmp_path / "base")
+    model = get_peft_model(base, LoraConfig(r=4, target_modules="all-linear"))
+    trainer = Trainer(model=model, args=arguments(tmp_path, max_steps=20), train_dataset=windows)
+    trainer.train()
+    assert losses(trainer)[-1] < losses(trainer)[0]
+    ids = torch.tensor([ids_of(TEXT)])
+    model.eval()
+    with torch.no_grad():
+        adapted = model(ids).logits
+        with model.disable_adapter():
+            assert (model(ids).logits - adapted).abs().max() > 0.1
+        generated = model.generate(input_ids=ids, max_new_tokens=12, do_sample=False)
+        assert torch.equal(generated, model.generate(input_ids=ids, max_new_tokens=12, do_sample=False, use_cache=False))
+        model.save_pretrained(tmp_path / "adapter")
+        fresh = STLMForCausalLM.from_pretrained(tmp_path / "base")
+        loaded = PeftModel.from_pretrained(fresh, tmp_path / "adapter").eval()
+        assert torch.equal(loaded(ids).logits, adapted)
+        merged = loaded.merge_and_unload()
+        assert type(merged) is STLMForCausalLM
+        assert_equal(merged(ids).logits, adapted)
+
+
+def test_muon_gets_the_matrices_and_adamw_the_rest():
+    model = STLMForCausalLM(tiny_config())
+    muon, adamw = MuonRecipe()(model).param_groups
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    matrices = {names[id(parameter)] for parameter in muon["params"]}
+    others = {names[id(parameter)] for parameter in adamw["params"]}
+    assert matrices | others == set(names.values()) and not matrices & others
+    assert all(name.endswith("proj.weight") for name in matrices)
+    assert {"model.embed_tokens.weight", "model.ngram_embed_tokens.weight", "model.start"} <= others
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (5, 20), (20, 5)])
+def test_orthogonalize_evens_out_singular_values(shape):
+    values = torch.linalg.svdvals(orthogonalize(torch.randn(shape)))
+    assert values.min() > 0.3 and values.max() < 1.3
+
+
+def test_muon_follows_the_one_of_torch():
+    # `torch.optim.Muon` iterates in bfloat16: the same update up to its rounding.
+    weights = torch.randn(12, 12)
+    ours, theirs = (torch.nn.Linear(12, 12, bias=False) for _ in range(2))
+    for module in (ours, theirs):
+        module.weight.data.copy_(weights)
+    ours.get_output_embeddings = lambda: None
+    recipe = MuonRecipe()(ours, muon_lr=0.02)
+    reference = torch.optim.Muon(theirs.parameters(), lr=0.02, weight_decay=0.0)
+    for _ in range(3):
+        gradient = torch.randn(12, 12)
+        ours.weight.grad, theirs.weight.grad = gradient.clone(), gradient.clone()
+        recipe.step()
+        reference.step()
+    moved = (theirs.weight - weights).abs().max()
+    assert (ours.weight - theirs.weight).abs().max() < 0.05 * moved
+
+
+def test_a_time_budget_stops_warms_up_and_decays(tmp_path, windows):
+    budget, applied = TimeBudget(minutes=3 / 60, warmup=0.4, decay=0.5, clock="wall"), []
+
+    class Record(TrainerCallback):
+        def on_optimizer_step(self, args, state, control, optimizer, **kwargs):
+            applied.append(optimizer.param_groups[0]["lr"])
+
+    args = arguments(tmp_path, max_steps=10**6, lr_scheduler_type="constant")
+    trainer = Trainer(model=STLMForCausalLM(tiny_config()), args=args, train_dataset=windows, callbacks=[budget, Record()])
+    trainer.train()
+    rates = [log["learning_rate"] for log in trainer.state.log_history if "learning_rate" in log]
+    assert 3 <= budget.elapsed_seconds < 10
+    assert 10 < trainer.state.global_step < 10**6
+    assert applied[0] < 0.5 * max(applied) and applied[-1] < 0.2 * max(applied)
+    assert rates == pytest.approx(applied, abs=1e-3)
+    assert TimeBudget.from_state(budget.state()).elapsed_seconds == budget.elapsed_seconds
+    with pytest.raises(ValueError, match="must be 'wall' or 'cpu'"):
+        TimeBudget(1, clock="sun")
+
+
+def test_bits_per_byte_is_one_number_through_every_door(tmp_path, windows):
+    model = tiny_model()
+    total_nats, total_bytes = 0.0, 0
+    texts, nats = [], []
+    for i in range(len(windows)):
+        item = windows[i]
+        ids = item["input_ids"]
+        with torch.no_grad():
+            logits = model(ids[None], position_ids=item["position_ids"][None], use_cache=False).logits[0]
+        here = [
+            -logits[t - 1].double().log_softmax(-1)[ids[t]].item() if item["labels"][t] >= 0 else 0.0
+            for t in range(1, len(ids))
+        ]
+        nats.append(here)
+        texts.append(ids[1:].tolist())
+        total_nats += sum(value for value, token in zip(here, ids[1:]) if token < 256)
+        total_bytes += sum(token < 256 for token in ids[1:].tolist())
+    expected = total_nats / math.log(2) / total_bytes
+    assert metric.bits_per_byte(total_nats, total_bytes) == pytest.approx(expected)
+
+    loaded = evaluate.load(metric.__file__)
+    assert loaded.compute(predictions=nats, references=texts)["bits_per_byte"] == pytest.approx(expected, rel=1e-6)
+
+    evaluator = metric.BitsPerByteEvaluator()
+    args = arguments(tmp_path, batch_eval_metrics=True, per_device_eval_batch_size=3)
+    trainer = Trainer(
+        model=model,
+        args=args,
+        eval_dataset=windows,
+        compute_metrics=evaluator,
+        preprocess_logits_for_metrics=evaluator.nats,
+    )
+    for _ in range(2):  # the second time nothing is left over from the first
+        metrics = trainer.evaluate()
+        assert metrics["eval_bits_per_byte"] == pytest.approx(expected, rel=1e-5)
+        assert metrics["eval_bytes"] == total_bytes
+    with pytest.raises(ValueError, match="at least one byte"):
+        metric.bits_per_byte(1.0, 0)
+
+
+def test_bits_per_byte_counts_the_bytes_behind_other_tokens():
+    token_bytes = torch.tensor([0, 1, 3])
+    evaluator = metric.BitsPerByteEvaluator(token_bytes)
+
+    class Prediction:
+        predictions = np.array([[0.0, 2.0, 5.0, 7.0]])
+        label_ids = np.array([[1, 2, 1, 0]])
+
+    # The first token has no prediction, the last is special: two tokens of 3 + 1 bytes.
+    assert evaluator(Prediction)["bits_per_byte"] == pytest.approx(7 / math.log(2) / 4)
+
+
+SCRIPT = """
+import json, sys, torch
+from transformers import Trainer, TrainingArguments, set_seed
+from modeling_stlm import STLMForCausalLM, STLMConfig
+batch, out = int(sys.argv[1]), sys.argv[2]
+set_seed(5)
+model = STLMForCausalLM(STLMConfig.from_dict(json.loads(sys.argv[3])))
+# One row of the four completes no patch: its rank would leave the trunk out, and the others would wait for it.
+rows = [list(b"a word and another w"), list(b"x" * 20), list(b"1 2 3 4 5 6 7 8 9 0 "), list(b"y" * 20)] * 3
+data = [{"input_ids": torch.tensor(row), "labels": torch.tensor(row)} for row in rows]
+args = TrainingArguments(output_dir=out, max_steps=3, per_device_train_batch_size=batch, learning_rate=1e-2,
+                         logging_steps=1, save_strategy="no", report_to="none", use_cpu=True, disable_tqdm=True,
+                         train_sampling_strategy="sequential")
+trainer = Trainer(model=model, args=args, train_dataset=data)
+trainer.train()
+if trainer.is_world_process_zero():
+    losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
+    json.dump({"losses": losses, "processes": args.world_size}, open(out + "/result.json", "w"))
+"""
+
+
+def test_two_processes_have_the_losses_of_one(tmp_path):
+    (tmp_path / "train.py").write_text(SCRIPT)
+    config = json.dumps(tiny_config(max_patch_bytes=64).to_dict(), default=str)
+    # Without `--multi_gpu`, accelerate launches a single process on a CPU, whatever `--num_processes` says.
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    launcher += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    results = {}
+    for processes, batch in ((1, 4), (2, 2)):
+        out = tmp_path / str(processes)
+        out.mkdir()
+        command = [sys.executable] if processes == 1 else launcher
+        subprocess.run(
+            [*command, str(tmp_path / "train.py"), str(batch), str(out), config],
+            check=True,
+            env=os.environ | {"ACCELERATE_USE_CPU": "true"},
+            timeout=300,
+        )
+        result = json.loads((out / "result.json").read_text())
+        assert result["processes"] == processes and len(result["losses"]) == 3
+        results[processes] = result["losses"]
+    assert results[2] == pytest.approx(results[1], rel=1e-4)
