@@ -148,8 +148,12 @@ def main():
 
     measures = {
         "train bytes/s": lambda model, tokenizer: train_bytes_per_second(model, tokenizer, text, now),
-        "generate bytes/s, batch 1": lambda model, tokenizer: generated_bytes_per_second(model, tokenizer, text, 1, now),
-        "generate bytes/s, batch 16": lambda model, tokenizer: generated_bytes_per_second(model, tokenizer, text, 16, now),
+        "generate bytes/s, batch 1": lambda model, tokenizer: generated_bytes_per_second(
+            model, tokenizer, text, 1, now
+        ),
+        "generate bytes/s, batch 16": lambda model, tokenizer: generated_bytes_per_second(
+            model, tokenizer, text, 16, now
+        ),
     }
     results = {name: {measure: [] for measure in measures} for name in MODELS}
     for repeat in range(args.repeats + 1):

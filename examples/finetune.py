@@ -105,7 +105,9 @@ def main():
 
     print(f"\nbits per byte on the last tenth of {args.text.name}: {curve[0][1]:.3f} before, {curve[-1][1]:.3f} after")
     print(f"curve: {args.output / 'bits_per_byte.png'}    checkpoint: {args.output}")
-    print(f"publish it: python examples/push_to_hub.py --checkpoint {args.output} --repo_id YOUR_NAME/stlm-shakespeare")
+    print(
+        f"publish it: python examples/push_to_hub.py --checkpoint {args.output} --repo_id YOUR_NAME/stlm-shakespeare"
+    )
 
 
 def write_curve(curve: list[tuple[int, float]], path: Path) -> None:

@@ -130,15 +130,18 @@ class STLMPoolCacheLayer(STLMCacheLayer):
 
     `history` (B, seen) holds the id of every position fed, -1 at padding, -2 where an embedding stood for no id;
     `context` (B, C) the last valid ids; `keys` (B, D) the sum over the open patch; `values` (B, P, D) the patches as
-    bytes see them; `num_bytes`, `num_patches`, `open_bytes`, `open_characters` (B,) counts of valid bytes.
+    bytes see them; `visible` (B, D) the last of them, or the start vector; `num_bytes`, `num_patches`, `open_bytes`, `open_characters` (B,) counts of valid bytes.
     """
 
     _layer_type = "stlm_pool"
-    row_tensors = ("keys", "values", "history", "context", "num_bytes", "num_patches", "open_bytes", "open_characters")
+    row_tensors = (
+        *("keys", "values", "visible", "history", "context"),
+        *("num_bytes", "num_patches", "open_bytes", "open_characters"),
+    )
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
-        self.history = self.context = self.num_bytes = self.num_patches = None
+        self.visible = self.history = self.context = self.num_bytes = self.num_patches = None
         self.open_bytes = self.open_characters = None
         self.seen_bytes = 0
         self.is_stale = False  # after `crop`: everything but history and values must be made again
@@ -146,20 +149,21 @@ class STLMPoolCacheLayer(STLMCacheLayer):
     def get_seq_length(self) -> int:
         return self.seen_bytes
 
-    def start(self, num_rows: int, num_context: int, like: torch.Tensor) -> None:
-        """Empty state for `num_rows` rows; `like (.., D)` gives byte width, dtype and device."""
-        self.lazy_initialization(like)
-        self.history = torch.empty(num_rows, 0, dtype=torch.int16, device=like.device)
-        self.values = like.new_zeros(num_rows, 0, like.shape[-1])
-        self.clear(num_context)
+    def start(self, num_rows: int, num_context: int, first: torch.Tensor) -> None:
+        """Empty state for `num_rows` rows; `first (D,)` is what bytes see before any patch is complete."""
+        self.lazy_initialization(first)
+        self.history = torch.empty(num_rows, 0, dtype=torch.int16, device=first.device)
+        self.values = first.new_zeros(num_rows, 0, len(first))
+        self.clear(num_context, first)
 
-    def clear(self, num_context: int) -> None:
+    def clear(self, num_context: int, first: torch.Tensor) -> None:
         """Forget all but the byte history and the patches."""
-        num_rows, _, width = self.values.shape
-        counts = torch.zeros(num_rows, dtype=torch.long, device=self.values.device)
+        num_rows = len(self.history)
+        counts = torch.zeros(num_rows, dtype=torch.long, device=first.device)
         self.num_bytes, self.num_patches, self.open_bytes, self.open_characters = (counts.clone() for _ in range(4))
         self.context = counts.new_full((num_rows, num_context), -1)
-        self.keys = self.values.new_zeros(num_rows, width, dtype=torch.float32)
+        self.keys = first.new_zeros(num_rows, len(first), dtype=torch.float32)
+        self.visible = first.expand(num_rows, -1)
         self.is_stale = False
 
     def append_history(self, ids: torch.Tensor) -> None:
@@ -170,10 +174,9 @@ class STLMPoolCacheLayer(STLMCacheLayer):
         self.seen_bytes = end
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *, rows, start):
-        """Store patches `value_states` (R, P, D) of `rows` (R,) from index `start` (R,) on; `key_states`: open sums."""
-        self.keys = key_states
+        """Store patches `value_states` (R, P, D) of `rows` (R,), all if `None`, from index `start` (R,) on."""
         self.values = write_patches(self.values, value_states, rows, start, dim=1)
-        return self.keys, self.values
+        return key_states, self.values
 
     def crop(self, tokens_to_remove: int) -> None:
         self._check_crop(tokens_to_remove)

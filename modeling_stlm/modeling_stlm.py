@@ -40,16 +40,19 @@ from .configuration_stlm import STLMConfig
 from .patching_stlm import (
     RULE_CONTEXT_BYTES,
     PatchState,
+    Rule,
+    byte_events,
     byte_kinds,
     find_boundaries,
     index_patches,
     pool_patches,
-    shifted,
+    step_boundary,
     sum_patches,
     unpool_patches,
 )
 
 
+NGRAM_PRIME = 2**31 - 1
 SOFT_ID = -2  # in the byte history: an embedding that stands for no id
 
 
@@ -146,8 +149,8 @@ class STLMAttention(nn.Module):
                 allowed = allowed.tril(key.shape[2] - query.shape[2])[None, None]
             bias = torch.zeros(allowed.shape, dtype=query.dtype, device=query.device)
             allowed = bias.masked_fill_(~allowed, torch.finfo(query.dtype).min)
-        dropout = self.config.attention_dropout if self.training else 0.0
-        output, weights = attention(self, query, key, value, allowed, dropout=dropout, scaling=self.scaling)
+        probability = self.config.attention_dropout if self.training else 0.0
+        output, weights = attention(self, query, key, value, allowed, dropout=probability, scaling=self.scaling)
         return output.flatten(2), weights  # (B, T, H * K), (B, H, T, S)
 
     def forward(
@@ -247,16 +250,22 @@ class STLMShortConv(nn.Module):
             inputs = F.pad(inputs, (0, 0, keep, 0))  # (B, N + T, D)
         else:
             inputs, _ = past_key_values.update(inputs, None, slot, keep=keep, lengths=rows.lengths)
-        if rows.positions is None:
+        taps = self.conv.weight[:, 0].t()  # (N, D), oldest byte first
+        if num_bytes == 1:
+            output = (inputs * taps).sum(1, keepdim=True)
+        elif rows.positions is None:
             output = self.conv(inputs.transpose(1, 2)).transpose(1, 2)
         else:
             # The same as a sum of shifted products, each of which stops at the start of the document.
-            taps = self.conv.weight[:, 0].t()  # (N, D), oldest byte first
             output = inputs[:, keep:] * taps[keep]
             for back in range(1, self.kernel_size):
                 tap = taps[keep - back] * (rows.positions >= back)[..., None]
                 output = torch.addcmul(output, inputs[:, keep - back : keep - back + num_bytes], tap)
         return self.out_proj(gate_out * output)
+
+
+def dropout(states: torch.Tensor, probability: float, training: bool) -> torch.Tensor:
+    return F.dropout(states, probability) if training and probability else states
 
 
 class STLMFeedForward(nn.Module):
@@ -280,7 +289,7 @@ class STLMByteLayer(GradientCheckpointingLayer):
         self.mixer = STLMShortConv(config) if config.byte_mixers[slot] == "conv" else STLMWindowAttention(config)
         self.feed_forward_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.feed_forward = STLMFeedForward(config.hidden_size, config.intermediate_size, config.hidden_act)
-        self.dropout = nn.Dropout(config.hidden_dropout)
+        self.dropout = config.hidden_dropout
         self.has_attention = config.byte_mixers[slot] == "attention"
 
     def forward(
@@ -295,8 +304,9 @@ class STLMByteLayer(GradientCheckpointingLayer):
             mixed, _ = self.mixer(mixed, rows, past_key_values, self.slot, output_attentions)
         else:
             mixed = self.mixer(mixed, rows, past_key_values, self.slot)
-        hidden_states = hidden_states + self.dropout(mixed)
-        return hidden_states + self.dropout(self.feed_forward(self.feed_forward_norm(hidden_states)))
+        hidden_states = hidden_states + dropout(mixed, self.dropout, self.training)
+        output = self.feed_forward(self.feed_forward_norm(hidden_states))
+        return hidden_states + dropout(output, self.dropout, self.training)
 
 
 class STLMTrunkAttentionBlock(GradientCheckpointingLayer):
@@ -310,11 +320,11 @@ class STLMTrunkAttentionBlock(GradientCheckpointingLayer):
             config.trunk_num_key_value_heads,
             config.trunk_head_dim,
         )
-        self.dropout = nn.Dropout(config.hidden_dropout)
+        self.dropout = config.hidden_dropout
 
     def forward(self, hidden_states: torch.Tensor, rotary, allowed, past_key_values=None, cache_kwargs=None):
         output, _ = self.attention(self.norm(hidden_states), rotary, allowed, past_key_values, cache_kwargs)
-        return hidden_states + self.dropout(output)
+        return hidden_states + dropout(output, self.dropout, self.training)
 
 
 class STLMTrunkFeedForwardBlock(GradientCheckpointingLayer):
@@ -324,10 +334,11 @@ class STLMTrunkFeedForwardBlock(GradientCheckpointingLayer):
         self.feed_forward = STLMFeedForward(
             config.trunk_hidden_size, config.trunk_intermediate_size, config.hidden_act
         )
-        self.dropout = nn.Dropout(config.hidden_dropout)
+        self.dropout = config.hidden_dropout
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return hidden_states + self.dropout(self.feed_forward(self.norm(hidden_states)))
+        output = self.feed_forward(self.norm(hidden_states))
+        return hidden_states + dropout(output, self.dropout, self.training)
 
 
 class STLMTrunk(nn.Module):
@@ -411,7 +422,8 @@ class STLMPreTrainedModel(PreTrainedModel, BudgetMixin):
             init.zeros_(module.down_proj.weight)
         elif isinstance(module, STLMModel):
             init.normal_(module.start, std=self.config.initializer_range)
-            init.copy_(module.byte_kinds, byte_kinds())
+            for name, table in module.tables(self.config).items():
+                init.copy_(getattr(module, name), table)
 
 
 class STLMModel(STLMPreTrainedModel):
@@ -443,9 +455,32 @@ class STLMModel(STLMPreTrainedModel):
             STLMByteLayer(config, i) for i in range(config.num_front_layers, config.num_byte_layers)
         )
         self.norm = nn.RMSNorm(width, eps=config.rms_norm_eps)
-        self.register_buffer("byte_kinds", byte_kinds(), persistent=False)
+        for name, table in self.tables(config).items():
+            self.register_buffer(name, table, persistent=False)
+        # Copies: reading a field of a config costs microseconds, and a byte must not cost many.
+        self.num_byte_layers, self.has_attention = config.num_byte_layers, "attention" in config.byte_mixers
+        self.num_context = max([RULE_CONTEXT_BYTES, *(order - 1 for order in config.ngram_orders)])
+        self.ngram_rows = config.ngram_rows
         self.gradient_checkpointing = False
         self.post_init()
+
+    @staticmethod
+    def tables(config: STLMConfig) -> dict[str, torch.Tensor]:
+        """Constant buffers. They are not saved; loading fills them again."""
+        orders = config.ngram_orders
+        # An n-gram hashes to sum(byte[back] * 65599**(n - 1 - back)) mod 2^31 - 1. Columns: oldest byte first.
+        weights = [
+            [pow(65599, n - 1 - back, NGRAM_PRIME) * (back < n) for back in range(max(orders, default=0))][::-1]
+            for n in orders
+        ]
+        return {
+            "byte_kinds": byte_kinds(),
+            "byte_events": byte_events(),
+            "ngram_weights": torch.tensor(weights, dtype=torch.long).view(len(orders), -1)
+            if orders
+            else torch.zeros(0, 0, dtype=torch.long),
+            "ngram_offsets": torch.arange(len(orders)) * config.ngram_rows,
+        }
 
     @can_return_tuple
     @merge_with_config_defaults
@@ -505,7 +540,7 @@ class STLMModel(STLMPreTrainedModel):
             input_ids, inputs_embeds, lengths, positions, past_key_values, **(kwargs | {"return_dict": True})
         )
         if past_key_values is not None:
-            for layer in past_key_values.layers[: self.config.num_byte_layers]:
+            for layer in past_key_values.layers[: self.num_byte_layers]:
                 layer.seen_bytes += fed_ids.shape[1]
             self._pool_slot(past_key_values).append_history(fed_ids)
             outputs.past_key_values = past_key_values
@@ -531,34 +566,24 @@ class STLMModel(STLMPreTrainedModel):
         context = self._with_context(input_ids, pool)
         num_bytes = input_ids.shape[1]
         rows = self._rows(num_bytes, lengths, positions, pool, input_ids, inputs_embeds, output_attentions)
-        boundaries = self._find_boundaries(context, num_bytes, pool, lengths, positions)
-        index = index_patches(boundaries)
-
         hidden_states = self._embed(context, input_ids, inputs_embeds, positions)  # (B, T, D)
         for layer in self.front_layers:
             hidden_states = layer(
                 hidden_states, rows, past_key_values=past_key_values, output_attentions=output_attentions
             )
-        pooled = pool_patches(hidden_states, index, None if pool is None else pool.keys)
         if pool is None:
-            patches = self._run_trunk(pooled, index, positions)
-            num_before = 0
+            visible, boundary = self._see_patches(hidden_states, context, positions)
+        elif num_bytes == 1 and lengths is None:
+            visible, boundary = self._see_patches_of_one_byte(hidden_states, context, past_key_values)
         else:
-            num_before = pool.num_patches[:, None]
-            patches = self._step_trunk(pooled, index, past_key_values)
-            self._note_bytes(pool, context, hidden_states, boundaries, index, lengths)
-
-        patch_seen = boundaries.boundary.cumsum(1) - 1 + num_before  # (B, T)
-        if positions is not None:
-            patch_seen = patch_seen.masked_fill(_no_patch_yet(boundaries.boundary, positions), -1)
-        hidden_states = hidden_states + unpool_patches(patches, patch_seen, self.start)
+            visible, boundary = self._see_patches_with_cache(hidden_states, context, lengths, past_key_values)
+        hidden_states = hidden_states + visible
         for layer in self.back_layers:
             hidden_states = layer(
                 hidden_states, rows, past_key_values=past_key_values, output_attentions=output_attentions
             )
         return STLMModelOutput(
-            last_hidden_state=self.norm(hidden_states),
-            boundaries=boundaries.boundary if output_boundaries else None,
+            last_hidden_state=self.norm(hidden_states), boundaries=boundary if output_boundaries else None
         )
 
     # Bytes
@@ -576,47 +601,31 @@ class STLMModel(STLMPreTrainedModel):
         ids = input_ids.clamp(min=-1)
         if pool is not None:
             return torch.cat([pool.context, ids], dim=1)
-        return F.pad(ids, (self._num_context, 0), value=-1)
-
-    @property
-    def _num_context(self) -> int:
-        return max([RULE_CONTEXT_BYTES, *(order - 1 for order in self.config.ngram_orders)])
+        return F.pad(ids, (self.num_context, 0), value=-1)
 
     def _embed(self, context, input_ids, inputs_embeds, positions) -> torch.Tensor:
         """Byte embedding plus the embeddings of the hashed n-grams that end at each byte: (B, T, D)."""
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        if not self.config.ngram_orders:
+        if not len(self.ngram_weights):
             return hidden_states
-        rows, num_rows = [], self.config.ngram_rows
-        digest = torch.zeros_like(input_ids)
-        for back in range(max(self.config.ngram_orders)):
-            # Rolling hash of the last `back + 1` bytes, below 2^31 so that no product leaves 64 bits.
-            digest = (digest * 65599 + shifted(context, input_ids.shape[1], back, positions) + 1) % 2147483647
-            if back + 1 in self.config.ngram_orders:
-                rows.append(digest % num_rows + len(rows) * num_rows)
-        return hidden_states + self.ngram_embed_tokens(torch.stack(rows, dim=-1)).sum(-2)
+        longest = self.ngram_weights.shape[1]
+        # (B, T, n): the bytes of each n-gram, oldest first, none before a document's start.
+        grams = context[:, context.shape[1] - input_ids.shape[1] - longest + 1 :].unfold(1, longest, 1) + 1
+        if positions is not None:
+            back = torch.arange(longest - 1, -1, -1, device=positions.device)
+            grams = grams.masked_fill(positions[..., None] < back, 0)
+        digest = (grams[:, :, None] * self.ngram_weights).sum(-1) % NGRAM_PRIME  # (B, T, orders)
+        return hidden_states + self.ngram_embed_tokens(digest % self.ngram_rows + self.ngram_offsets).sum(-2)
 
-    def _find_boundaries(self, context, num_bytes, pool, lengths, positions):
-        if pool is None:
-            zero = torch.zeros_like(context[:, 0])
-            state = PatchState(zero, zero)
-        else:
-            state = PatchState(pool.open_bytes, pool.open_characters)
-        fixed = self.config.patching == "fixed"
-        return find_boundaries(
-            context,
-            num_bytes,
-            self.byte_kinds,
-            patching=self.config.patching,
-            cap_bytes=self.config.patch_bytes if fixed else self.config.max_patch_bytes,
-            cap_characters=self.config.max_patch_characters,
-            state=state,
-            lengths=lengths,
-            positions=positions,
-        )
+    def _rule(self) -> Rule:
+        config = self.config
+        if config.patching == "fixed":
+            return Rule(self.byte_kinds, self.byte_events, False, config.patch_bytes, 1)
+        cap_bytes, cap_characters = config.max_patch_bytes, config.max_patch_characters
+        return Rule(self.byte_kinds, self.byte_events, True, cap_bytes, cap_characters)
 
     def _rows(self, num_bytes, lengths, positions, pool, input_ids, like, output_attentions=False) -> Rows:
-        if "attention" not in self.config.byte_mixers:
+        if not self.has_attention:
             return Rows(lengths, positions, None, None)
         dtype = self.embed_tokens.weight.dtype if like is None else like.dtype
         index = torch.arange(num_bytes, device=input_ids.device).expand_as(input_ids)
@@ -628,46 +637,97 @@ class STLMModel(STLMPreTrainedModel):
         rotary = rotary_embedding(index, self.config.head_dim, self.config.rope_theta, dtype)
         return Rows(lengths, positions, rotary, mask)
 
-    # Patches
+    # Patches: from the front output of the bytes (B, T, D) to what each byte sees of the trunk (B, T, D)
 
-    def _run_trunk(self, pooled, index, positions) -> torch.Tensor:
-        """Trunk output of every patch as bytes see it, without a cache: (B, P, D)."""
-        # Patches past a row's count come last and are causally invisible. The trunk runs even if no row completed a
-        # patch, so that every rank of a distributed training runs, and synchronises, the same modules.
+    def _see_patches(self, hidden_states, context, positions) -> tuple[torch.Tensor, torch.Tensor]:
+        """Without a cache."""
+        zero = torch.zeros_like(context[:, 0])
+        found = find_boundaries(
+            self._rule(), context, hidden_states.shape[1], PatchState(zero, zero), positions=positions
+        )
+        index = index_patches(found)
         allowed = None
+        patch_seen = found.boundary.cumsum(1) - 1  # (B, T)
         if positions is not None:
             document = index.ends - positions.gather(1, index.ends)  # (B, P) first byte of the patch's document
             causal = torch.ones(document.shape[1], document.shape[1], dtype=torch.bool, device=document.device).tril()
             allowed = (causal & (document[:, :, None] == document[:, None, :]))[:, None]
-        return self.unpool_proj(self.trunk(self.pool_proj(pooled), allowed))
+            patch_seen = patch_seen.masked_fill(_no_patch_yet(found.boundary, positions), -1)
+        # Patches past a row's count come last and are causally invisible. The trunk runs even if no row completed a
+        # patch, so that every rank of a distributed training runs, and synchronises, the same modules.
+        patches = self.unpool_proj(self.trunk(self.pool_proj(pool_patches(hidden_states, index)), allowed))
+        return unpool_patches(patches, patch_seen, self.start), found.boundary
 
-    def _step_trunk(self, pooled, index, past_key_values) -> torch.Tensor:
-        """Run the trunk for the rows that completed patches in this call, and give all patches of all rows."""
-        pool = self._pool_slot(past_key_values)
-        num_rows = pooled.shape[0]
-        rows = index.counts.nonzero()[:, 0]
-        if len(rows) == 0:
-            return pool.values if pool.values.shape[1] else pool.values.new_zeros(num_rows, 1, pool.values.shape[2])
+    def _see_patches_with_cache(self, hidden_states, context, lengths, past_key_values):
+        """Any number of bytes after those in the cache."""
+        pool, num_bytes = self._pool_slot(past_key_values), hidden_states.shape[1]
+        state = PatchState(pool.open_bytes, pool.open_characters)
+        found = find_boundaries(self._rule(), context, num_bytes, state, lengths)
+        index = index_patches(found)
         start = pool.num_patches
-        everyone = len(rows) == num_rows
-        if not everyone:
+        rows = index.counts.nonzero()[:, 0]
+        if len(rows):
+            self._append_patches(past_key_values, pool_patches(hidden_states, index, pool.keys), rows)
+        ended = found.boundary.cumsum(1)
+        visible = self._look_up(pool, start[:, None] + ended - 1)
+
+        is_open = (ended == index.counts[:, None]) & ~found.boundary
+        if lengths is not None:
+            is_open = is_open & (torch.arange(num_bytes, device=is_open.device) < lengths[:, None])
+        pool.keys = sum_patches(hidden_states, (~is_open).long(), 1)[:, 0] + pool.keys * (index.counts == 0)[:, None]
+        pool.num_patches = start + index.counts
+        pool.open_bytes, pool.open_characters = found.state
+        self._note_bytes(pool, context, lengths)
+        return visible, found.boundary
+
+    def _see_patches_of_one_byte(self, hidden_states, context, past_key_values):
+        """One byte in every row: the step of generation, in as few operations as will do."""
+        pool = self._pool_slot(past_key_values)
+        boundary, state = step_boundary(self._rule(), context, PatchState(pool.open_bytes, pool.open_characters))
+        sums = pool.keys + hidden_states[:, 0]
+        rows = boundary.nonzero()[:, 0]
+        if len(rows):
+            mean = (sums / (pool.open_bytes + 1)[:, None]).to(hidden_states.dtype)
+            patches = self._append_patches(past_key_values, torch.cat([mean, hidden_states[:, 0]], -1)[:, None], rows)
+            pool.visible = pool.visible.index_copy(0, rows, patches[:, 0])
+            pool.num_patches = pool.num_patches + boundary
+            sums = sums.masked_fill(boundary[:, None], 0)
+        pool.keys = sums
+        pool.open_bytes, pool.open_characters = state
+        pool.context = context[:, 1:]
+        pool.num_bytes = pool.num_bytes + 1
+        return pool.visible[:, None], boundary[:, None]
+
+    def _append_patches(self, past_key_values: Cache, pooled: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """Run the trunk on the new patches `pooled (B, P, 2 * D)` of `rows (R,)` only, and store them: (R, P, D)."""
+        pool = self._pool_slot(past_key_values)
+        num_rows, start = pooled.shape[0], pool.num_patches
+        if len(rows) == num_rows:
+            rows = None
+        else:
             pooled, start = pooled[rows], start[rows]
-        patches = self.pool_proj(pooled)
+        num_new = pooled.shape[1]
         first, last = int(start.min()), int(start.max())
         allowed = None
-        if last > 0 and (patches.shape[1] > 1 or first != last):
-            patch = torch.arange(patches.shape[1], device=start.device)[:, None] + start[:, None, None]  # (R, P, 1)
-            allowed = (torch.arange(last + patches.shape[1], device=start.device) <= patch)[:, None]
-        patches = self.unpool_proj(
-            self.trunk(patches, allowed, start, past_key_values, num_rows, None if everyone else rows)
-        )
-        _, values = past_key_values.update(pool.keys, patches, self.config.num_byte_layers, rows=rows, start=start)
-        return values
+        if last > 0 and (num_new > 1 or first != last):
+            patch = start[:, None] + torch.arange(num_new, device=start.device)  # (R, P)
+            allowed = (torch.arange(last + num_new, device=start.device) <= patch[..., None])[:, None]
+        patches = self.trunk(self.pool_proj(pooled), allowed, start, past_key_values, num_rows, rows)
+        patches = self.unpool_proj(patches)
+        past_key_values.update(pool.keys, patches, self.num_byte_layers, rows=rows, start=start)
+        return patches
+
+    def _look_up(self, pool, patch_seen: torch.Tensor) -> torch.Tensor:
+        """What bytes that see the stored patches `patch_seen (B, T)` see; also notes the last of them."""
+        patches = pool.values if pool.values.shape[1] else pool.values.new_zeros(len(patch_seen), 1, len(self.start))
+        visible = unpool_patches(patches, patch_seen, self.start)
+        pool.visible = visible[:, -1]
+        return visible
 
     # Cache
 
     def _pool_slot(self, past_key_values: Cache) -> STLMPoolCacheLayer:
-        return past_key_values.layers[self.config.num_byte_layers]
+        return past_key_values.layers[self.num_byte_layers]
 
     def _prepare_cache(self, past_key_values: Cache, input_ids: torch.Tensor) -> None:
         """Check that the cache is one of ours and fits, start it if it is new, and mend it after a crop."""
@@ -676,35 +736,26 @@ class STLMModel(STLMPreTrainedModel):
             # A cache made without a config learns its slots here.
             layers.extend(DynamicCache(config=self.config).layers)
             past_key_values.layer_class_to_replicate = None
-        kinds = [layer._layer_type for layer in layers]
-        if kinds != self.config.layer_types:
+        pool = layers[self.num_byte_layers] if len(layers) == self.config.num_hidden_layers else None
+        if pool is None or pool._layer_type != "stlm_pool" or not pool.is_initialized:
+            kinds = [layer._layer_type for layer in layers]
+            if kinds != self.config.layer_types:
+                raise ValueError(
+                    f"past_key_values has slots {kinds}, but this model needs {self.config.layer_types}: "
+                    "make it with DynamicCache(config=model.config)"
+                )
+            pool.start(input_ids.shape[0], self.num_context, self.start)
+        if len(pool.num_patches) != input_ids.shape[0]:
             raise ValueError(
-                f"past_key_values has slots {kinds}, but this model needs {self.config.layer_types}: "
-                "make it with DynamicCache(config=model.config)"
-            )
-        pool = self._pool_slot(past_key_values)
-        if not pool.is_initialized:
-            pool.start(input_ids.shape[0], self._num_context, like=self.start)
-        if pool.num_patches.shape[0] != input_ids.shape[0]:
-            raise ValueError(
-                f"past_key_values holds {pool.num_patches.shape[0]} rows, but the input has {input_ids.shape[0]}"
+                f"past_key_values holds {len(pool.num_patches)} rows, but the input has {input_ids.shape[0]}"
             )
         if pool.is_stale:
             self._replay(past_key_values)
 
-    def _note_bytes(self, pool, context, hidden_states, boundaries, index, lengths) -> None:
-        """Bring the pool slot up to date with the bytes of this call."""
-        num_bytes = hidden_states.shape[1]
-        # Bytes after the last boundary, and those left open before this call if nothing ended.
-        is_open = boundaries.boundary.cumsum(1) == index.counts[:, None]
-        is_open = is_open & ~boundaries.boundary
-        if lengths is not None:
-            is_open = is_open & (torch.arange(num_bytes, device=is_open.device) < lengths[:, None])
-        new_sum = sum_patches(hidden_states, (~is_open).long(), 1)[:, 0]
-        pool.keys = new_sum + pool.keys * (index.counts == 0)[:, None]
-        pool.num_patches = pool.num_patches + index.counts
-        pool.open_bytes, pool.open_characters = boundaries.state
+    def _note_bytes(self, pool, context: torch.Tensor, lengths: torch.Tensor | None) -> None:
+        """Keep the last ids of each row and count its bytes; `context (B, C + T)` ends with the ids of this call."""
         num_context = pool.context.shape[1]
+        num_bytes = context.shape[1] - num_context
         if lengths is None:
             pool.context = context[:, num_bytes:]
             pool.num_bytes = pool.num_bytes + num_bytes
@@ -721,7 +772,7 @@ class STLMModel(STLMPreTrainedModel):
         """
         pool, config = self._pool_slot(past_key_values), self.config
         history = pool.history.long()
-        pool.clear(self._num_context)
+        pool.clear(self.num_context, self.start)
         if history.shape[1] == 0:
             return
         layout = _layout((history != -1).long(), 0, history)
@@ -729,7 +780,8 @@ class STLMModel(STLMPreTrainedModel):
         if layout is not None:
             ids = history if layout.order is None else history.gather(1, layout.order)
             lengths = layout.lengths
-        boundaries = self._find_boundaries(self._with_context(ids, pool), ids.shape[1], pool, lengths, None)
+        state = PatchState(pool.open_bytes, pool.open_characters)
+        found = find_boundaries(self._rule(), self._with_context(ids, pool), ids.shape[1], state, lengths)
 
         # The last bytes of each row, enough for the front layers to be exact on the open patch and on all that the
         # back layers look at.
@@ -742,7 +794,7 @@ class STLMModel(STLMPreTrainedModel):
         num_replayed = min(ids.shape[1], front + max(back, longest))
         first = (lengths - num_replayed).clamp(min=0)  # (B,)
         at = first[:, None] + torch.arange(num_replayed, device=ids.device)  # (B, R)
-        before = at[:, :1] - torch.arange(self._num_context, 0, -1, device=ids.device)  # (B, C)
+        before = at[:, :1] - torch.arange(self.num_context, 0, -1, device=ids.device)  # (B, C)
         pool.context = ids.gather(1, before.clamp(min=0)).masked_fill(before < 0, -1)
         pool.num_bytes = first
         lengths = lengths - first
@@ -754,24 +806,22 @@ class STLMModel(STLMPreTrainedModel):
                 f"cannot crop the cache to within {num_replayed} bytes of embeddings that stand for no byte "
                 "(soft prompts): they are not kept"
             )
-        boundary = boundaries.boundary
-        seen = boundary.cumsum(1) - 1  # (B, T)
+        boundary = found.boundary
+        ended = boundary.cumsum(1)  # (B, T)
         context = self._with_context(replayed, pool)
         rows = self._rows(num_replayed, lengths, None, pool, replayed, None)
         hidden_states = self._embed(context, replayed.clamp(min=0), None, None)
         for layer in self.front_layers:
             hidden_states = layer(hidden_states, rows, past_key_values=past_key_values)
         # Open bytes are those after the last boundary of the whole row.
-        open_patch = valid & (seen.gather(1, at) + 1 == boundary.sum(1, keepdim=True)) & ~boundary.gather(1, at)
-        pool.keys = sum_patches(hidden_states, (~open_patch).long(), 1)[:, 0]
-        patches = pool.values if pool.values.shape[1] else pool.values.new_zeros(len(ids), 1, pool.values.shape[2])
-        hidden_states = hidden_states + unpool_patches(patches, seen.gather(1, at), self.start)
+        is_open = valid & (ended.gather(1, at) == ended[:, -1:]) & ~boundary.gather(1, at)
+        pool.keys = sum_patches(hidden_states, (~is_open).long(), 1)[:, 0]
+        hidden_states = hidden_states + self._look_up(pool, ended.gather(1, at) - 1)
         for layer in self.back_layers:
             hidden_states = layer(hidden_states, rows, past_key_values=past_key_values)
-        pool.context = context.gather(1, lengths[:, None] + torch.arange(self._num_context, device=ids.device))
-        pool.num_bytes = pool.num_bytes + lengths
-        pool.num_patches = boundary.sum(1)
-        pool.open_bytes, pool.open_characters = boundaries.state
+        pool.num_patches = ended[:, -1]
+        pool.open_bytes, pool.open_characters = found.state
+        self._note_bytes(pool, context, lengths)
 
 
 def _gather_bytes(states: torch.Tensor, index: torch.Tensor) -> torch.Tensor:

@@ -16,13 +16,15 @@ import torch
 
 # Kinds of bytes. Kinds WORD to LEAD4 make up words.
 SPACE, WORD, CONTINUATION, LEAD3, LEAD4, SPECIAL, MISSING = range(7)
+NUM_KINDS = 7
+# What a byte does, seen from its kind and those of the bytes before it.
+NOTHING, ENDS_WORD, IS_SPECIAL, ENDS_CHARACTER = range(4)
 RULE_CONTEXT_BYTES = 3  # a rule looks this far back to see whether a multi-byte character is complete
-_KIND_TABLE_SIZE = 258
 
 
 def byte_kinds() -> torch.Tensor:
     """Kind of every byte, of any special token (entry 256) and of a byte that is not there (id -1). Shape (258,)."""
-    kinds = torch.full((_KIND_TABLE_SIZE,), SPACE, dtype=torch.int8)
+    kinds = torch.full((258,), SPACE)
     for first, last, kind in (
         (ord("0"), ord("9"), WORD),
         (ord("A"), ord("Z"), WORD),
@@ -37,6 +39,29 @@ def byte_kinds() -> torch.Tensor:
     ):
         kinds[first : last + 1] = kind
     return kinds
+
+
+def byte_events() -> torch.Tensor:
+    """What a byte does, at the index `sum(kind[back] * 7**back)` over itself and the 3 bytes before. Shape (2401,)."""
+    index = torch.arange(NUM_KINDS ** (RULE_CONTEXT_BYTES + 1))
+    kind = [index // NUM_KINDS**back % NUM_KINDS for back in range(RULE_CONTEXT_BYTES + 1)]
+    events = torch.full_like(index, NOTHING)
+    events[(kind[0] == SPACE) & (kind[1] >= WORD) & (kind[1] <= LEAD4)] = ENDS_WORD
+    events[kind[0] == SPECIAL] = IS_SPECIAL
+    after_continuation = (kind[0] == CONTINUATION) & (kind[1] == CONTINUATION)
+    four_bytes = (kind[2] == CONTINUATION) & (kind[3] == LEAD4)
+    events[after_continuation & ((kind[2] == LEAD3) | four_bytes)] = ENDS_CHARACTER
+    return events
+
+
+class Rule(NamedTuple):
+    """Where patches end. The tables are `byte_kinds()` and `byte_events()`, on the device of the ids."""
+
+    kinds: torch.Tensor
+    events: torch.Tensor
+    spaces_end_patches: bool  # "spacelike"; otherwise only special tokens and the cap do ("fixed")
+    cap_bytes: int
+    cap_characters: int
 
 
 class PatchState(NamedTuple):
@@ -72,13 +97,9 @@ def _at_end(initial: torch.Tensor, values: torch.Tensor, lengths: torch.Tensor |
 
 
 def find_boundaries(
+    rule: Rule,
     context: torch.Tensor,
     num_bytes: int,
-    kinds: torch.Tensor,
-    *,
-    patching: str,
-    cap_bytes: int,
-    cap_characters: int,
     state: PatchState,
     lengths: torch.Tensor | None = None,
     positions: torch.Tensor | None = None,
@@ -92,7 +113,6 @@ def find_boundaries(
     Args:
         context (`torch.LongTensor` of shape `(B, C + T)`): ids with at least 3 earlier ones in front; -1 where none.
         num_bytes (`int`): T.
-        kinds (`torch.Tensor` of shape `(258,)`): `byte_kinds()`.
         state (`PatchState`): what came before this call.
         lengths (`torch.LongTensor` of shape `(B,)`, *optional*): valid bytes of each row; all T if left out.
         positions (`torch.LongTensor` of shape `(B, T)`, *optional*): bytes since the document's start, where a row
@@ -100,34 +120,33 @@ def find_boundaries(
     """
     time = torch.arange(num_bytes, device=context.device)
     near = context[:, -(num_bytes + RULE_CONTEXT_BYTES) :].clamp(max=256)
-    kind = [kinds[shifted(near, num_bytes, back, positions)] for back in range(RULE_CONTEXT_BYTES + 1)]
+    code = torch.zeros_like(near[:, RULE_CONTEXT_BYTES:])
+    for back in range(RULE_CONTEXT_BYTES, -1, -1):
+        code = code * NUM_KINDS + rule.kinds[shifted(near, num_bytes, back, positions)]
+    event = rule.events[code]  # (B, T)
 
-    level1 = kind[0] == SPECIAL
-    if patching == "spacelike":
-        level1 = level1 | ((kind[0] == SPACE) & (kind[1] >= WORD) & (kind[1] <= LEAD4))
-        complete = (
-            (kind[0] == CONTINUATION)
-            & (kind[1] == CONTINUATION)
-            & ((kind[2] == LEAD3) | ((kind[2] == CONTINUATION) & (kind[3] == LEAD4)))
-        )
+    level1 = event == IS_SPECIAL
+    if rule.spaces_end_patches:
+        level1 = level1 | (event == ENDS_WORD)
+        complete = event == ENDS_CHARACTER
         seen = complete.cumsum(1)  # (B, T) complete characters up to and including t
-        seen_at_anchor = _last_before(seen.masked_fill(~level1, -cap_characters), -state.open_characters)
+        seen_at_anchor = _last_before(seen.masked_fill(~level1, -rule.cap_characters), -state.open_characters)
         if positions is not None:
-            first = (seen - complete.long()).masked_fill(positions != 0, -cap_characters).cummax(1).values
+            first = (seen - complete.long()).masked_fill(positions != 0, -rule.cap_characters).cummax(1).values
             seen_at_anchor = torch.maximum(seen_at_anchor, first)
         characters = seen - seen_at_anchor
-        level2 = level1 | (complete & (characters % cap_characters == 0))
-        open_characters = (characters % cap_characters).masked_fill(level1, 0)
+        level2 = level1 | (complete & (characters % rule.cap_characters == 0))
+        open_characters = (characters % rule.cap_characters).masked_fill(level1, 0)
     else:
         level2 = level1
-        open_characters = torch.zeros_like(context[:, -num_bytes:])
+        open_characters = torch.zeros_like(event)
 
-    anchor = _last_before(torch.where(level2, time, -1 - cap_bytes), -1 - state.open_bytes)
+    anchor = _last_before(torch.where(level2, time, -1 - rule.cap_bytes), -1 - state.open_bytes)
     if positions is not None:
         anchor = torch.maximum(anchor, time - positions - 1)
     since_anchor = time - anchor  # (B, T), at least 1
-    boundary = level2 | (since_anchor % cap_bytes == 0)
-    patch_bytes = (since_anchor - 1) % cap_bytes + 1
+    boundary = level2 | (since_anchor % rule.cap_bytes == 0)
+    patch_bytes = (since_anchor - 1) % rule.cap_bytes + 1
 
     new_state = PatchState(
         _at_end(state.open_bytes, patch_bytes.masked_fill(boundary, 0), lengths),
@@ -136,6 +155,25 @@ def find_boundaries(
     if lengths is not None:
         boundary = boundary & (time < lengths[:, None])
     return Boundaries(boundary, patch_bytes, new_state)
+
+
+def step_boundary(rule: Rule, context: torch.Tensor, state: PatchState) -> tuple[torch.Tensor, PatchState]:
+    """`find_boundaries` for one byte, the last of `context`, in a tenth of the operations: boundary (B,) and state."""
+    kind = rule.kinds[context[:, -1 - RULE_CONTEXT_BYTES :].clamp(max=256)]
+    code = kind[:, 0]
+    for i in range(1, RULE_CONTEXT_BYTES + 1):
+        code = torch.add(kind[:, i], code, alpha=NUM_KINDS)
+    event = rule.events[code]
+    open_bytes = state.open_bytes + 1
+    boundary = (event == IS_SPECIAL) | (open_bytes == rule.cap_bytes)
+    open_characters = state.open_characters
+    if rule.spaces_end_patches:
+        characters = open_characters + (event == ENDS_CHARACTER)
+        full = characters == rule.cap_characters
+        ends_word = (event == ENDS_WORD) | (event == IS_SPECIAL)
+        boundary = boundary | ends_word | full
+        open_characters = characters.masked_fill(ends_word | full, 0)
+    return boundary, PatchState(open_bytes.masked_fill(boundary, 0), open_characters)
 
 
 class PatchIndex(NamedTuple):

@@ -8,10 +8,13 @@ from hypothesis import strategies as st
 
 from modeling_stlm.patching_stlm import (
     PatchState,
+    Rule,
+    byte_events,
     byte_kinds,
     find_boundaries,
     index_patches,
     pool_patches,
+    step_boundary,
     unpool_patches,
 )
 
@@ -19,7 +22,6 @@ from . import reference
 from .tiny import TEXT, ids_of, tiny_config
 
 
-KINDS = byte_kinds()
 CONTEXT = 4
 # Long words, multi-byte characters, whole and broken, specials and runs of spaces.
 pieces = st.sampled_from(
@@ -41,18 +43,14 @@ rules = st.fixed_dictionaries(
 )
 
 
+def rule_of(config) -> Rule:
+    spaces = config.patching == "spacelike"
+    cap_bytes = config.max_patch_bytes if spaces else config.patch_bytes
+    return Rule(byte_kinds(), byte_events(), spaces, cap_bytes, config.max_patch_characters)
+
+
 def find(config, context, num_bytes, state, lengths=None, positions=None):
-    return find_boundaries(
-        context,
-        num_bytes,
-        KINDS,
-        patching=config.patching,
-        cap_bytes=config.patch_bytes if config.patching == "fixed" else config.max_patch_bytes,
-        cap_characters=config.max_patch_characters,
-        state=state,
-        lengths=lengths,
-        positions=positions,
-    )
+    return find_boundaries(rule_of(config), context, num_bytes, state, lengths, positions)
 
 
 def empty(num_rows: int) -> PatchState:
@@ -98,6 +96,18 @@ def test_pieces_give_the_boundaries_of_the_whole(ids, rule, sizes):
     expected = whole(config, ids)
     assert torch.equal(torch.cat(found, 1), expected.boundary)
     assert all(torch.equal(a, b) for a, b in zip(state, expected.state))
+
+
+@given(documents, rules)
+def test_steps_of_one_byte_give_the_boundaries_of_the_whole(ids, rule):
+    config = tiny_config(**rule)
+    context, state, found = with_context([ids]), empty(1), []
+    for t in range(len(ids)):
+        boundary, state = step_boundary(rule_of(config), context[:, : CONTEXT + t + 1], state)
+        found.append(boundary)
+    expected = whole(config, ids)
+    assert torch.equal(torch.stack(found, 1), expected.boundary)
+    assert [int(part) for part in state] == [int(part) for part in expected.state]
 
 
 @given(st.lists(documents, min_size=2, max_size=4), rules)

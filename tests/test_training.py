@@ -158,7 +158,9 @@ def test_lora_trains_saves_loads_and_merges(tmp_path, windows):
         with model.disable_adapter():
             assert (model(ids).logits - adapted).abs().max() > 0.1
         generated = model.generate(input_ids=ids, max_new_tokens=12, do_sample=False)
-        assert torch.equal(generated, model.generate(input_ids=ids, max_new_tokens=12, do_sample=False, use_cache=False))
+        assert torch.equal(
+            generated, model.generate(input_ids=ids, max_new_tokens=12, do_sample=False, use_cache=False)
+        )
         model.save_pretrained(tmp_path / "adapter")
         fresh = STLMForCausalLM.from_pretrained(tmp_path / "base")
         loaded = PeftModel.from_pretrained(fresh, tmp_path / "adapter").eval()
@@ -211,7 +213,9 @@ def test_a_time_budget_stops_warms_up_and_decays(tmp_path, windows):
             applied.append(optimizer.param_groups[0]["lr"])
 
     args = arguments(tmp_path, max_steps=10**6, lr_scheduler_type="constant")
-    trainer = Trainer(model=STLMForCausalLM(tiny_config()), args=args, train_dataset=windows, callbacks=[budget, Record()])
+    trainer = Trainer(
+        model=STLMForCausalLM(tiny_config()), args=args, train_dataset=windows, callbacks=[budget, Record()]
+    )
     trainer.train()
     rates = [log["learning_rate"] for log in trainer.state.log_history if "learning_rate" in log]
     assert 3 <= budget.elapsed_seconds < 10
