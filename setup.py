@@ -29,7 +29,7 @@ setup(
     extras_require={
         "train": ["accelerate>=1.15", "datasets>=4", "evaluate>=0.4", "matplotlib>=3.9", "peft>=0.21"],
         "test": ["hypothesis>=6.130", "parameterized>=0.9", "pytest>=9", "pytest-timeout>=2.3", "pytest-xdist>=3.6"],
-        "dev": ["pre-commit>=4", "ruff==0.17.5"],
+        "style": ["ruff==0.17.5"],
     },
     classifiers=[
         "Development Status :: 3 - Alpha",

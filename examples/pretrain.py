@@ -36,7 +36,6 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from transformers.trainer_utils import get_last_checkpoint
 
 from modeling_stlm import STLMConfig, STLMTokenizer
 from modeling_stlm.training.bits_per_byte import BitsPerByteEvaluator
@@ -103,6 +102,13 @@ def run_info() -> dict[str, str]:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{cpu}, {torch.get_num_threads()} threads"
     versions = {name: version(name) for name in ("torch", "transformers", "accelerate")}
     return {"commit": commit, "device": device, "python": platform.python_version()} | versions
+
+
+def last_checkpoint(output: Path) -> str | None:
+    """The newest complete checkpoint: its trainer state is written last."""
+    states = output.glob("checkpoint-*/trainer_state.json")
+    newest = max(states, key=lambda path: int(path.parent.name.split("-")[1]), default=None)
+    return None if newest is None else str(newest.parent)
 
 
 def write_curve(history: list[dict], path: Path, title: str) -> None:
@@ -187,7 +193,7 @@ def main():
         callbacks=[budget] if timed else None,
     )
     started = time.monotonic()
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(args.output) if args.output.is_dir() else None)
+    trainer.train(resume_from_checkpoint=last_checkpoint(args.output))
 
     seconds = time.monotonic() - started
     final = {split: trainer.evaluate(sets[split]) for split in ("validation", "test") if split in sets}

@@ -30,12 +30,16 @@ CHAT_TEMPLATE = (
 )
 
 
+def byte_level_words(add_prefix_space: bool) -> pre_tokenizers.PreTokenizer:
+    """Cutting into words changes no id; it gives `word_ids()` and `char_to_word()` something to count."""
+    return pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space, use_regex=True)
+
+
 def byte_level_backend() -> Tokenizer:
     """A `tokenizers` model whose vocabulary is the 256 bytes, ids equal to values, and the special tokens."""
     # ByteLevel writes byte b as the character bytes_to_unicode()[b].
     backend = Tokenizer(models.BPE(vocab={char: byte for byte, char in bytes_to_unicode().items()}, merges=[]))
-    # Cutting into words changes no id; it gives word_ids() and char_to_word() something to count.
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    backend.pre_tokenizer = byte_level_words(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
     return backend
@@ -47,6 +51,7 @@ class STLMTokenizer(TokenizersBackend):
     no special token is added by itself.
 
     Args:
+        add_prefix_space (`bool`, *optional*): put a space before every text that does not start with one.
         kwargs: as for every tokenizer of the library: `padding_side`, `model_max_length` (in bytes), `chat_template`...
 
     Example:
@@ -65,10 +70,10 @@ class STLMTokenizer(TokenizersBackend):
     model_input_names = ["input_ids", "attention_mask"]
     padding_side = "left"
 
-    def __init__(self, tokenizer_file: str | None = None, tokenizer_object: Tokenizer | None = None, **kwargs):
-        if tokenizer_file is None and tokenizer_object is None:
-            tokenizer_object = byte_level_backend()
+    def __init__(self, tokenizer_file: str | None = None, **kwargs):
+        if tokenizer_file is None and "tokenizer_object" not in kwargs:
             defaults = {
+                "tokenizer_object": byte_level_backend(),
                 "pad_token": "<pad>",
                 "bos_token": "<bos>",
                 "eos_token": "<eos>",
@@ -77,7 +82,9 @@ class STLMTokenizer(TokenizersBackend):
                 "clean_up_tokenization_spaces": False,
             }
             kwargs = defaults | kwargs
-        super().__init__(tokenizer_file=tokenizer_file, tokenizer_object=tokenizer_object, **kwargs)
+        super().__init__(tokenizer_file=tokenizer_file, **kwargs)
+        if "add_prefix_space" in kwargs:
+            self.backend_tokenizer.pre_tokenizer = byte_level_words(kwargs["add_prefix_space"])
 
     @classmethod
     def convert_to_native_format(cls, trust_remote_code: bool = False, **kwargs) -> dict:

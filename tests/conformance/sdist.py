@@ -12,7 +12,7 @@ import types
 from importlib.metadata import version
 from pathlib import Path
 
-from transformers.models.auto import modeling_auto
+from filelock import FileLock
 
 
 CACHE = Path(__file__).parents[2] / ".cache"
@@ -22,8 +22,10 @@ def fetch() -> Path:
     """Folder `tests` of the unpacked sdist."""
     name = f"transformers-{version('transformers')}"
     tests = CACHE / name / "tests"
-    if not tests.is_dir():
-        CACHE.mkdir(exist_ok=True)
+    CACHE.mkdir(exist_ok=True)
+    with FileLock(CACHE / "lock"):  # several test processes may start at once
+        if tests.is_dir():
+            return tests
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", ":all:"]
         subprocess.run([*command, "--dest", str(CACHE), name.replace("-", "==")], check=True)
         with tarfile.open(CACHE / f"{name}.tar.gz") as archive:
@@ -73,10 +75,3 @@ def install() -> None:
     stand_in("utils.test_configuration_utils", config_common_kwargs=common)
     # Some testers import transformers again from a source checkout: give them the installed one.
     transformers.utils.direct_transformers_import = lambda *args, **kwargs: transformers
-
-
-def name_roles(model_type: str, **roles: type) -> None:
-    """Tell the testers which class is the base model, the causal LM, ...: they look names up in the Auto tables."""
-    for role, cls in roles.items():
-        table = "MODEL_MAPPING_NAMES" if role == "base" else f"MODEL_FOR_{role.upper()}_MAPPING_NAMES"
-        assert getattr(modeling_auto, table)[model_type] == cls.__name__

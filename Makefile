@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+
+.PHONY: help quickstart test test-fast check style benchmark build clean
+
+help: ## show the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+$(VENV)/ready: setup.py constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[train,test,style]'
+	@touch $@
+
+quickstart: $(VENV)/ready ## set up, fine-tune the shipped stlm-3m on the shipped text, generate, save, reload
+	$(BIN)/python examples/finetune.py
+
+test: $(VENV)/ready ## set up and run all tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2
+
+test-fast: $(VENV)/ready ## the tests without the slow ones
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 -m "not slow"
+
+check: $(VENV)/ready ## lint and format, without changes
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+style: $(VENV)/ready ## lint and format, with changes
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+benchmark: $(VENV)/ready ## speed and memory beside two Llamas
+	OMP_NUM_THREADS=1 $(BIN)/python examples/benchmark.py --preset stlm-3m
+	OMP_NUM_THREADS=1 $(BIN)/python examples/benchmark.py --preset stlm-10m
+
+build: $(VENV)/ready ## wheel in dist/
+	$(BIN)/pip wheel --quiet --no-deps --wheel-dir dist .
+
+clean: ## remove the environment and what was built
+	rm -rf $(VENV) build dist *.egg-info

@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The examples, run as a user would, with few steps."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+
+ROOT = Path(__file__).parents[1]
+TEXT = ROOT / "examples" / "data" / "shakespeare.txt"
+
+
+def run(script: str, *arguments, cwd: Path, **options) -> str:
+    command = [sys.executable, str(ROOT / "examples" / script), *map(str, arguments)]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=600, **options)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def small_text(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "small.txt"
+    path.write_text(TEXT.read_text(encoding="utf-8")[:60_000], encoding="utf-8")
+    return path
+
+
+def pretrain(small_text: Path, output: Path, *more) -> dict:
+    arguments = ["--train", small_text, "--validation", small_text, "--output", output, "--batch_size", 2]
+    run("pretrain.py", *arguments, "--block_bytes", 128, "--eval_steps", 4, *more, cwd=output.parent)
+    return json.loads((output / "results.json").read_text())
+
+
+@pytest.mark.parametrize("model", ["stlm-3m", "llama-bytes", "llama-bpe"])
+def test_pretraining_goes_from_text_to_a_checkpoint(small_text, tmp_path, model):
+    results = pretrain(small_text, tmp_path / "run", "--model", model, "--max_steps", 8, "--vocab_size", 512)
+    assert 2 < results["bits_per_byte"]["validation"] < 8
+    assert results["commit"] and results["transformers"] and results["steps"] == 8
+    for name in ("loss.png", "history.json", "generation_config.json", "tokenizer.json", "config.json"):
+        assert (tmp_path / "run" / name).stat().st_size > 0
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "run")
+    assert loaded.num_parameters() == results["stored_parameters"]
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run")
+    assert tokenizer.decode(tokenizer("ROMEO: Zoë")["input_ids"]) == "ROMEO: Zoë"
+
+
+def test_the_controls_have_the_stored_size_of_the_preset(small_text, tmp_path):
+    sizes = [
+        pretrain(small_text, tmp_path / model, "--model", model, "--max_steps", 1, "--vocab_size", 512)[
+            "stored_parameters"
+        ]
+        for model in ("stlm-3m", "llama-bytes", "llama-bpe")
+    ]
+    assert max(sizes) < 1.02 * min(sizes)
+
+
+def test_a_pretraining_that_was_cut_goes_on(small_text, tmp_path):
+    whole = pretrain(small_text, tmp_path / "whole", "--max_steps", 8)
+    command = [sys.executable, str(ROOT / "examples" / "pretrain.py"), "--train", str(small_text)]
+    command += ["--validation", str(small_text), "--output", str(tmp_path / "cut"), "--batch_size", "2"]
+    command += ["--block_bytes", "128", "--eval_steps", "4", "--max_steps", "8"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 300
+    while not (tmp_path / "cut" / "checkpoint-4" / "trainer_state.json").is_file():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert not (tmp_path / "cut" / "results.json").exists()
+    (tmp_path / "cut" / "checkpoint-99").mkdir()  # half-written
+    resumed = pretrain(small_text, tmp_path / "cut", "--max_steps", 8)
+    assert resumed["bits_per_byte"] == whole["bits_per_byte"]
+
+
+def test_pretraining_names_patterns_that_match_nothing(tmp_path):
+    command = [sys.executable, str(ROOT / "examples" / "pretrain.py"), "--train", "nothing/*.txt", "--validation", "x"]
+    command += ["--output", str(tmp_path), "--max_steps", "1"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode != 0 and "no file matches ['nothing/*.txt']" in result.stderr
+    assert not list(tmp_path.rglob("*.bin*"))
+
+
+@pytest.mark.parametrize("lora_rank", [0, 4])
+def test_finetuning_lowers_bits_per_byte_and_saves_a_model(small_text, tmp_path, lora_rank):
+    output = run(
+        *("finetune.py", "--text", small_text, "--output", tmp_path / "out", "--max_steps", 6, "--batch_size", 2),
+        *("--lora_rank", lora_rank),
+        cwd=tmp_path,
+    )
+    before, after = (
+        float(word) for word in output.split("bits per byte on")[1].split() if word.replace(".", "").isdigit()
+    )
+    assert after < before
+    assert "python examples/push_to_hub.py" in output
+    assert (tmp_path / "out" / "bits_per_byte.png").stat().st_size > 0
+    assert (tmp_path / "out" / "adapter").is_dir() == bool(lora_rank)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.use_cache
+
+
+def test_generation_in_the_terminal(tmp_path):
+    once = run("generate.py", "--prompt", "The ", "--max_new_tokens", 20, "--temperature", 0, cwd=tmp_path)
+    assert len(once.splitlines()[-1]) > 10
+    chat = run("generate.py", "--chat", "--max_new_tokens", 20, cwd=tmp_path, input="Hi\nAnd?\n\n")
+    assert chat.count("> ") == 3
+
+
+def test_the_shipped_checkpoint_is_complete_and_learned_english():
+    folder = ROOT / "examples" / "checkpoints" / "stlm-3m"
+    for name in ("README.md", "config.json", "generation_config.json", "tokenizer.json", "modeling_stlm.py"):
+        assert (folder / name).is_file(), name
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 8e6
+    for name in ("modeling_stlm.py", "cache_stlm.py", "patching_stlm.py", "configuration_stlm.py", "budget_stlm.py"):
+        assert (folder / name).read_text() == (ROOT / "modeling_stlm" / name).read_text(), "export it anew"
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    text = "The people of the city were not happy with the new government, and they said so."
+    ids = torch.tensor([list(text.encode())])
+    with torch.no_grad():
+        bits = model(ids, labels=ids).loss.item() / 0.6931
+    assert bits < 2.5
