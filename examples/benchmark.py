@@ -12,7 +12,6 @@ The last line is one JSON document.
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -115,7 +114,7 @@ def generated_bytes_per_second(model, tokenizer, text: bytes, num_rows: int, now
 
 
 def peak_memory_mb(name: str, args: argparse.Namespace) -> dict[str, float]:
-    """Memory that generating and then training add to the interpreter with its libraries, at their peaks."""
+    """Peak memory of generating at batch 16 and of training, over that of the interpreter with its libraries."""
     command = [sys.executable, __file__, "--memory_of", name, "--preset", args.preset, "--text", str(args.text)]
     command += ["--vocab_size", str(args.vocab_size)]
     output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
@@ -123,16 +122,22 @@ def peak_memory_mb(name: str, args: argparse.Namespace) -> dict[str, float]:
 
 
 def measure_memory(name: str, args: argparse.Namespace) -> dict[str, float]:
-    def peak() -> float:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    def resident_mb(field: str) -> float:
+        line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+        return int(line.split()[1]) / 1024
+
+    def reset_peak() -> None:
+        Path("/proc/self/clear_refs").write_text("5")
 
     text = args.text.read_bytes()
+    before_model = resident_mb("VmRSS")
     model, tokenizer = build(name, args)
-    before = peak()
+    reset_peak()
     generated_bytes_per_second(model, tokenizer, text, 16, time.process_time)
-    generating = peak()
+    generating = resident_mb("VmHWM") - before_model
+    reset_peak()
     train_bytes_per_second(model, tokenizer, text, time.process_time)
-    return {"generate_mb": generating - before, "train_mb": peak() - before}
+    return {"generate_mb": generating, "train_mb": resident_mb("VmHWM") - before_model}
 
 
 def main():

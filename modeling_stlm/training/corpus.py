@@ -32,19 +32,21 @@ def write_corpus(path: str | Path, documents: Iterable[str], tokenizer: PreTrain
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     starts = [0]
-    with partial.open("wb") as file:
-        for document in documents:
-            if encode_bytes is None:
-                ids = np.asarray(tokenizer(document, add_special_tokens=False)["input_ids"])
-            else:
-                ids = encode_bytes(document)
-            if len(ids) == 0:
-                continue
-            file.write(ids.astype(dtype).tobytes())
-            starts.append(starts[-1] + len(ids))
-    if len(starts) == 1:
+    try:
+        with partial.open("wb") as file:
+            for document in documents:
+                if encode_bytes is None:
+                    ids = np.asarray(tokenizer(document, add_special_tokens=False)["input_ids"])
+                else:
+                    ids = encode_bytes(document)
+                if len(ids):
+                    file.write(ids.astype(dtype).tobytes())
+                    starts.append(starts[-1] + len(ids))
+        if len(starts) == 1:
+            raise ValueError(f"no text to write to {path}: every document is empty")
+    except BaseException:
         partial.unlink()
-        raise ValueError(f"no text to write to {path}: every document is empty")
+        raise
     np.save(starts_path(path), np.asarray(starts[:-1], dtype=np.int64))
     partial.rename(path)
     return path
