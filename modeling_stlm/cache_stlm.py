@@ -152,7 +152,7 @@ class STLMPoolCacheLayer(STLMCacheLayer):
     def start(self, num_rows: int, num_context: int, first: torch.Tensor) -> None:
         """Empty state for `num_rows` rows; `first (D,)` is what bytes see before any patch is complete."""
         self.lazy_initialization(first)
-        self.history = torch.empty(num_rows, 0, dtype=torch.int16, device=first.device)
+        self.history = torch.empty(num_rows, 0, dtype=torch.int32, device=first.device)
         self.values = first.new_zeros(num_rows, 0, len(first))
         self.clear(num_context, first)
 

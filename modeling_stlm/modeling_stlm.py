@@ -739,7 +739,7 @@ class STLMModel(STLMPreTrainedModel):
         pool = layers[self.num_byte_layers] if len(layers) == self.config.num_hidden_layers else None
         if pool is None or pool._layer_type != "stlm_pool" or not pool.is_initialized:
             kinds = [layer._layer_type for layer in layers]
-            if kinds != self.config.layer_types:
+            if kinds != self.config.layer_types or len(kinds) <= self.num_byte_layers:
                 raise ValueError(
                     f"past_key_values has slots {kinds}, but this model needs {self.config.layer_types}: "
                     "make it with DynamicCache(config=model.config)"

@@ -8,7 +8,7 @@ from transformers import DynamicCache, GenerationMixin, TextIteratorStreamer, Te
 from modeling_stlm import STLMForCausalLM, STLMTokenizer
 
 from .test_model import ALL, ROWS
-from .tiny import MIXERS, RTOL, TEXT, batch, ids_of, tiny_model
+from .tiny import MIXERS, PATCHING, RTOL, SHARING, TEXT, batch, ids_of, tiny_model
 
 
 PROMPT = torch.tensor([ids_of(TEXT[:40])])
@@ -61,6 +61,28 @@ def test_greedy_generation_of_ragged_rows_equals_each_row_uncached(options):
         alone = model(torch.tensor([text + new.tolist()]), use_cache=False).logits[0, len(text) - 1 : -1]
         assert (logits[b] - alone).abs().max() <= RTOL * alone.abs().max()
         assert torch.equal(alone.argmax(-1), new)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sharing", SHARING)
+@pytest.mark.parametrize("patching", PATCHING)
+@torch.no_grad()
+def test_512_greedy_bytes_of_eight_ragged_rows_equal_each_row_uncached(patching, sharing, capsys):
+    model = tiny_model(**PATCHING[patching], **SHARING[sharing])
+    texts = [ids_of((TEXT * 2)[start : start + 3 + 13 * start]) for start in range(8)]
+    new = {"max_new_tokens": 512, "min_new_tokens": 512, "eos_token_id": None, "pad_token_id": 256, "do_sample": False}
+    out = model.generate(**batch(texts, "left"), **new, output_logits=True, return_dict_in_generate=True)
+    logits, largest = torch.stack(out.logits, dim=1), 0.0  # (B, 512, V)
+    for b, text in enumerate(texts):
+        written = out.sequences[b, -512:]
+        alone = model(torch.tensor([text + written.tolist()]), use_cache=False).logits[0, len(text) - 1 : -1]
+        assert torch.equal(alone.argmax(-1), written)
+        largest = max(largest, ((logits[b] - alone).abs().max() / alone.abs().max()).item())
+    with capsys.disabled():
+        print(
+            f"\n{patching}, {sharing}: 8 rows x 512 bytes equal, largest relative difference of logits {largest:.1e}"
+        )
+    assert largest <= RTOL
 
 
 def test_assisted_generation_equals_greedy():
