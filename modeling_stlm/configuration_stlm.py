@@ -215,11 +215,6 @@ class STLMConfig(PreTrainedConfig):
         return self.num_front_layers + self.num_back_layers
 
     @property
-    def num_trunk_passes(self) -> int:
-        """Passes of the trunk that have a cache slot. Fewer than `num_trunk_layers` only under `assistant_early_exit`."""
-        return max(0, min(self.num_trunk_layers, self.num_hidden_layers - self.num_byte_layers - 1))
-
-    @property
     def layer_types(self) -> list[str]:
         """Kind of each cache slot, from which the library builds caches (`cache_stlm.py` registers the kinds)."""
         # Not a field: a serialized list of our own kinds would fail the validation of a process without this code.

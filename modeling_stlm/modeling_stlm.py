@@ -346,8 +346,9 @@ class STLMTrunk(nn.Module):
 
     def __init__(self, config: STLMConfig):
         super().__init__()
-        self.config = config
-        num_attention, num_feed_forward = (1 + max(indices) for indices in zip(*config.trunk_schedule))
+        self.config, self.schedule, self.first_slot = config, config.trunk_schedule, config.num_byte_layers + 1
+        self.head_dim, self.rope_theta = config.trunk_head_dim, config.rope_theta
+        num_attention, num_feed_forward = (1 + max(indices) for indices in zip(*self.schedule))
         self.attention_blocks = nn.ModuleList(STLMTrunkAttentionBlock(config) for _ in range(num_attention))
         self.feed_forward_blocks = nn.ModuleList(STLMTrunkFeedForwardBlock(config) for _ in range(num_feed_forward))
         self.norm = nn.RMSNorm(config.trunk_hidden_size, eps=config.rms_norm_eps)
@@ -372,10 +373,11 @@ class STLMTrunk(nn.Module):
         index = torch.arange(patches.shape[1], device=patches.device)[None]
         if start is not None:
             index = index + start[:, None]
-        rotary = rotary_embedding(index, self.config.trunk_head_dim, self.config.rope_theta, patches.dtype)
-        first_slot = self.config.num_byte_layers + 1
-        for i, (attention, feed_forward) in enumerate(self.config.trunk_schedule[: self.config.num_trunk_passes]):
-            cache_kwargs = {"layer_idx": first_slot + i, "num_rows": num_rows, "rows": rows, "start": start}
+        rotary = rotary_embedding(index, self.head_dim, self.rope_theta, patches.dtype)
+        # `assistant_early_exit` lowers the number of slots for a while: fewer passes run.
+        passes = self.schedule[: max(0, self.config.num_hidden_layers - self.first_slot)]
+        for i, (attention, feed_forward) in enumerate(passes):
+            cache_kwargs = {"layer_idx": self.first_slot + i, "num_rows": num_rows, "rows": rows, "start": start}
             patches = self.attention_blocks[attention](
                 patches, rotary, allowed, past_key_values=past_key_values, cache_kwargs=cache_kwargs
             )
@@ -461,6 +463,10 @@ class STLMModel(STLMPreTrainedModel):
         self.num_byte_layers, self.has_attention = config.num_byte_layers, "attention" in config.byte_mixers
         self.num_context = max([RULE_CONTEXT_BYTES, *(order - 1 for order in config.ngram_orders)])
         self.ngram_rows = config.ngram_rows
+        if config.patching == "spacelike":
+            self.rule_options = (True, config.max_patch_bytes, config.max_patch_characters)
+        else:
+            self.rule_options = (False, config.patch_bytes, 1)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -476,9 +482,7 @@ class STLMModel(STLMPreTrainedModel):
         return {
             "byte_kinds": byte_kinds(),
             "byte_events": byte_events(),
-            "ngram_weights": torch.tensor(weights, dtype=torch.long).view(len(orders), -1)
-            if orders
-            else torch.zeros(0, 0, dtype=torch.long),
+            "ngram_weights": torch.tensor(weights, dtype=torch.long).reshape(len(orders), max(orders, default=0)),
             "ngram_offsets": torch.arange(len(orders)) * config.ngram_rows,
         }
 
@@ -618,11 +622,7 @@ class STLMModel(STLMPreTrainedModel):
         return hidden_states + self.ngram_embed_tokens(digest % self.ngram_rows + self.ngram_offsets).sum(-2)
 
     def _rule(self) -> Rule:
-        config = self.config
-        if config.patching == "fixed":
-            return Rule(self.byte_kinds, self.byte_events, False, config.patch_bytes, 1)
-        cap_bytes, cap_characters = config.max_patch_bytes, config.max_patch_characters
-        return Rule(self.byte_kinds, self.byte_events, True, cap_bytes, cap_characters)
+        return Rule(self.byte_kinds, self.byte_events, *self.rule_options)
 
     def _rows(self, num_bytes, lengths, positions, pool, input_ids, like, output_attentions=False) -> Rows:
         if not self.has_attention:
@@ -790,8 +790,7 @@ class STLMModel(STLMPreTrainedModel):
             for mixer in config.byte_mixers
         ]
         front, back = sum(reach[: config.num_front_layers]), sum(reach[config.num_front_layers :])
-        longest = config.patch_bytes if config.patching == "fixed" else config.max_patch_bytes
-        num_replayed = min(ids.shape[1], front + max(back, longest))
+        num_replayed = min(ids.shape[1], front + max(back, self._rule().cap_bytes))
         first = (lengths - num_replayed).clamp(min=0)  # (B,)
         at = first[:, None] + torch.arange(num_replayed, device=ids.device)  # (B, R)
         before = at[:, :1] - torch.arange(self.num_context, 0, -1, device=ids.device)  # (B, C)
