@@ -9,7 +9,7 @@ from transformers import LlamaConfig, PreTrainedTokenizerBase, PreTrainedTokeniz
 from tokenization_stlm import STLMTokenizer
 
 
-def train_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+def train_bpe(texts: Iterable[str | bytes], vocab_size: int) -> PreTrainedTokenizerFast:
     """Byte-level BPE of `vocab_size` entries, special tokens included."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -20,7 +20,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    backend.train_from_iterator(texts, trainer)
+    strings = (text if isinstance(text, str) else text.decode("utf-8") for text in texts)
+    backend.train_from_iterator(strings, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>")
 
 
@@ -60,7 +61,7 @@ def flat_byte_llama(stored_parameters: int) -> tuple[LlamaConfig, STLMTokenizer]
 
 
 def bpe_llama(
-    stored_parameters: int, vocab_size: int, texts: Iterable[str]
+    stored_parameters: int, vocab_size: int, texts: Iterable[str | bytes]
 ) -> tuple[LlamaConfig, PreTrainedTokenizerFast]:
     tokenizer = train_bpe(texts, vocab_size)
     return llama_config(tokenizer, stored_parameters), tokenizer

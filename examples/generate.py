@@ -28,6 +28,15 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def end_turn(ids: torch.Tensor, tokenizer) -> torch.Tensor:
+    """`ids (1, T)` after an answer, ended as the chat template ends it. The cache holds all but the last of `ids`."""
+    if ids[0, -1] == tokenizer.eos_token_id:
+        ids = ids[:, :-1]
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    missing = [] if ids[0, -1] == end else [end]
+    return torch.cat([ids, torch.tensor([[*missing, *tokenizer.encode_bytes("\n")]])], dim=1)
+
+
 def main():
     args = parse_arguments()
     tokenizer = AutoTokenizer.from_pretrained(args.checkpoint)
@@ -51,6 +60,7 @@ def main():
             new = tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_tensors="pt")["input_ids"]
             ids = torch.cat([ids, new], dim=1)
             ids = model.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=cache, **options)
+            ids = end_turn(ids, tokenizer)
         else:
             model.generate(**tokenizer(text, return_tensors="pt"), **options)
         if args.prompt is not None:

@@ -70,15 +70,15 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def documents(patterns: list[str]) -> Iterable[str]:
+def documents(patterns: list[str]) -> Iterable[str | bytes]:
     """Texts of all files that match."""
     files = sorted(file for pattern in patterns for file in glob(pattern))
     if not files:
         raise SystemExit(f"no file matches {patterns}")
     for file in files:
-        kind = next((kind for kind in ("json", "csv", "parquet") if f".{kind}" in file), None)
+        kind = next((kind for kind in ("json", "csv", "parquet") if f".{kind}" in Path(file).name), None)
         if kind is None:
-            yield Path(file).read_bytes().decode("utf-8")
+            yield Path(file).read_bytes()
         else:
             yield from load_dataset(kind, data_files=file, split="train")["text"]
 
@@ -87,7 +87,7 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
     """Bytes behind each id, 0 for special tokens."""
     # A byte-level vocabulary writes each byte as one character.
     pieces = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
-    special = set(tokenizer.all_special_ids)
+    special = set(tokenizer.added_tokens_decoder) | set(tokenizer.all_special_ids)
     return torch.tensor([0 if i in special else len(piece) for i, piece in enumerate(pieces)])
 
 
@@ -142,8 +142,12 @@ def main():
     for split in ("train", "validation", "test"):
         patterns = getattr(args, split)
         path = args.output / "data" / f"{split}.bin"
+        sources = path.with_suffix(".json")
         if patterns and not path.is_file():
             write_corpus(path, documents(patterns), tokenizer)
+            sources.write_text(json.dumps(patterns))
+        elif patterns and json.loads(sources.read_text()) != patterns:
+            raise SystemExit(f"{path} was made from {sources.read_text()}, not {patterns}: give another --output")
         corpora[split] = path
     sizes = token_bytes(tokenizer)
     bytes_per_token = 1.0
@@ -174,6 +178,7 @@ def main():
         save_total_limit=1,
         logging_steps=50,
         batch_eval_metrics=True,
+        restore_callback_states_from_checkpoint=True,
         max_grad_norm=1.0,
         report_to="none",
         seed=args.seed,
@@ -196,7 +201,11 @@ def main():
     trainer.train(resume_from_checkpoint=last_checkpoint(args.output))
 
     seconds = time.monotonic() - started
-    final = {split: trainer.evaluate(sets[split]) for split in ("validation", "test") if split in sets}
+    final = {
+        split: trainer.evaluate(sets[split], metric_key_prefix=split)[f"{split}_bits_per_byte"]
+        for split in ("validation", "test")
+        if split in sets
+    }
     results = {
         "model": args.model,
         "stored_parameters": model.num_parameters(),
@@ -204,7 +213,7 @@ def main():
         "bytes_seen": round(trainer.state.global_step * args.batch_size * block_size * bytes_per_token),
         "wall_seconds_of_last_run": round(seconds),
         "budget": {"minutes": args.max_minutes, "clock": args.clock} if timed else {"steps": args.max_steps},
-        "bits_per_byte": {split: metrics["eval_bits_per_byte"] for split, metrics in final.items()},
+        "bits_per_byte": final,
         "arguments": {name: str(value) for name, value in vars(args).items()},
     } | run_info()
     if isinstance(config, STLMConfig):

@@ -9,9 +9,8 @@ have not installed this package.
 """
 
 import argparse
-from pathlib import Path
 
-from huggingface_hub import ModelCard
+from huggingface_hub import HfApi
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import modeling_stlm  # noqa: F401  (registers the Auto classes)
@@ -27,9 +26,8 @@ def main():
     model = AutoModelForCausalLM.from_pretrained(args.checkpoint)
     model.push_to_hub(args.repo_id, private=args.private)
     tokenizer.push_to_hub(args.repo_id)
-    card = Path(args.checkpoint) / "README.md"
-    if card.is_file():
-        ModelCard.load(card).push_to_hub(args.repo_id)
+    documents = ["README.md", "loss.png", "results.json"]
+    HfApi().upload_folder(repo_id=args.repo_id, folder_path=args.checkpoint, allow_patterns=documents)
     print(f'published: AutoModelForCausalLM.from_pretrained("{args.repo_id}", trust_remote_code=True)')
 
 

@@ -7,7 +7,7 @@ from transformers.models.auto import modeling_auto
 from tokenization_stlm import STLMTokenizer
 
 from .configuration_stlm import STLMConfig
-from .modeling_stlm import STLMForCausalLM, STLMModel, STLMModelOutput, STLMPreTrainedModel
+from .modeling_stlm import STLMCausalLMOutput, STLMForCausalLM, STLMModel, STLMModelOutput, STLMPreTrainedModel
 
 
 __version__ = "0.1.0"
@@ -26,4 +26,12 @@ for _names, (_auto, _head) in _HEADS.items():
     # Trainer (label smoothing) and pipelines look class names up in these tables.
     getattr(modeling_auto, _names)[STLMConfig.model_type] = _head.__name__
 
-__all__ = ["STLMConfig", "STLMForCausalLM", "STLMModel", "STLMModelOutput", "STLMPreTrainedModel", "STLMTokenizer"]
+__all__ = [
+    "STLMCausalLMOutput",
+    "STLMConfig",
+    "STLMForCausalLM",
+    "STLMModel",
+    "STLMModelOutput",
+    "STLMPreTrainedModel",
+    "STLMTokenizer",
+]

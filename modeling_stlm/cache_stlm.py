@@ -121,6 +121,8 @@ class STLMByteCacheLayer(STLMCacheLayer):
     def crop(self, tokens_to_remove: int) -> None:
         self._check_crop(tokens_to_remove)
         if tokens_to_remove:
+            if self.seen_bytes + tokens_to_remove < 0:
+                raise ValueError(f"cannot remove {-tokens_to_remove} bytes: the cache holds {self.seen_bytes}")
             self.seen_bytes += tokens_to_remove
             self.keys = self.values = None
 
@@ -182,8 +184,6 @@ class STLMPoolCacheLayer(STLMCacheLayer):
         self._check_crop(tokens_to_remove)
         if tokens_to_remove:
             self.seen_bytes += tokens_to_remove
-            if self.seen_bytes < 0:
-                raise ValueError(f"cannot remove {-tokens_to_remove} bytes: the cache holds fewer")
             self.history = self.history[:, : self.seen_bytes].clone()
             self.is_stale = True
 
@@ -235,6 +235,7 @@ def write_patches(
 ) -> torch.Tensor:
     """`store` with `new` put at `start` (R,) of `rows` (R,) (all rows if None); `dim` (1 or 2) counts patches."""
     num_new = new.shape[dim]
+    new = new.to(store.dtype)  # they differ under autocast
     store = grow(store, int(start.max()) + num_new, dim)
     if torch.is_grad_enabled() and (store.requires_grad or new.requires_grad):
         store = store.clone()  # an earlier call may have saved it for its backward

@@ -193,15 +193,15 @@ class STLMConfig(PreTrainedConfig):
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None:
-            self.head_dim = self.hidden_size // self.num_attention_heads
+            self.head_dim = self.hidden_size // max(1, self.num_attention_heads)
         if self.trunk_num_key_value_heads is None:
             self.trunk_num_key_value_heads = self.trunk_num_attention_heads
         if self.trunk_head_dim is None:
-            self.trunk_head_dim = self.trunk_hidden_size // self.trunk_num_attention_heads
+            self.trunk_head_dim = self.trunk_hidden_size // max(1, self.trunk_num_attention_heads)
         if self.num_unique_trunk_layers is None:
             self.num_unique_trunk_layers = self.num_trunk_layers
-        if self.num_hidden_layers is None:
-            self.num_hidden_layers = num_byte_layers + 1 + self.num_trunk_layers
+        # Whatever was passed: a saved value must not outlive a change of `num_trunk_layers`.
+        self.num_hidden_layers = num_byte_layers + 1 + self.num_trunk_layers
         super().__post_init__(**kwargs)
         # A checkpoint of any head can be loaded through every Auto class, also where the package is not installed.
         self.auto_map = {
@@ -243,7 +243,12 @@ class STLMConfig(PreTrainedConfig):
     def validate_patching(self):
         if self.patching not in PATCHING_RULES:
             raise ValueError(f"patching={self.patching!r} is not known: choose one of {PATCHING_RULES}")
-        for name in ("patch_bytes", "max_patch_bytes", "max_patch_characters", "ngram_rows", "conv_kernel_size"):
+        for name in (
+            *("patch_bytes", "max_patch_bytes", "max_patch_characters", "ngram_rows"),
+            *("conv_kernel_size", "attention_window_bytes", "hidden_size", "trunk_hidden_size"),
+            *("num_attention_heads", "num_key_value_heads"),
+            *("trunk_num_attention_heads", "trunk_num_key_value_heads"),
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if any(order < 2 for order in self.ngram_orders or []):

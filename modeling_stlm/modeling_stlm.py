@@ -27,7 +27,7 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import CausalLMOutputWithPast, ModelOutput
+from transformers.modeling_outputs import ModelOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, slice_logits_to_keep
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager_attention_forward
 from transformers.utils import can_return_tuple
@@ -93,6 +93,23 @@ class STLMModelOutput(ModelOutput):
     """
 
     last_hidden_state: torch.FloatTensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+    patch_hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    patch_attentions: tuple[torch.FloatTensor, ...] | None = None
+    boundaries: torch.BoolTensor | None = None
+
+
+@dataclass
+class STLMCausalLMOutput(ModelOutput):
+    """
+    Output of [`STLMForCausalLM`]: `loss` in nats a byte, `logits (B, T, vocab_size)`, and the rest as in
+    [`STLMModelOutput`].
+    """
+
+    loss: torch.FloatTensor | None = None
+    logits: torch.FloatTensor | None = None
     past_key_values: Cache | None = None
     hidden_states: tuple[torch.FloatTensor, ...] | None = None
     attentions: tuple[torch.FloatTensor, ...] | None = None
@@ -447,7 +464,8 @@ class STLMModel(STLMPreTrainedModel):
         super().__init__(config)
         width, trunk_width = config.hidden_size, config.trunk_hidden_size
         self.embed_tokens = nn.Embedding(config.vocab_size, width)
-        self.ngram_embed_tokens = nn.Embedding(config.ngram_rows * len(config.ngram_orders), width)
+        num_ngrams = config.ngram_rows * len(config.ngram_orders)
+        self.ngram_embed_tokens = nn.Embedding(num_ngrams, width) if num_ngrams else nn.Identity()
         self.front_layers = nn.ModuleList(STLMByteLayer(config, i) for i in range(config.num_front_layers))
         self.pool_proj = nn.Linear(2 * width, trunk_width, bias=False)
         self.trunk = STLMTrunk(config)
@@ -504,12 +522,12 @@ class STLMModel(STLMPreTrainedModel):
             attention_mask (`torch.Tensor` of shape `(B, past + T)`, *optional*):
                 0 at padding, which may be anywhere. A padded row gives the outputs of the row alone.
             position_ids (`torch.LongTensor` of shape `(B, T)` or `(1, T)`, *optional*):
-                Only read without `attention_mask` and without a filled cache, to find packed documents: a document
-                starts wherever the positions do not go on by one.
+                Only read without a filled cache, to find packed documents: a document starts wherever the positions
+                do not go on by one. Packed rows cannot have padding.
             past_key_values (`Cache`, *optional*): a `DynamicCache`; filled in place.
             inputs_embeds (`torch.FloatTensor` of shape `(B, T, D)`, *optional*):
                 Instead of `input_ids`. Rows that equal a byte's embedding count as that byte for patching and
-                n-grams, all others as part of a word.
+                n-grams, all others as a byte that is not there.
 
         Raises:
             ValueError: if a shape does not fit, or if the cache was not made for this model.
@@ -518,10 +536,13 @@ class STLMModel(STLMPreTrainedModel):
             raise ValueError("specify exactly one of input_ids and inputs_embeds")
         if input_ids is None:
             input_ids = self._nearest_ids(inputs_embeds)
+        if input_ids.numel() == 0:
+            raise ValueError(f"the input has shape {tuple(input_ids.shape)}, expected at least one row and one byte")
         num_past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        layout = _layout(attention_mask, num_past, input_ids)
         positions = None
-        if attention_mask is None and position_ids is not None and num_past == 0:
-            positions = _packed_positions(position_ids, input_ids)
+        if position_ids is not None and num_past == 0:
+            positions = _packed_positions(position_ids, input_ids, layout)
         if positions is not None and past_key_values is not None:
             raise ValueError(
                 "a cache cannot hold packed documents (position_ids that restart): pass one document a row"
@@ -529,7 +550,6 @@ class STLMModel(STLMPreTrainedModel):
         if use_cache and past_key_values is None and positions is None and not self.training:
             past_key_values = DynamicCache(config=self.config)
 
-        layout = _layout(attention_mask, num_past, input_ids)
         lengths, fed_ids = None, input_ids
         if layout is not None:
             lengths = layout.lengths
@@ -576,7 +596,7 @@ class STLMModel(STLMPreTrainedModel):
                 hidden_states, rows, past_key_values=past_key_values, output_attentions=output_attentions
             )
         if pool is None:
-            visible, boundary = self._see_patches(hidden_states, context, positions)
+            visible, boundary = self._see_patches(hidden_states, context, lengths, positions)
         elif num_bytes == 1 and lengths is None:
             visible, boundary = self._see_patches_of_one_byte(hidden_states, context, past_key_values)
         else:
@@ -639,12 +659,11 @@ class STLMModel(STLMPreTrainedModel):
 
     # Patches: from the front output of the bytes (B, T, D) to what each byte sees of the trunk (B, T, D)
 
-    def _see_patches(self, hidden_states, context, positions) -> tuple[torch.Tensor, torch.Tensor]:
+    def _see_patches(self, hidden_states, context, lengths, positions) -> tuple[torch.Tensor, torch.Tensor]:
         """Without a cache."""
         zero = torch.zeros_like(context[:, 0])
-        found = find_boundaries(
-            self._rule(), context, hidden_states.shape[1], PatchState(zero, zero), positions=positions
-        )
+        state, num_bytes = PatchState(zero, zero), hidden_states.shape[1]
+        found = find_boundaries(self._rule(), context, num_bytes, state, lengths, positions)
         index = index_patches(found)
         allowed = None
         patch_seen = found.boundary.cumsum(1) - 1  # (B, T)
@@ -689,7 +708,7 @@ class STLMModel(STLMPreTrainedModel):
         if len(rows):
             mean = (sums / (pool.open_bytes + 1)[:, None]).to(hidden_states.dtype)
             patches = self._append_patches(past_key_values, torch.cat([mean, hidden_states[:, 0]], -1)[:, None], rows)
-            pool.visible = pool.visible.index_copy(0, rows, patches[:, 0])
+            pool.visible = pool.visible.index_copy(0, rows, patches[:, 0].to(pool.visible.dtype))
             pool.num_patches = pool.num_patches + boundary
             sums = sums.masked_fill(boundary[:, None], 0)
         pool.keys = sums
@@ -869,10 +888,19 @@ def _restore_attention(weights: torch.Tensor, inverse: torch.Tensor, num_past: i
     return torch.cat([weights[..., :num_past], weights[..., num_past:].gather(3, key)], dim=-1)
 
 
-def _packed_positions(position_ids: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor | None:
+def _packed_positions(
+    position_ids: torch.Tensor, input_ids: torch.Tensor, layout: Layout | None
+) -> torch.Tensor | None:
     """Bytes before each byte in its document (B, T), if `position_ids` restart anywhere; else `None`."""
     if position_ids.shape[-1] != input_ids.shape[1]:
         raise ValueError(f"position_ids has shape {tuple(position_ids.shape)}, expected {tuple(input_ids.shape)}")
+    if layout is not None:
+        compact = position_ids.expand_as(input_ids)
+        compact = compact if layout.order is None else compact.gather(1, layout.order)
+        valid = torch.arange(1, input_ids.shape[1], device=input_ids.device) < layout.lengths[:, None]
+        if ((compact[:, 1:] <= compact[:, :-1]) & valid).any():
+            raise ValueError("packed documents (position_ids that restart) cannot have padding in attention_mask")
+        return None
     goes_on = position_ids[:, 1:] == position_ids[:, :-1] + 1
     if goes_on.all():
         return None
@@ -923,16 +951,13 @@ class STLMForCausalLM(STLMPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs,
-    ) -> CausalLMOutputWithPast:
+    ) -> STLMCausalLMOutput:
         r"""
         Inputs as in [`STLMModel.forward`], and:
 
         Args:
             labels (`torch.LongTensor` of shape `(B, T)`, *optional*): ids, shifted here; -100 is left out of the loss.
             logits_to_keep (`int` or `torch.Tensor`, defaults to 0): logits of the last so many bytes only; 0 for all.
-
-        Returns:
-            `CausalLMOutputWithPast` with `loss` in nats a byte and `logits (B, T, vocab_size)`.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -947,13 +972,16 @@ class STLMForCausalLM(STLMPreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(
+        return STLMCausalLMOutput(
             loss=loss,
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            patch_hidden_states=outputs.patch_hidden_states,
+            patch_attentions=outputs.patch_attentions,
+            boundaries=outputs.boundaries,
         )
 
 
-__all__ = ["STLMForCausalLM", "STLMModel", "STLMModelOutput", "STLMPreTrainedModel"]
+__all__ = ["STLMCausalLMOutput", "STLMForCausalLM", "STLMModel", "STLMModelOutput", "STLMPreTrainedModel"]

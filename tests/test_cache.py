@@ -48,6 +48,15 @@ def test_cached_logits_stay_within_the_rounding_of_bfloat16(options):
     assert (logits - expected).abs().max() <= 0.06 * expected.abs().max()
 
 
+@torch.no_grad()
+def test_a_cache_works_under_autocast():
+    model = tiny_model(**MIXERS["both"])
+    with torch.autocast("cpu", torch.bfloat16):
+        logits, _ = feed(model, IDS, sizes=(30, 1))
+        expected = model(IDS, use_cache=False).logits
+    assert (logits - expected).abs().max() <= 0.06 * expected.abs().max()
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("options", ALL)
 @torch.no_grad()
@@ -186,18 +195,19 @@ def test_foreign_caches_are_refused_in_words():
         model(IDS, past_key_values=DynamicCache(config=tiny_config(num_trunk_layers=3)))
     with pytest.raises(ValueError, match="no static cache yet"):
         StaticCache(config=model.config, max_cache_len=16)
-    cache = model(IDS).past_key_values
+    cache = model(IDS, use_cache=True).past_key_values
     with pytest.raises(ValueError, match="holds 1 rows, but the input has 2"):
         model(IDS.expand(2, -1), past_key_values=cache)
     with pytest.raises(ValueError, match="negative number"):
         cache.crop(3)
-    with pytest.raises(ValueError, match="holds fewer"):
+    with pytest.raises(ValueError, match=f"the cache holds {IDS.shape[1]}"):
         cache.crop(-1000)
+    assert cache.get_seq_length() == IDS.shape[1], "a refused crop changes nothing"
 
 
 def test_a_cache_in_a_graph_can_be_extended_and_differentiated():
     model = tiny_model()
-    out = model(IDS[:, :20])
+    out = model(IDS[:, :20], use_cache=True)
     second = model(IDS[:, 20:40], past_key_values=out.past_key_values)
     third = model(IDS[:, 40:60], past_key_values=second.past_key_values)
     third.logits.sum().backward()

@@ -72,12 +72,19 @@ def test_layer_sharing_schedules(sharing, depth, unique, expected):
         ({"head_dim": 7}, "must be even"),
         ({"trunk_head_dim": 7}, "must be even"),
         ({"max_patch_bytes": 0}, "max_patch_bytes=0 must be at least 1"),
+        ({"attention_window_bytes": 0}, "attention_window_bytes=0 must be at least 1"),
+        ({"num_attention_heads": 0}, "num_attention_heads=0 must be at least 1"),
         ({"ngram_orders": [1, 2]}, "must all be at least 2"),
     ],
 )
 def test_contradictions_are_named(fields, message):
     with pytest.raises(StrictDataclassClassValidationError, match=message):
         tiny_config(**fields)
+
+
+def test_the_number_of_cache_slots_follows_the_depth():
+    saved = tiny_config(layer_sharing="cycle", num_trunk_layers=2, num_unique_trunk_layers=1).to_dict()
+    assert tiny_config(**(saved | {"num_trunk_layers": 6})).num_hidden_layers == 3 + 1 + 6
 
 
 def test_types_are_checked():

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The examples, run as a user would, with few steps."""
 
+import importlib
 import json
 import subprocess
 import sys
@@ -125,3 +126,15 @@ def test_the_shipped_checkpoint_is_complete_and_learned_english():
     with torch.no_grad():
         bits = model(ids, labels=ids).loss.item() / 0.6931
     assert bits < 2.5
+
+
+def test_chat_turns_follow_the_chat_template(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    generate = importlib.import_module("generate")
+    tokenizer = modeling_stlm.STLMTokenizer()
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]
+    expected = tokenizer.apply_chat_template(turns, return_tensors="pt")["input_ids"]
+    asked = tokenizer.apply_chat_template(turns[:1], add_generation_prompt=True, return_tensors="pt")["input_ids"]
+    for end in ([], [258], [261]):  # cut by max_new_tokens, <eos>, <|im_end|>
+        answered = torch.cat([asked, torch.tensor([[*b"Yo", *end]])], dim=1)
+        assert torch.equal(generate.end_turn(answered, tokenizer), expected)

@@ -53,7 +53,11 @@ def test_greedy_generation_of_ragged_rows_equals_each_row_uncached(options):
         ids_of(TEXT[start : start + length]) for start, length in zip(range(0, 80, 10), (1, 40, 7, 23, 64, 2, 16, 9))
     ]
     out = model.generate(
-        **batch(texts, "left"), **(NEW | MODES["greedy"]), output_logits=True, return_dict_in_generate=True
+        **batch(texts, "left"),
+        **(NEW | MODES["greedy"]),
+        use_cache=True,
+        output_logits=True,
+        return_dict_in_generate=True,
     )
     logits = torch.stack(out.logits, dim=1)  # (B, new, V)
     for b, text in enumerate(texts):
@@ -70,7 +74,14 @@ def test_greedy_generation_of_ragged_rows_equals_each_row_uncached(options):
 def test_512_greedy_bytes_of_eight_ragged_rows_equal_each_row_uncached(patching, sharing, capsys):
     model = tiny_model(**PATCHING[patching], **SHARING[sharing])
     texts = [ids_of((TEXT * 2)[start : start + 3 + 13 * start]) for start in range(8)]
-    new = {"max_new_tokens": 512, "min_new_tokens": 512, "eos_token_id": None, "pad_token_id": 256, "do_sample": False}
+    new = {
+        "max_new_tokens": 512,
+        "min_new_tokens": 512,
+        "eos_token_id": None,
+        "pad_token_id": 256,
+        "do_sample": False,
+        "use_cache": True,
+    }
     out = model.generate(**batch(texts, "left"), **new, output_logits=True, return_dict_in_generate=True)
     logits, largest = torch.stack(out.logits, dim=1), 0.0  # (B, 512, V)
     for b, text in enumerate(texts):
@@ -125,7 +136,9 @@ def test_rows_that_ended_do_not_disturb_the_others():
     free = generate(model, inputs, True, do_sample=False)
     num_prompt = inputs["input_ids"].shape[1]
     eos = int(free[1, num_prompt + 3])  # ends row 1 at its fourth new byte, others elsewhere or not at all
-    ended = model.generate(**inputs, **(NEW | {"min_new_tokens": 0, "eos_token_id": eos}), do_sample=False)
+    ended = model.generate(
+        **inputs, **(NEW | {"min_new_tokens": 0, "eos_token_id": eos}), do_sample=False, use_cache=True
+    )
     for row, whole in zip(ended[:, num_prompt:].tolist(), free[:, num_prompt:].tolist()):
         stop = whole.index(eos) + 1 if eos in whole else len(whole)
         assert row[:stop] == whole[:stop] and set(row[stop:]) <= {256}

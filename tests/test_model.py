@@ -14,7 +14,7 @@ def cases(*tables):
     return [pytest.param(options, id=name) for table in tables for name, options in table.items()]
 
 
-ALL = cases(PATCHING, MIXERS, SHARING)
+ALL = cases(PATCHING, MIXERS, SHARING, {"bigrams": {"ngram_orders": [2]}, "no n-grams": {"ngram_orders": []}})
 ROWS = [ids_of(TEXT), ids_of("A short one. "), ids_of("x"), ids_of("Ends mid wor"), [258, *ids_of("ab cd"), 258]]
 
 
@@ -72,12 +72,13 @@ def test_right_padding_without_a_mask_is_exact():
 @torch.no_grad()
 def test_packed_documents_give_the_logits_of_the_documents_apart(options):
     model = tiny_model(**options)
-    documents = [row for row in ROWS if len(row) > 1]  # positions of a single byte look like the next document's
-    ids = torch.tensor([[i for row in documents for i in row]])
-    positions = torch.tensor([[t for row in documents for t in range(len(row))]])
-    packed = model(ids, position_ids=positions, use_cache=False).logits[0]
-    alone = torch.cat([model(torch.tensor([row])).logits[0] for row in documents])
-    assert_equal(packed, alone)
+    ids = torch.tensor([[i for row in ROWS for i in row]])
+    positions = torch.tensor([[t for row in ROWS for t in range(len(row))]])
+    alone = torch.cat([model(torch.tensor([row])).logits[0] for row in ROWS])
+    for more in ({}, {"attention_mask": torch.ones_like(ids)}):
+        assert_equal(model(ids, position_ids=positions, **more).logits[0], alone)
+    with pytest.raises(ValueError, match="cannot have padding"):
+        model(ids, position_ids=positions, attention_mask=torch.ones_like(ids).index_fill(1, torch.tensor(3), 0))
 
 
 @torch.no_grad()
@@ -92,6 +93,7 @@ def test_hidden_states_and_attentions_of_padded_rows_stand_at_their_bytes():
         at = inputs["attention_mask"][b] == 1
         alone = model(torch.tensor([ids]), **wanted)
         assert torch.equal(padded.boundaries[b][at], alone.boundaries[0])
+        assert not padded.boundaries[b][~at].any(), "padding is part of no patch"
         for ours, expected in zip(padded.hidden_states, alone.hidden_states, strict=True):
             assert_equal(ours[b][at], expected[0])
         for ours, expected in zip(padded.attentions, alone.attentions, strict=True):
@@ -100,7 +102,7 @@ def test_hidden_states_and_attentions_of_padded_rows_stand_at_their_bytes():
 
 @torch.no_grad()
 def test_patch_outputs_have_one_entry_a_patch():
-    model = tiny_model(**SHARING["middle"]).model
+    model = tiny_model(**SHARING["middle"])
     model.set_attn_implementation("eager")
     ids = torch.tensor([ids_of(TEXT)])
     out = model(
@@ -246,6 +248,8 @@ def test_presets_are_up_to_two_percent_below_their_name(name):
     ("inputs", "message"),
     [
         ({}, "exactly one of input_ids and inputs_embeds"),
+        ({"input_ids": torch.zeros(1, 0, dtype=torch.long)}, "at least one row and one byte"),
+        ({"input_ids": torch.zeros(0, 4, dtype=torch.long)}, "at least one row and one byte"),
         ({"input_ids": torch.zeros(1, 4, dtype=torch.long), "attention_mask": torch.ones(1, 5)}, r"expected \(1, 4\)"),
         ({"input_ids": torch.zeros(1, 4, dtype=torch.long), "attention_mask": torch.ones(1, 1, 4, 4)}, "more axes"),
         (

@@ -23,6 +23,7 @@ ROOT = Path(__file__).parents[1]
 
 def test_public_names():
     assert sorted(modeling_stlm.__all__) == [
+        "STLMCausalLMOutput",
         "STLMConfig",
         "STLMForCausalLM",
         "STLMModel",

@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import evaluate
@@ -157,7 +158,7 @@ def test_lora_trains_saves_loads_and_merges(tmp_path, windows):
         adapted = model(ids).logits
         with model.disable_adapter():
             assert (model(ids).logits - adapted).abs().max() > 0.1
-        generated = model.generate(input_ids=ids, max_new_tokens=12, do_sample=False)
+        generated = model.generate(input_ids=ids, max_new_tokens=12, do_sample=False, use_cache=True)
         assert torch.equal(
             generated, model.generate(input_ids=ids, max_new_tokens=12, do_sample=False, use_cache=False)
         )
@@ -321,3 +322,26 @@ def test_two_processes_have_the_losses_of_one(tmp_path):
         assert result["processes"] == processes and len(result["losses"]) == 3
         results[processes] = result["losses"]
     assert results[2] == pytest.approx(results[1], rel=1e-4)
+
+
+def test_a_resumed_time_budget_goes_on_where_it_was_cut(tmp_path, windows):
+    def trainer(*callbacks):
+        args = arguments(
+            tmp_path,
+            max_steps=10**6,
+            lr_scheduler_type="constant",
+            restore_callback_states_from_checkpoint=True,
+        )
+        budget = TimeBudget(minutes=4 / 60)
+        model = STLMForCausalLM(tiny_config())
+        return Trainer(model=model, args=args, train_dataset=windows, callbacks=[budget, *callbacks])
+
+    trainer(StopAt(30)).train()
+    saved = json.loads((tmp_path / "checkpoint-30" / "trainer_state.json").read_text())
+    used = saved["stateful_callbacks"]["TimeBudget"]["attributes"]["elapsed_seconds"]
+    assert 0 < used < 3.5
+    resumed = trainer()
+    started = time.monotonic()
+    resumed.train(resume_from_checkpoint=True)
+    assert time.monotonic() - started < 4 - used + 1
+    assert resumed.state.global_step > 30

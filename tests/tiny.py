@@ -43,6 +43,7 @@ def tiny_config(**overrides) -> STLMConfig:
         "trunk_intermediate_size": 32,
         "trunk_num_attention_heads": 4,
         "num_trunk_layers": 2,
+        "use_cache": False,  # a test of the cache asks for it
     }
     return STLMConfig(**(sizes | overrides))
 

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 
-def write_corpus(path: str | Path, documents: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Path:
+def write_corpus(path: str | Path, documents: Iterable[str | bytes], tokenizer: PreTrainedTokenizerBase) -> Path:
     """Write the ids of `documents` to `path` and the starts of the documents to `path` + `.starts.npy`.
 
     The file holds uint8 where every id of the vocabulary without special tokens fits, else uint16. It appears under its
@@ -36,7 +36,8 @@ def write_corpus(path: str | Path, documents: Iterable[str], tokenizer: PreTrain
         with partial.open("wb") as file:
             for document in documents:
                 if encode_bytes is None:
-                    ids = np.asarray(tokenizer(document, add_special_tokens=False)["input_ids"])
+                    text = document if isinstance(document, str) else document.decode("utf-8")
+                    ids = np.asarray(tokenizer(text, add_special_tokens=False)["input_ids"])
                 else:
                     ids = encode_bytes(document)
                 if len(ids):

@@ -11,8 +11,8 @@ class TimeBudget(TrainerCallback, ExportableState):
     """Stops after `minutes` and sets the learning rate by the share of that time that has passed.
 
     Linear warm-up, then constant, then linear decay to zero at the end of the budget. Use with
-    `lr_scheduler_type="constant"`. The time is saved with each checkpoint and goes on from there on resume; evaluation
-    and saving count.
+    `lr_scheduler_type="constant"` and, so that a resumed run goes on where it was cut and with the budget it was started
+    with, `restore_callback_states_from_checkpoint=True`. Evaluation and saving count.
 
     Args:
         minutes (`float`): length of the training.
@@ -63,6 +63,8 @@ class TimeBudget(TrainerCallback, ExportableState):
             control.should_training_stop = True
 
     def state(self) -> dict:
+        if self._last is not None:
+            self._tick()
         return {
             "args": {"minutes": self.minutes, "warmup": self.warmup, "decay": self.decay, "clock": self.clock},
             "attributes": {"elapsed_seconds": self.elapsed_seconds},
