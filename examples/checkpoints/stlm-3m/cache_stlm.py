@@ -1,0 +1,271 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Cache slots of STLM. The library builds them from `config.layer_types`; defining the classes registers them.
+
+One slot for each byte layer (its last few inputs), one for pooling (byte history, open patch, what the trunk said of
+each patch), one for each pass of the trunk (keys and values, one entry a patch). Rows are ragged: every row has its own
+number of valid bytes and of patches, and is stored from the left without padding.
+
+Every state follows from the byte history and from what the trunk said of the completed patches. So `crop` cuts the
+history and drops the small states; the next forward makes them again from the last few bytes (`STLMModel._replay`).
+
+Shapes: B rows, T bytes of this call, N bytes kept, P patches, D byte width, H key/value heads, K head width.
+"""
+
+import torch
+from transformers.cache_utils import CacheLayerMixin, StaticLayer
+
+
+def grow(buffer: torch.Tensor, length: int, dim: int) -> torch.Tensor:
+    """`buffer` with room for `length` entries along `dim`; capacity doubles, so that appending costs amortised O(1)."""
+    capacity = buffer.shape[dim]
+    if capacity >= length:
+        return buffer
+    shape = list(buffer.shape)
+    shape[dim] = max(length, 2 * capacity, 16)
+    larger = buffer.new_zeros(shape)
+    larger.narrow(dim, 0, capacity).copy_(buffer)
+    return larger
+
+
+class STLMCacheLayer(CacheLayerMixin):
+    """A slot whose state is a set of tensors with the batch in front; `row_tensors` names them."""
+
+    is_croppable = True
+    is_sliding = False
+    supports_early_init = False
+    row_tensors: tuple[str, ...] = ("keys", "values")
+
+    def _map_rows(self, function) -> None:
+        for name in self.row_tensors:
+            if getattr(self, name) is not None:
+                setattr(self, name, function(getattr(self, name)))
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor | None = None) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.is_initialized = True
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.get_seq_length() + query_length, 0
+
+    def offload(self) -> None:
+        self._map_rows(lambda tensor: tensor.to("cpu", non_blocking=True))
+
+    def prefetch(self) -> None:
+        if self.is_initialized:
+            self._map_rows(lambda tensor: tensor.to(self.device, non_blocking=True))
+
+    def reset(self) -> None:
+        self.__init__()
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        self._map_rows(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        self._map_rows(lambda tensor: tensor[indices.to(tensor.device)])
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._map_rows(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
+
+    @staticmethod
+    def _check_crop(tokens_to_remove: int) -> None:
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop takes the number of bytes to remove as a negative number, got {tokens_to_remove}")
+
+
+class STLMByteCacheLayer(STLMCacheLayer):
+    """The last inputs of one byte layer: `keys` (B, N, ...) and, for attention, `values` (B, N, ...)."""
+
+    _layer_type = "stlm_byte"
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.seen_bytes = 0  # positions fed so far, padding included: what the library calls the sequence length
+
+    def get_seq_length(self) -> int:
+        return self.seen_bytes
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor | None = None, *, keep: int, lengths=None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Put the kept inputs in front of the new ones and keep the last `keep` valid ones of each row.
+
+        Args:
+            key_states, value_states (`torch.Tensor` of shape `(B, T, ...)`): inputs of this call.
+            keep (`int`): N.
+            lengths (`torch.LongTensor` of shape `(B,)`, *optional*): valid bytes of each row; all T if left out.
+
+        Returns:
+            Both with N inputs in front, shape `(B, N + T, ...)`; zeros stand before the first byte.
+        """
+        if not self.is_initialized:
+            self.lazy_initialization(key_states)
+        self.keys, keys = self._extend(self.keys, key_states, keep, lengths)
+        if value_states is None:
+            return keys, None
+        self.values, values = self._extend(self.values, value_states, keep, lengths)
+        return keys, values
+
+    @staticmethod
+    def _extend(kept, new, keep, lengths):
+        if kept is None:
+            kept = new.new_zeros(new.shape[0], keep, *new.shape[2:])
+        both = torch.cat([kept, new], dim=1)
+        if lengths is None:
+            return both[:, both.shape[1] - keep :], both
+        last = lengths[:, None] + torch.arange(keep, device=new.device)  # (B, N)
+        return both[torch.arange(new.shape[0], device=new.device)[:, None], last], both
+
+    def crop(self, tokens_to_remove: int) -> None:
+        self._check_crop(tokens_to_remove)
+        if tokens_to_remove:
+            if self.seen_bytes + tokens_to_remove < 0:
+                raise ValueError(f"cannot remove {-tokens_to_remove} bytes: the cache holds {self.seen_bytes}")
+            self.seen_bytes += tokens_to_remove
+            self.keys = self.values = None
+
+
+class STLMPoolCacheLayer(STLMCacheLayer):
+    """Byte history, rule state, open patch and what the trunk said of each completed patch.
+
+    `history` (B, seen) holds the id of every position fed, -1 at padding, -2 where an embedding stood for no id;
+    `context` (B, C) the last valid ids; `keys` (B, D) the sum over the open patch; `values` (B, P, D) the patches as
+    bytes see them; `visible` (B, D) the last of them, or the start vector; `num_bytes`, `num_patches`, `open_bytes`, `open_characters` (B,) counts of valid bytes.
+    """
+
+    _layer_type = "stlm_pool"
+    row_tensors = (
+        *("keys", "values", "visible", "history", "context"),
+        *("num_bytes", "num_patches", "open_bytes", "open_characters"),
+    )
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.visible = self.history = self.context = self.num_bytes = self.num_patches = None
+        self.open_bytes = self.open_characters = None
+        self.seen_bytes = 0
+        self.is_stale = False  # after `crop`: everything but history and values must be made again
+
+    def get_seq_length(self) -> int:
+        return self.seen_bytes
+
+    def start(self, num_rows: int, num_context: int, first: torch.Tensor) -> None:
+        """Empty state for `num_rows` rows; `first (D,)` is what bytes see before any patch is complete."""
+        self.lazy_initialization(first)
+        self.history = torch.empty(num_rows, 0, dtype=torch.int32, device=first.device)
+        self.values = first.new_zeros(num_rows, 0, len(first))
+        self.clear(num_context, first)
+
+    def clear(self, num_context: int, first: torch.Tensor) -> None:
+        """Forget all but the byte history and the patches."""
+        num_rows = len(self.history)
+        counts = torch.zeros(num_rows, dtype=torch.long, device=first.device)
+        self.num_bytes, self.num_patches, self.open_bytes, self.open_characters = (counts.clone() for _ in range(4))
+        self.context = counts.new_full((num_rows, num_context), -1)
+        self.keys = first.new_zeros(num_rows, len(first), dtype=torch.float32)
+        self.visible = first.expand(num_rows, -1)
+        self.is_stale = False
+
+    def append_history(self, ids: torch.Tensor) -> None:
+        """Note the ids (B, T) of the positions of this call, padding (-1) and soft embeddings (-2) included."""
+        end = self.seen_bytes + ids.shape[1]
+        self.history = grow(self.history, end, dim=1)
+        self.history[:, self.seen_bytes : end] = ids
+        self.seen_bytes = end
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *, rows, start):
+        """Store patches `value_states` (R, P, D) of `rows` (R,), all if `None`, from index `start` (R,) on."""
+        self.values = write_patches(self.values, value_states, rows, start, dim=1)
+        return key_states, self.values
+
+    def crop(self, tokens_to_remove: int) -> None:
+        self._check_crop(tokens_to_remove)
+        if tokens_to_remove:
+            self.seen_bytes += tokens_to_remove
+            self.history = self.history[:, : self.seen_bytes].clone()
+            self.is_stale = True
+
+
+class STLMPatchCacheLayer(STLMCacheLayer):
+    """Keys and values of one pass of the trunk, (B, H, P, K): entry p of row b is that row's p-th patch.
+
+    Entries from a row's count on hold leftovers. Nobody reads them: a patch attends to patches up to itself.
+    """
+
+    _layer_type = "stlm_patch"
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.stored_patches = 0  # largest number of patches of a row
+
+    def get_seq_length(self) -> int:
+        return self.stored_patches
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *, num_rows: int, rows, start):
+        """Store the new patches of some rows and return all patches of these rows.
+
+        Args:
+            key_states, value_states (`torch.Tensor` of shape `(R, H, P, K)`): new patches.
+            num_rows (`int`): B.
+            rows (`torch.LongTensor` of shape `(R,)`, *optional*): rows they belong to; all rows if `None`.
+            start (`torch.LongTensor` of shape `(R,)`): index of the first new patch in each row.
+
+        Returns:
+            Keys and values of these rows, shape `(R, H, max(start) + P, K)`.
+        """
+        if not self.is_initialized:
+            self.lazy_initialization(key_states)
+            shape = (num_rows, key_states.shape[1], 0, key_states.shape[3])
+            self.keys, self.values = key_states.new_zeros(shape), value_states.new_zeros(shape)
+        end = int(start.max()) + key_states.shape[2]
+        self.stored_patches = max(self.stored_patches, end)
+        self.keys = write_patches(self.keys, key_states, rows, start, dim=2)
+        self.values = write_patches(self.values, value_states, rows, start, dim=2)
+        keys, values = self.keys[:, :, :end], self.values[:, :, :end]
+        return (keys, values) if rows is None else (keys[rows], values[rows])
+
+    def crop(self, tokens_to_remove: int) -> None:
+        self._check_crop(tokens_to_remove)  # the pool slot knows the counts; entries past them are never read
+
+
+def write_patches(
+    store: torch.Tensor, new: torch.Tensor, rows: torch.Tensor | None, start: torch.Tensor, dim: int
+) -> torch.Tensor:
+    """`store` with `new` put at `start` (R,) of `rows` (R,) (all rows if None); `dim` (1 or 2) counts patches."""
+    num_new = new.shape[dim]
+    new = new.to(store.dtype)  # they differ under autocast
+    store = grow(store, int(start.max()) + num_new, dim)
+    if torch.is_grad_enabled() and (store.requires_grad or new.requires_grad):
+        store = store.clone()  # an earlier call may have saved it for its backward
+    if rows is None:
+        rows = torch.arange(new.shape[0], device=new.device)
+    patches = start[:, None] + torch.arange(num_new, device=new.device)  # (R, P)
+    if dim == 1:
+        store[rows[:, None], patches] = new
+    else:
+        store[rows[:, None], :, patches] = new.transpose(1, 2)
+    return store
+
+
+class STLMStaticCacheLayer(StaticLayer):
+    """Refuses static caches, in words."""
+
+    def __init__(self, **kwargs):
+        raise ValueError(
+            "STLM has no static cache yet: leave `cache_implementation` out (or set it to 'dynamic'). "
+            "The dynamic cache writes in place and grows by doubling, so it copies nothing at each step."
+        )
+
+
+class STLMStaticByteCacheLayer(STLMStaticCacheLayer):
+    _layer_type = "stlm_byte"
+
+
+class STLMStaticPoolCacheLayer(STLMStaticCacheLayer):
+    _layer_type = "stlm_pool"
+
+
+class STLMStaticPatchCacheLayer(STLMStaticCacheLayer):
+    _layer_type = "stlm_patch"

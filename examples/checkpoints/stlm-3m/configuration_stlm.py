@@ -1,0 +1,308 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Configuration of STLM: a pooled byte-level transformer with a weight-tied trunk (arXiv:2405.14159).
+
+Sizes come in two levels. The *byte level* (front and back layers) uses the usual field names of the library, because
+that is the level users see: ids, logits, hidden states and attentions are per byte. The *patch level* (trunk) carries
+the prefix `trunk_`. Lengths carry their unit: `_bytes`, `_characters`, `_layers`.
+"""
+
+import json
+from pathlib import Path
+from typing import ClassVar
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+
+PRESETS = Path(__file__).with_name("presets")
+PATCHING_RULES = ("spacelike", "fixed")
+LAYER_SHARING = ("none", "immediate", "cycle", "middle", "ffn")
+BYTE_MIXERS = ("conv", "attention")
+NUM_BYTES = 256  # ids below are bytes, ids from here on are special tokens
+
+
+@strict
+class STLMConfig(PreTrainedConfig):
+    r"""
+    Configuration of an [`STLMModel`]. The defaults are the sizes of the preset `stlm-10m`, without layer sharing.
+
+    Args:
+        vocab_size (`int`, defaults to 320):
+            Number of ids: 256 bytes, then special tokens, rounded up to a multiple of 64 so that tokens can be added.
+        hidden_size (`int`, defaults to 192):
+            Width of the byte level, of the byte embedding and of the head.
+        intermediate_size (`int`, defaults to 448):
+            Width of the feed-forward layers of the byte level.
+        num_front_layers (`int`, defaults to 2):
+            Byte layers before pooling (the local encoder).
+        num_back_layers (`int`, defaults to 2):
+            Byte layers after unpooling (the local decoder).
+        byte_mixers (`list[str]`, *optional*):
+            Mixer of every byte layer, front layers first: `"conv"` (gated short causal convolution, as in LFM2) or
+            `"attention"` (causal attention over a window). Both cost the same for every byte. Defaults to all `"conv"`.
+        conv_kernel_size (`int`, defaults to 4):
+            Bytes seen by one `"conv"` mixer, the current one included.
+        attention_window_bytes (`int`, defaults to 64):
+            Bytes seen by one `"attention"` mixer, the current one included.
+        num_attention_heads (`int`, defaults to 6):
+            Heads of the `"attention"` mixers.
+        num_key_value_heads (`int`, *optional*):
+            Key/value heads of the `"attention"` mixers. Defaults to `num_attention_heads`.
+        head_dim (`int`, *optional*):
+            Width of one head of the `"attention"` mixers. Defaults to `hidden_size // num_attention_heads`.
+        ngram_orders (`list[int]`, *optional*):
+            Lengths in bytes of the hashed n-grams whose embeddings are added to the byte embedding (BLT,
+            arXiv:2412.09871, section 3.2.1). An empty list turns them off. Defaults to `[2, 3, 4, 5]`.
+        ngram_rows (`int`, defaults to 2048):
+            Rows of the embedding table of each n-gram length.
+        patching (`str`, defaults to `"spacelike"`):
+            Where patches end. `"spacelike"`: at the first byte after a word that is neither letter, digit nor part of
+            a multi-byte character (SpaceByte, arXiv:2404.14408). `"fixed"`: every `patch_bytes` bytes (MegaByte).
+        patch_bytes (`int`, defaults to 6):
+            Length of a patch under `patching="fixed"`.
+        max_patch_bytes (`int`, defaults to 16):
+            Longest patch under `patching="spacelike"`.
+        max_patch_characters (`int`, defaults to 3):
+            Under `patching="spacelike"`, complete UTF-8 characters of three or more bytes after which a patch ends
+            (scripts such as Chinese, Japanese or Thai have no spaces).
+        trunk_hidden_size (`int`, defaults to 384):
+            Width of the trunk.
+        trunk_intermediate_size (`int`, defaults to 1248):
+            Width of the feed-forward layers of the trunk.
+        trunk_num_attention_heads (`int`, defaults to 6):
+            Attention heads of the trunk.
+        trunk_num_key_value_heads (`int`, *optional*, defaults to 2):
+            Key/value heads of the trunk. `None` means `trunk_num_attention_heads`.
+        trunk_head_dim (`int`, *optional*):
+            Width of one head of the trunk. Defaults to `trunk_hidden_size // trunk_num_attention_heads`.
+        num_trunk_layers (`int`, defaults to 6):
+            Depth of the trunk: layers that run for every patch.
+        num_unique_trunk_layers (`int`, *optional*):
+            Layers of the trunk that are stored. Defaults to `num_trunk_layers`.
+        layer_sharing (`str`, defaults to `"none"`):
+            How stored layers make up the depth. `"none"`: each runs once. `"immediate"`: each inner layer runs several
+            times in a row (MobileLLM, arXiv:2402.14905). `"cycle"`: the stored layers run in turn, again and again.
+            `"middle"`: one layer in the middle runs several times. `"ffn"`: every layer has its own attention and the
+            stored feed-forward layers are shared as in `"immediate"`. Except in `"cycle"`, the first and the last
+            layer keep weights of their own.
+        hidden_act (`str`, defaults to `"relu2"`):
+            Activation of the feed-forward layers.
+        rope_theta (`float`, defaults to 10000.0):
+            Base of the rotary embedding over the patch index and, in `"attention"` mixers, over the byte index.
+        rms_norm_eps (`float`, defaults to 1e-06):
+            Added to the mean square in every norm.
+        initializer_range (`float`, defaults to 0.02):
+            Standard deviation of the embeddings at the start. Linear layers start at `1 / sqrt(fan_in)`, output
+            projections at zero.
+        hidden_dropout (`float`, defaults to 0.0):
+            Dropout on the output of every mixer, attention and feed-forward layer; for training on repeated data.
+        attention_dropout (`float`, defaults to 0.0):
+            Dropout on attention probabilities.
+        max_position_embeddings (`int`, defaults to 16384):
+            Context in bytes that users may rely on. Nothing in the model is sized by it.
+        tie_word_embeddings (`bool`, defaults to `True`):
+            Whether the head shares the byte embedding.
+        use_cache (`bool`, defaults to `True`):
+            Whether `forward` returns a cache.
+        num_hidden_layers (`int`, *optional*):
+            Number of cache slots: one for each byte layer, one for pooling, one for each pass of the trunk. Derived;
+            the library sizes its caches by it.
+
+    Example:
+
+    ```python
+    >>> from modeling_stlm import STLMConfig
+    >>> config = STLMConfig.from_preset("stlm-3m")
+    >>> config.num_trunk_layers, config.num_unique_trunk_layers
+    (4, 3)
+
+    ```
+    """
+
+    model_type = "stlm"
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "boundaries"]
+    base_model_fsdp_plan = {
+        "embed_tokens": "free_full_weight",
+        "ngram_embed_tokens": "free_full_weight",
+        "front_layers.*": "free_full_weight",
+        "trunk.attention_blocks.*": "free_full_weight",
+        "trunk.feed_forward_blocks.*": "free_full_weight",
+        "back_layers.*": "free_full_weight",
+        "norm": "keep_full_weight",
+    }
+
+    vocab_size: int = 320
+    hidden_size: int = 192
+    intermediate_size: int = 448
+    num_front_layers: int = 2
+    num_back_layers: int = 2
+    byte_mixers: list[str] | None = None
+    conv_kernel_size: int = 4
+    attention_window_bytes: int = 64
+    num_attention_heads: int = 6
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    ngram_orders: list[int] | None = None
+    ngram_rows: int = 2048
+    patching: str = "spacelike"
+    patch_bytes: int = 6
+    max_patch_bytes: int = 16
+    max_patch_characters: int = 3
+    trunk_hidden_size: int = 384
+    trunk_intermediate_size: int = 1248
+    trunk_num_attention_heads: int = 6
+    trunk_num_key_value_heads: int | None = 2
+    trunk_head_dim: int | None = None
+    num_trunk_layers: int = 6
+    num_unique_trunk_layers: int | None = None
+    layer_sharing: str = "none"
+    hidden_act: str = "relu2"
+    rope_theta: float | int = 10000.0
+    rms_norm_eps: float = 1e-6
+    initializer_range: float = 0.02
+    hidden_dropout: float | int = 0.0
+    attention_dropout: float | int = 0.0
+    max_position_embeddings: int = 16384
+    tie_word_embeddings: bool = True
+    use_cache: bool = True
+    pad_token_id: int | None = 256
+    bos_token_id: int | None = 257
+    eos_token_id: int | list[int] | None = 258
+    num_hidden_layers: int | None = None
+
+    @classmethod
+    def from_preset(cls, name: str, **overrides) -> "STLMConfig":
+        """The configuration shipped under `name` (`"stlm-3m"`, `"stlm-10m"`, ...), with `overrides` on top.
+
+        Raises:
+            ValueError: if there is no such preset.
+        """
+        path = PRESETS / f"{name}.json"
+        if not path.is_file():
+            known = sorted(preset.stem for preset in PRESETS.glob("*.json"))
+            hint = f"choose one of {known}" if known else "presets come with the installed package `stlm` only"
+            raise ValueError(f"there is no preset {name!r}: {hint}")
+        return cls(**(json.loads(path.read_text(encoding="utf-8")) | overrides))
+
+    def __post_init__(self, **kwargs):
+        num_byte_layers = self.num_front_layers + self.num_back_layers
+        if self.byte_mixers is None:
+            self.byte_mixers = ["conv"] * num_byte_layers
+        if self.ngram_orders is None:
+            self.ngram_orders = [2, 3, 4, 5]
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.head_dim is None:
+            self.head_dim = self.hidden_size // max(1, self.num_attention_heads)
+        if self.trunk_num_key_value_heads is None:
+            self.trunk_num_key_value_heads = self.trunk_num_attention_heads
+        if self.trunk_head_dim is None:
+            self.trunk_head_dim = self.trunk_hidden_size // max(1, self.trunk_num_attention_heads)
+        if self.num_unique_trunk_layers is None:
+            self.num_unique_trunk_layers = self.num_trunk_layers
+        # Whatever was passed: a saved value must not outlive a change of `num_trunk_layers`.
+        self.num_hidden_layers = num_byte_layers + 1 + self.num_trunk_layers
+        super().__post_init__(**kwargs)
+        # A checkpoint of any head can be loaded through every Auto class, also where the package is not installed.
+        self.auto_map = {
+            "AutoConfig": "configuration_stlm.STLMConfig",
+            "AutoModel": "modeling_stlm.STLMModel",
+            "AutoModelForCausalLM": "modeling_stlm.STLMForCausalLM",
+        }
+
+    @property
+    def num_byte_layers(self) -> int:
+        return self.num_front_layers + self.num_back_layers
+
+    @property
+    def layer_types(self) -> list[str]:
+        """Kind of each cache slot, from which the library builds caches (`cache_stlm.py` registers the kinds)."""
+        # Not a field: a serialized list of our own kinds would fail the validation of a process without this code.
+        types = ["stlm_byte"] * self.num_byte_layers + ["stlm_pool"] + ["stlm_patch"] * self.num_trunk_layers
+        return types[: self.num_hidden_layers]
+
+    @property
+    def trunk_schedule(self) -> list[tuple[int, int]]:
+        """For each pass of the trunk, the indices of the attention block and of the feed-forward block that run."""
+        depth, unique = self.num_trunk_layers, self.num_unique_trunk_layers
+        if self.layer_sharing == "none":
+            order = list(range(depth))
+        elif self.layer_sharing == "cycle":
+            order = [i % unique for i in range(depth)]
+        elif self.layer_sharing == "middle":
+            before = unique // 2  # own layers before the repeated one; the others come after it
+            after = unique - 1 - before
+            order = [*range(before), *[before] * (depth - before - after), *range(unique - after, unique)]
+        else:
+            # Inner passes are dealt out evenly, in order, to the inner stored layers.
+            inner = [1 + i * (unique - 2) // (depth - 2) for i in range(depth - 2)] if depth > 2 else []
+            order = [0, *inner, unique - 1][:depth]
+        attention = list(range(depth)) if self.layer_sharing == "ffn" else order
+        return list(zip(attention, order))
+
+    def validate_patching(self):
+        if self.patching not in PATCHING_RULES:
+            raise ValueError(f"patching={self.patching!r} is not known: choose one of {PATCHING_RULES}")
+        for name in (
+            *("patch_bytes", "max_patch_bytes", "max_patch_characters", "ngram_rows"),
+            *("conv_kernel_size", "attention_window_bytes", "hidden_size", "trunk_hidden_size"),
+            *("num_attention_heads", "num_key_value_heads"),
+            *("trunk_num_attention_heads", "trunk_num_key_value_heads"),
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if any(order < 2 for order in self.ngram_orders or []):
+            raise ValueError(f"ngram_orders={self.ngram_orders} must all be at least 2: a byte has its own embedding")
+
+    def validate_byte_level(self):
+        if self.num_front_layers < 1 or self.num_back_layers < 1:
+            raise ValueError(
+                f"num_front_layers={self.num_front_layers} and num_back_layers={self.num_back_layers} must be at least 1"
+            )
+        if len(self.byte_mixers) != self.num_byte_layers:
+            raise ValueError(
+                f"byte_mixers has {len(self.byte_mixers)} entries for {self.num_byte_layers} byte layers "
+                f"(num_front_layers + num_back_layers): give one of {BYTE_MIXERS} for each, or leave it out"
+            )
+        if unknown := sorted(set(self.byte_mixers) - set(BYTE_MIXERS)):
+            raise ValueError(f"byte_mixers={unknown} are not known: choose from {BYTE_MIXERS}")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads={self.num_attention_heads} must be a multiple of "
+                f"num_key_value_heads={self.num_key_value_heads}"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim={self.head_dim} must be even: rotary embedding turns pairs of channels")
+
+    def validate_trunk(self):
+        depth, unique, sharing = self.num_trunk_layers, self.num_unique_trunk_layers, self.layer_sharing
+        if sharing not in LAYER_SHARING:
+            raise ValueError(f"layer_sharing={sharing!r} is not known: choose one of {LAYER_SHARING}")
+        if not 1 <= unique <= depth:
+            raise ValueError(
+                f"num_unique_trunk_layers={unique} must be between 1 and num_trunk_layers={depth}: "
+                "it counts the layers that are stored"
+            )
+        if sharing == "none" and unique != depth:
+            raise ValueError(
+                f"num_unique_trunk_layers={unique} differs from num_trunk_layers={depth}, "
+                "but layer_sharing='none' stores every layer: set another layer_sharing or drop the field"
+            )
+        if sharing in ("immediate", "ffn") and unique < min(depth, 3):
+            raise ValueError(
+                f"layer_sharing={sharing!r} keeps the first and the last layer apart from the inner ones, so "
+                f"num_unique_trunk_layers={unique} must be at least {min(depth, 3)}; use 'cycle' to share all"
+            )
+        if self.trunk_num_attention_heads % self.trunk_num_key_value_heads:
+            raise ValueError(
+                f"trunk_num_attention_heads={self.trunk_num_attention_heads} must be a multiple of "
+                f"trunk_num_key_value_heads={self.trunk_num_key_value_heads}"
+            )
+        if self.trunk_head_dim % 2:
+            raise ValueError(f"trunk_head_dim={self.trunk_head_dim} must be even: rotary embedding turns pairs")
+
+    def validate_layer_type(self):
+        """The library checks the field `layer_types` here; ours is derived and always consistent."""
+
+
+__all__ = ["STLMConfig"]

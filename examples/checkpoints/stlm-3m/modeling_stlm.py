@@ -1,0 +1,987 @@
+# SPDX-License-Identifier: Apache-2.0
+"""STLM: a pooled byte-level transformer with a weight-tied trunk.
+
+    bytes -> embed + hashed n-grams -> front layers --pool--> trunk (once a patch) --unpool--> + -> back layers -> head
+                                           |                                                   |
+                                           +-------------------- residual ---------------------+
+
+Byte t sees the trunk output of the last patch that is complete at t (a learned start vector before the first), so
+nothing leaks from later bytes, and the trunk runs only when a patch is complete.
+
+Rows are made compact on entry: the valid bytes of each row are moved to the front, and moved back at the end. So left
+padding, right padding and no padding run the same arithmetic, and every cache state is per row.
+
+Shapes: B rows, T bytes of this call, P patches, D byte width, G trunk width, H heads, K head width, V vocabulary.
+Reference: Super Tiny Language Models, arXiv:2405.14159; sources of the parts are named where they stand.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import ModelOutput
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, slice_logits_to_keep
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager_attention_forward
+from transformers.utils import can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from .budget_stlm import BudgetMixin
+from .cache_stlm import STLMPoolCacheLayer
+from .configuration_stlm import STLMConfig
+from .patching_stlm import (
+    RULE_CONTEXT_BYTES,
+    PatchState,
+    Rule,
+    byte_events,
+    byte_kinds,
+    find_boundaries,
+    index_patches,
+    pool_patches,
+    step_boundary,
+    sum_patches,
+    unpool_patches,
+)
+
+
+NGRAM_PRIME = 2**31 - 1
+SOFT_ID = -2  # in the byte history: an embedding that stands for no id
+
+
+class Rows(NamedTuple):
+    """How the compact rows of one call lie. Everything is `None` where it would say nothing."""
+
+    lengths: torch.Tensor | None  # (B,) valid bytes; None: all T
+    positions: torch.Tensor | None  # (B, T) bytes since the document's start; None: one document a row
+    rotary: tuple[torch.Tensor, torch.Tensor] | None  # cos and sin (B, T, K), for attention mixers
+    window_mask: torch.Tensor | None  # (B * blocks, 1, S, S + W - 1), for attention mixers
+
+
+class Layout(NamedTuple):
+    """Valid bytes of each row (B,) and, unless they come first already, where each position goes (B, T) and back."""
+
+    lengths: torch.Tensor
+    order: torch.Tensor | None
+    inverse: torch.Tensor | None
+
+
+@dataclass
+class STLMModelOutput(ModelOutput):
+    """
+    Output of [`STLMModel`].
+
+    Args:
+        last_hidden_state (`torch.FloatTensor` of shape `(B, T, hidden_size)`): after the final norm.
+        past_key_values (`Cache`, *optional*): with `use_cache=True`.
+        hidden_states (`tuple(torch.FloatTensor)`, *optional*): byte level, `(B, T, hidden_size)` for the embedding and
+            each byte layer; with `output_hidden_states=True`.
+        attentions (`tuple(torch.FloatTensor)`, *optional*): byte level, `(B, num_attention_heads, T, T)` for each
+            `"attention"` mixer; with `output_attentions=True`. With a cache the last axis counts the bytes of the row.
+        patch_hidden_states (`tuple(torch.FloatTensor)`, *optional*): `(B, P, trunk_hidden_size)` after each pass of the
+            trunk; with `output_patch_hidden_states=True`. Only rows that completed a patch, when there is a cache.
+        patch_attentions (`tuple(torch.FloatTensor)`, *optional*): `(B, trunk_num_attention_heads, P, P)` for each pass;
+            with `output_patch_attentions=True`.
+        boundaries (`torch.BoolTensor` of shape `(B, T)`, *optional*): where patches end; with `output_boundaries=True`.
+    """
+
+    last_hidden_state: torch.FloatTensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+    patch_hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    patch_attentions: tuple[torch.FloatTensor, ...] | None = None
+    boundaries: torch.BoolTensor | None = None
+
+
+@dataclass
+class STLMCausalLMOutput(ModelOutput):
+    """
+    Output of [`STLMForCausalLM`]: `loss` in nats a byte, `logits (B, T, vocab_size)`, and the rest as in
+    [`STLMModelOutput`].
+    """
+
+    loss: torch.FloatTensor | None = None
+    logits: torch.FloatTensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+    patch_hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    patch_attentions: tuple[torch.FloatTensor, ...] | None = None
+    boundaries: torch.BoolTensor | None = None
+
+
+@torch.no_grad()
+def rotary_embedding(
+    positions: torch.Tensor, head_dim: int, theta: float, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin (B, T, K) of the rotary embedding (arXiv:2104.09864) at `positions` (B, T)."""
+    # Not kept in a buffer: `model.to(torch.bfloat16)` would round the frequencies.
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float, device=positions.device) / head_dim
+    angles = positions[..., None].float() / theta**exponents
+    angles = torch.cat([angles, angles], dim=-1)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+class STLMAttention(nn.Module):
+    """Grouped-query attention with QK-norm; the projections serve both levels, `forward` is that of the trunk."""
+
+    is_causal = True
+
+    def __init__(self, config: STLMConfig, width: int, num_heads: int, num_key_value_heads: int, head_dim: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = None  # the library asks for it; cache slots are passed to `forward`
+        self.num_heads, self.num_key_value_heads, self.head_dim = num_heads, num_key_value_heads, head_dim
+        self.num_key_value_groups = num_heads // num_key_value_heads
+        self.scaling = head_dim**-0.5
+        self.q_proj = nn.Linear(width, num_heads * head_dim, bias=False)
+        self.k_proj = nn.Linear(width, num_key_value_heads * head_dim, bias=False)
+        self.v_proj = nn.Linear(width, num_key_value_heads * head_dim, bias=False)
+        self.o_proj = nn.Linear(num_heads * head_dim, width, bias=False)
+        self.q_norm = nn.RMSNorm(head_dim, eps=config.rms_norm_eps)
+        self.k_norm = nn.RMSNorm(head_dim, eps=config.rms_norm_eps)
+
+    def project(self, hidden_states: torch.Tensor, rotary) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries, keys and values of shape (B, T, H, K), queries and keys normed and turned."""
+        query = self.q_norm(self.q_proj(hidden_states).unflatten(-1, (self.num_heads, self.head_dim)))
+        key = self.k_norm(self.k_proj(hidden_states).unflatten(-1, (self.num_key_value_heads, self.head_dim)))
+        value = self.v_proj(hidden_states).unflatten(-1, (self.num_key_value_heads, self.head_dim))
+        return *apply_rotary_pos_emb(query, key, *rotary, unsqueeze_dim=2), value
+
+    def attend(self, query, key, value, allowed: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Attention of `query (B, H, T, K)` where `allowed (B, 1, T, S)`; causal where that is `None`."""
+        implementation = self.config._attn_implementation
+        attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
+        if implementation != "sdpa":
+            if allowed is None:
+                allowed = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device)
+                allowed = allowed.tril(key.shape[2] - query.shape[2])[None, None]
+            bias = torch.zeros(allowed.shape, dtype=query.dtype, device=query.device)
+            allowed = bias.masked_fill_(~allowed, torch.finfo(query.dtype).min)
+        probability = self.config.attention_dropout if self.training else 0.0
+        output, weights = attention(self, query, key, value, allowed, dropout=probability, scaling=self.scaling)
+        return output.flatten(2), weights  # (B, T, H * K), (B, H, T, S)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        rotary: tuple[torch.Tensor, torch.Tensor],
+        allowed: torch.Tensor | None,
+        past_key_values: Cache | None = None,
+        cache_kwargs: dict | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """`hidden_states (R, P, G)` of the rows that completed a patch, `allowed (R, 1, P, S)` or `None`: causal."""
+        query, key, value = (states.transpose(1, 2) for states in self.project(hidden_states, rotary))
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, **cache_kwargs)
+        output, weights = self.attend(query, key, value, allowed)
+        return self.o_proj(output), weights
+
+
+class STLMWindowAttention(STLMAttention):
+    """Causal attention over the last W bytes, in blocks of S = min(T, W) queries: linear in T."""
+
+    def __init__(self, config: STLMConfig):
+        super().__init__(
+            config, config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        )
+        self.window = config.attention_window_bytes
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        rows: Rows,
+        past_key_values: Cache | None = None,
+        slot: int = 0,
+        output_attentions: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """`hidden_states (B, T, D)` of compact rows. Weights (B, H, T, past + T) if asked for: then in one block."""
+        num_rows, num_bytes, _ = hidden_states.shape
+        keep, num_past, allowed = self.window - 1, 0, rows.window_mask
+        query, key, value = self.project(hidden_states, rows.rotary)
+        if past_key_values is not None:
+            num_past = past_key_values.layers[slot].get_seq_length()
+            key, value = past_key_values.update(key, value, slot, keep=keep, lengths=rows.lengths)
+        else:
+            key, value = (F.pad(states, (0, 0, 0, 0, keep, 0)) for states in (key, value))
+        if output_attentions and num_past == 0:
+            key, value, allowed = key[:, keep:], value[:, keep:], allowed[..., keep:]
+
+        block = num_bytes if output_attentions else min(num_bytes, self.window)
+        query, key, value = (F.pad(states, (0, 0, 0, 0, 0, -num_bytes % block)) for states in (query, key, value))
+        query = query.unflatten(1, (-1, block)).flatten(0, 1).transpose(1, 2)  # (B * blocks, H, S, K)
+        # Each block of S queries sees its own S keys and the W - 1 before them.
+        key, value = (
+            states.unfold(1, allowed.shape[-1], block).flatten(0, 1).transpose(2, 3)  # (B * blocks, H, S + W - 1, K)
+            for states in (key, value)
+        )
+        output, weights = self.attend(query, key, value, allowed)
+        output = output.unflatten(0, (num_rows, -1)).flatten(1, 2)[:, :num_bytes]
+        if output_attentions and num_past:
+            # The kept bytes end where this call starts; what lies further back has no weight.
+            weights = F.pad(weights[..., max(0, keep - num_past) :], (max(0, num_past - keep), 0))
+        return self.o_proj(output), weights if output_attentions else None
+
+
+def window_mask(positions: torch.Tensor, window: int, block: int) -> torch.Tensor:
+    """Which of its S + W - 1 keys each query of a block of S may see; `positions (B, T)` are those in the document.
+
+    Returns:
+        `torch.BoolTensor` of shape `(B * blocks, 1, S, S + W - 1)`.
+    """
+    positions = F.pad(positions, (0, -positions.shape[1] % block)).unflatten(1, (-1, block))  # (B, blocks, S)
+    query = torch.arange(block, device=positions.device)[:, None]
+    distance = query + window - 1 - torch.arange(block + window - 1, device=positions.device)  # (S, S + W - 1)
+    allowed = (distance >= 0) & (distance < window) & (distance <= positions[..., None])
+    return allowed.flatten(0, 1)[:, None]
+
+
+class STLMShortConv(nn.Module):
+    """Gated short causal convolution over the last N bytes (LFM2)."""
+
+    def __init__(self, config: STLMConfig):
+        super().__init__()
+        self.kernel_size = config.conv_kernel_size
+        self.in_proj = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=False)
+        self.conv = nn.Conv1d(
+            config.hidden_size, config.hidden_size, self.kernel_size, groups=config.hidden_size, bias=False
+        )
+        self.out_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+
+    def forward(
+        self, hidden_states: torch.Tensor, rows: Rows, past_key_values: Cache | None = None, slot: int = 0
+    ) -> torch.Tensor:
+        num_bytes = hidden_states.shape[1]
+        gate_in, gate_out, inputs = self.in_proj(hidden_states).chunk(3, dim=-1)
+        inputs = gate_in * inputs
+        keep = self.kernel_size - 1
+        if past_key_values is None:
+            inputs = F.pad(inputs, (0, 0, keep, 0))  # (B, N + T, D)
+        else:
+            inputs, _ = past_key_values.update(inputs, None, slot, keep=keep, lengths=rows.lengths)
+        taps = self.conv.weight[:, 0].t()  # (N, D), oldest byte first
+        if num_bytes == 1:
+            output = (inputs * taps).sum(1, keepdim=True)
+        elif rows.positions is None:
+            output = self.conv(inputs.transpose(1, 2)).transpose(1, 2)
+        else:
+            # The same as a sum of shifted products, each of which stops at the start of the document.
+            output = inputs[:, keep:] * taps[keep]
+            for back in range(1, self.kernel_size):
+                tap = taps[keep - back] * (rows.positions >= back)[..., None]
+                output = torch.addcmul(output, inputs[:, keep - back : keep - back + num_bytes], tap)
+        return self.out_proj(gate_out * output)
+
+
+def dropout(states: torch.Tensor, probability: float, training: bool) -> torch.Tensor:
+    return F.dropout(states, probability) if training and probability else states
+
+
+class STLMFeedForward(nn.Module):
+    def __init__(self, width: int, intermediate_size: int, activation: str):
+        super().__init__()
+        self.up_proj = nn.Linear(width, intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, width, bias=False)
+        self.activation = ACT2FN[activation]
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.activation(self.up_proj(hidden_states)))
+
+
+class STLMByteLayer(GradientCheckpointingLayer):
+    """Mixer and feed-forward layer at the byte level. Its cost does not depend on the context."""
+
+    def __init__(self, config: STLMConfig, slot: int):
+        super().__init__()
+        self.slot = slot
+        self.mixer_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mixer = STLMShortConv(config) if config.byte_mixers[slot] == "conv" else STLMWindowAttention(config)
+        self.feed_forward_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.feed_forward = STLMFeedForward(config.hidden_size, config.intermediate_size, config.hidden_act)
+        self.dropout = config.hidden_dropout
+        self.has_attention = config.byte_mixers[slot] == "attention"
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        rows: Rows,
+        past_key_values: Cache | None = None,
+        output_attentions: bool = False,
+    ) -> torch.Tensor:
+        mixed = self.mixer_norm(hidden_states)
+        if self.has_attention:
+            mixed, _ = self.mixer(mixed, rows, past_key_values, self.slot, output_attentions)
+        else:
+            mixed = self.mixer(mixed, rows, past_key_values, self.slot)
+        hidden_states = hidden_states + dropout(mixed, self.dropout, self.training)
+        output = self.feed_forward(self.feed_forward_norm(hidden_states))
+        return hidden_states + dropout(output, self.dropout, self.training)
+
+
+class STLMTrunkAttentionBlock(GradientCheckpointingLayer):
+    def __init__(self, config: STLMConfig):
+        super().__init__()
+        self.norm = nn.RMSNorm(config.trunk_hidden_size, eps=config.rms_norm_eps)
+        self.attention = STLMAttention(
+            config,
+            config.trunk_hidden_size,
+            config.trunk_num_attention_heads,
+            config.trunk_num_key_value_heads,
+            config.trunk_head_dim,
+        )
+        self.dropout = config.hidden_dropout
+
+    def forward(self, hidden_states: torch.Tensor, rotary, allowed, past_key_values=None, cache_kwargs=None):
+        output, _ = self.attention(self.norm(hidden_states), rotary, allowed, past_key_values, cache_kwargs)
+        return hidden_states + dropout(output, self.dropout, self.training)
+
+
+class STLMTrunkFeedForwardBlock(GradientCheckpointingLayer):
+    def __init__(self, config: STLMConfig):
+        super().__init__()
+        self.norm = nn.RMSNorm(config.trunk_hidden_size, eps=config.rms_norm_eps)
+        self.feed_forward = STLMFeedForward(
+            config.trunk_hidden_size, config.trunk_intermediate_size, config.hidden_act
+        )
+        self.dropout = config.hidden_dropout
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        output = self.feed_forward(self.norm(hidden_states))
+        return hidden_states + dropout(output, self.dropout, self.training)
+
+
+class STLMTrunk(nn.Module):
+    """Causal transformer over patches. Weight tying is structural: a stored block is one module, called several times."""
+
+    def __init__(self, config: STLMConfig):
+        super().__init__()
+        self.config, self.schedule, self.first_slot = config, config.trunk_schedule, config.num_byte_layers + 1
+        self.head_dim, self.rope_theta = config.trunk_head_dim, config.rope_theta
+        num_attention, num_feed_forward = (1 + max(indices) for indices in zip(*self.schedule))
+        self.attention_blocks = nn.ModuleList(STLMTrunkAttentionBlock(config) for _ in range(num_attention))
+        self.feed_forward_blocks = nn.ModuleList(STLMTrunkFeedForwardBlock(config) for _ in range(num_feed_forward))
+        self.norm = nn.RMSNorm(config.trunk_hidden_size, eps=config.rms_norm_eps)
+
+    def forward(
+        self,
+        patches: torch.Tensor,
+        allowed: torch.Tensor | None,
+        start: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        num_rows: int | None = None,
+        rows: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """
+        Args:
+            patches (`torch.Tensor` of shape `(R, P, G)`): new patches of some rows.
+            allowed (`torch.BoolTensor` of shape `(R, 1, P, S)`, *optional*): causal if left out.
+            start (`torch.LongTensor` of shape `(R,)`, *optional*): index in its row of the first new patch; 0.
+            past_key_values (`Cache`, *optional*): with slots for the passes, of `num_rows` rows, of which `rows` (all
+                if `None`) are here.
+        """
+        index = torch.arange(patches.shape[1], device=patches.device)[None]
+        if start is not None:
+            index = index + start[:, None]
+        rotary = rotary_embedding(index, self.head_dim, self.rope_theta, patches.dtype)
+        # `assistant_early_exit` lowers the number of slots for a while: fewer passes run.
+        passes = self.schedule[: max(0, self.config.num_hidden_layers - self.first_slot)]
+        for i, (attention, feed_forward) in enumerate(passes):
+            cache_kwargs = {"layer_idx": self.first_slot + i, "num_rows": num_rows, "rows": rows, "start": start}
+            patches = self.attention_blocks[attention](
+                patches, rotary, allowed, past_key_values=past_key_values, cache_kwargs=cache_kwargs
+            )
+            patches = self.feed_forward_blocks[feed_forward](patches)
+        return self.norm(patches)
+
+
+class STLMPreTrainedModel(PreTrainedModel, BudgetMixin):
+    config: STLMConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["STLMByteLayer", "STLMTrunkAttentionBlock", "STLMTrunkFeedForwardBlock"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    # Patches are ragged, so attention needs a mask: flash attention takes none, and the compiled CPU kernel of flex
+    # attention, given one, corrupts memory in torch 2.13.
+    _supports_flex_attn = False
+    _supports_flash_attn = False
+    # Engines behind this flag key their own cache by layer and know nothing of patches (vLLM, SGLang).
+    _supports_attention_backend = False
+    _can_record_outputs = {
+        "hidden_states": OutputRecorder(STLMByteLayer, num_hidden_layers_key="num_byte_layers"),
+        "attentions": OutputRecorder(STLMWindowAttention, index=1),
+        "patch_hidden_states": OutputRecorder(STLMTrunkFeedForwardBlock),
+        "patch_attentions": OutputRecorder(STLMAttention, index=1, layer_name="attention_blocks"),
+    }
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        # embeddings, start       normal, std initializer_range
+        # linear                  normal, std 1 / sqrt(fan_in)
+        # short convolution       normal, std 1 / sqrt(kernel)
+        # output projections      zero: every residual block starts as the identity
+        # norms                   one
+        super()._init_weights(module)
+        if isinstance(module, nn.Linear):
+            init.normal_(module.weight, std=module.in_features**-0.5)
+        elif isinstance(module, STLMShortConv):
+            init.normal_(module.conv.weight, std=module.kernel_size**-0.5)
+            init.zeros_(module.out_proj.weight)
+        elif isinstance(module, STLMAttention):
+            init.zeros_(module.o_proj.weight)
+        elif isinstance(module, STLMFeedForward):
+            init.zeros_(module.down_proj.weight)
+        elif isinstance(module, STLMModel):
+            init.normal_(module.start, std=self.config.initializer_range)
+            for name, table in module.tables(self.config).items():
+                init.copy_(getattr(module, name), table)
+
+
+class STLMModel(STLMPreTrainedModel):
+    """The model without a head: hidden states of every byte.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from modeling_stlm import STLMConfig, STLMModel
+    >>> model = STLMModel(STLMConfig.from_preset("stlm-3m"))
+    >>> model(torch.tensor([list(b"a word and a word")])).last_hidden_state.shape
+    torch.Size([1, 17, 128])
+
+    ```
+    """
+
+    def __init__(self, config: STLMConfig):
+        super().__init__(config)
+        width, trunk_width = config.hidden_size, config.trunk_hidden_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, width)
+        num_ngrams = config.ngram_rows * len(config.ngram_orders)
+        self.ngram_embed_tokens = nn.Embedding(num_ngrams, width) if num_ngrams else nn.Identity()
+        self.front_layers = nn.ModuleList(STLMByteLayer(config, i) for i in range(config.num_front_layers))
+        self.pool_proj = nn.Linear(2 * width, trunk_width, bias=False)
+        self.trunk = STLMTrunk(config)
+        self.unpool_proj = nn.Linear(trunk_width, width, bias=False)
+        self.start = nn.Parameter(torch.empty(width))
+        self.back_layers = nn.ModuleList(
+            STLMByteLayer(config, i) for i in range(config.num_front_layers, config.num_byte_layers)
+        )
+        self.norm = nn.RMSNorm(width, eps=config.rms_norm_eps)
+        for name, table in self.tables(config).items():
+            self.register_buffer(name, table, persistent=False)
+        # Copies: reading a field of a config costs microseconds, and a byte must not cost many.
+        self.num_byte_layers, self.has_attention = config.num_byte_layers, "attention" in config.byte_mixers
+        self.num_context = max([RULE_CONTEXT_BYTES, *(order - 1 for order in config.ngram_orders)])
+        self.ngram_rows = config.ngram_rows
+        if config.patching == "spacelike":
+            self.rule_options = (True, config.max_patch_bytes, config.max_patch_characters)
+        else:
+            self.rule_options = (False, config.patch_bytes, 1)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @staticmethod
+    def tables(config: STLMConfig) -> dict[str, torch.Tensor]:
+        """Constant buffers. They are not saved; loading fills them again."""
+        orders = config.ngram_orders
+        # An n-gram hashes to sum(byte[back] * 65599**(n - 1 - back)) mod 2^31 - 1. Columns: oldest byte first.
+        weights = [
+            [pow(65599, n - 1 - back, NGRAM_PRIME) * (back < n) for back in range(max(orders, default=0))][::-1]
+            for n in orders
+        ]
+        return {
+            "byte_kinds": byte_kinds(),
+            "byte_events": byte_events(),
+            "ngram_weights": torch.tensor(weights, dtype=torch.long).reshape(len(orders), max(orders, default=0)),
+            "ngram_offsets": torch.arange(len(orders)) * config.ngram_rows,
+        }
+
+    @can_return_tuple
+    @merge_with_config_defaults
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs,
+    ) -> STLMModelOutput:
+        r"""
+        Args:
+            input_ids (`torch.LongTensor` of shape `(B, T)`): bytes (0 to 255) and special tokens.
+            attention_mask (`torch.Tensor` of shape `(B, past + T)`, *optional*):
+                0 at padding, which may be anywhere. A padded row gives the outputs of the row alone.
+            position_ids (`torch.LongTensor` of shape `(B, T)` or `(1, T)`, *optional*):
+                Only read without a filled cache, to find packed documents: a document starts wherever the positions
+                do not go on by one. Packed rows cannot have padding.
+            past_key_values (`Cache`, *optional*): a `DynamicCache`; filled in place.
+            inputs_embeds (`torch.FloatTensor` of shape `(B, T, D)`, *optional*):
+                Instead of `input_ids`. Rows that equal a byte's embedding count as that byte for patching and
+                n-grams, all others as a byte that is not there.
+
+        Raises:
+            ValueError: if a shape does not fit, or if the cache was not made for this model.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("specify exactly one of input_ids and inputs_embeds")
+        if input_ids is None:
+            input_ids = self._nearest_ids(inputs_embeds)
+        if input_ids.numel() == 0:
+            raise ValueError(f"the input has shape {tuple(input_ids.shape)}, expected at least one row and one byte")
+        num_past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        layout = _layout(attention_mask, num_past, input_ids)
+        positions = None
+        if position_ids is not None and num_past == 0:
+            positions = _packed_positions(position_ids, input_ids, layout)
+        if positions is not None and past_key_values is not None:
+            raise ValueError(
+                "a cache cannot hold packed documents (position_ids that restart): pass one document a row"
+            )
+        if use_cache and past_key_values is None and positions is None and not self.training:
+            past_key_values = DynamicCache(config=self.config)
+
+        lengths, fed_ids = None, input_ids
+        if layout is not None:
+            lengths = layout.lengths
+            fed_ids = input_ids.masked_fill(attention_mask[:, num_past:] == 0, -1)
+            if layout.order is not None:
+                input_ids = input_ids.gather(1, layout.order)
+                inputs_embeds = None if inputs_embeds is None else _gather_bytes(inputs_embeds, layout.order)
+        if past_key_values is not None:
+            self._prepare_cache(past_key_values, input_ids)
+
+        outputs = self._forward_rows(
+            input_ids, inputs_embeds, lengths, positions, past_key_values, **(kwargs | {"return_dict": True})
+        )
+        if past_key_values is not None:
+            for layer in past_key_values.layers[: self.num_byte_layers]:
+                layer.seen_bytes += fed_ids.shape[1]
+            self._pool_slot(past_key_values).append_history(fed_ids)
+            outputs.past_key_values = past_key_values
+        if layout is not None and layout.inverse is not None:
+            _restore(outputs, layout.inverse, num_past)
+        return outputs
+
+    @capture_outputs
+    def _forward_rows(
+        self,
+        input_ids: torch.LongTensor,
+        inputs_embeds: torch.FloatTensor | None,
+        lengths: torch.LongTensor | None,
+        positions: torch.LongTensor | None,
+        past_key_values: Cache | None,
+        output_attentions: bool | None = None,
+        output_boundaries: bool = False,
+        **kwargs,
+    ) -> STLMModelOutput:
+        """The model on compact rows: `lengths (B,)` valid bytes each, then padding."""
+        output_attentions = self.config.output_attentions if output_attentions is None else output_attentions
+        pool = None if past_key_values is None else self._pool_slot(past_key_values)
+        context = self._with_context(input_ids, pool)
+        num_bytes = input_ids.shape[1]
+        rows = self._rows(num_bytes, lengths, positions, pool, input_ids, inputs_embeds, output_attentions)
+        hidden_states = self._embed(context, input_ids, inputs_embeds, positions)  # (B, T, D)
+        for layer in self.front_layers:
+            hidden_states = layer(
+                hidden_states, rows, past_key_values=past_key_values, output_attentions=output_attentions
+            )
+        if pool is None:
+            visible, boundary = self._see_patches(hidden_states, context, lengths, positions)
+        elif num_bytes == 1 and lengths is None:
+            visible, boundary = self._see_patches_of_one_byte(hidden_states, context, past_key_values)
+        else:
+            visible, boundary = self._see_patches_with_cache(hidden_states, context, lengths, past_key_values)
+        hidden_states = hidden_states + visible
+        for layer in self.back_layers:
+            hidden_states = layer(
+                hidden_states, rows, past_key_values=past_key_values, output_attentions=output_attentions
+            )
+        return STLMModelOutput(
+            last_hidden_state=self.norm(hidden_states), boundaries=boundary if output_boundaries else None
+        )
+
+    # Bytes
+
+    def _nearest_ids(self, inputs_embeds: torch.Tensor) -> torch.Tensor:
+        """Ids (B, T) whose embeddings were passed; `SOFT_ID` where an embedding is not that of any id."""
+        table = self.embed_tokens.weight
+        # argmin |x - w|^2 = argmax x.w - |w|^2 / 2, without a (B, T, V, D) difference.
+        scores = inputs_embeds.float() @ table.float().t() - table.float().square().sum(-1) / 2
+        ids = scores.argmax(-1)
+        return ids.masked_fill((table[ids] != inputs_embeds).any(-1), SOFT_ID)
+
+    def _with_context(self, input_ids: torch.Tensor, pool) -> torch.Tensor:
+        """Ids with the C ids before them in front, -1 where there is none: (B, C + T)."""
+        ids = input_ids.clamp(min=-1)
+        if pool is not None:
+            return torch.cat([pool.context, ids], dim=1)
+        return F.pad(ids, (self.num_context, 0), value=-1)
+
+    def _embed(self, context, input_ids, inputs_embeds, positions) -> torch.Tensor:
+        """Byte embedding plus the embeddings of the hashed n-grams that end at each byte: (B, T, D)."""
+        hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if not len(self.ngram_weights):
+            return hidden_states
+        longest = self.ngram_weights.shape[1]
+        # (B, T, n): the bytes of each n-gram, oldest first, none before a document's start.
+        grams = context[:, context.shape[1] - input_ids.shape[1] - longest + 1 :].unfold(1, longest, 1) + 1
+        if positions is not None:
+            back = torch.arange(longest - 1, -1, -1, device=positions.device)
+            grams = grams.masked_fill(positions[..., None] < back, 0)
+        digest = (grams[:, :, None] * self.ngram_weights).sum(-1) % NGRAM_PRIME  # (B, T, orders)
+        return hidden_states + self.ngram_embed_tokens(digest % self.ngram_rows + self.ngram_offsets).sum(-2)
+
+    def _rule(self) -> Rule:
+        return Rule(self.byte_kinds, self.byte_events, *self.rule_options)
+
+    def _rows(self, num_bytes, lengths, positions, pool, input_ids, like, output_attentions=False) -> Rows:
+        if not self.has_attention:
+            return Rows(lengths, positions, None, None)
+        dtype = self.embed_tokens.weight.dtype if like is None else like.dtype
+        index = torch.arange(num_bytes, device=input_ids.device).expand_as(input_ids)
+        if pool is not None:
+            index = index + pool.num_bytes[:, None]
+        window = self.config.attention_window_bytes
+        block = num_bytes if output_attentions else min(num_bytes, window)
+        mask = window_mask(index if positions is None else positions, window, block)
+        rotary = rotary_embedding(index, self.config.head_dim, self.config.rope_theta, dtype)
+        return Rows(lengths, positions, rotary, mask)
+
+    # Patches: from the front output of the bytes (B, T, D) to what each byte sees of the trunk (B, T, D)
+
+    def _see_patches(self, hidden_states, context, lengths, positions) -> tuple[torch.Tensor, torch.Tensor]:
+        """Without a cache."""
+        zero = torch.zeros_like(context[:, 0])
+        state, num_bytes = PatchState(zero, zero), hidden_states.shape[1]
+        found = find_boundaries(self._rule(), context, num_bytes, state, lengths, positions)
+        index = index_patches(found)
+        allowed = None
+        patch_seen = found.boundary.cumsum(1) - 1  # (B, T)
+        if positions is not None:
+            document = index.ends - positions.gather(1, index.ends)  # (B, P) first byte of the patch's document
+            causal = torch.ones(document.shape[1], document.shape[1], dtype=torch.bool, device=document.device).tril()
+            allowed = (causal & (document[:, :, None] == document[:, None, :]))[:, None]
+            patch_seen = patch_seen.masked_fill(_no_patch_yet(found.boundary, positions), -1)
+        # Patches past a row's count come last and are causally invisible. The trunk runs even if no row completed a
+        # patch, so that every rank of a distributed training runs, and synchronises, the same modules.
+        patches = self.unpool_proj(self.trunk(self.pool_proj(pool_patches(hidden_states, index)), allowed))
+        return unpool_patches(patches, patch_seen, self.start), found.boundary
+
+    def _see_patches_with_cache(self, hidden_states, context, lengths, past_key_values):
+        """Any number of bytes after those in the cache."""
+        pool, num_bytes = self._pool_slot(past_key_values), hidden_states.shape[1]
+        state = PatchState(pool.open_bytes, pool.open_characters)
+        found = find_boundaries(self._rule(), context, num_bytes, state, lengths)
+        index = index_patches(found)
+        start = pool.num_patches
+        rows = index.counts.nonzero()[:, 0]
+        if len(rows):
+            self._append_patches(past_key_values, pool_patches(hidden_states, index, pool.keys), rows)
+        ended = found.boundary.cumsum(1)
+        visible = self._look_up(pool, start[:, None] + ended - 1)
+
+        is_open = (ended == index.counts[:, None]) & ~found.boundary
+        if lengths is not None:
+            is_open = is_open & (torch.arange(num_bytes, device=is_open.device) < lengths[:, None])
+        pool.keys = sum_patches(hidden_states, (~is_open).long(), 1)[:, 0] + pool.keys * (index.counts == 0)[:, None]
+        pool.num_patches = start + index.counts
+        pool.open_bytes, pool.open_characters = found.state
+        self._note_bytes(pool, context, lengths)
+        return visible, found.boundary
+
+    def _see_patches_of_one_byte(self, hidden_states, context, past_key_values):
+        """One byte in every row: the step of generation, in as few operations as will do."""
+        pool = self._pool_slot(past_key_values)
+        boundary, state = step_boundary(self._rule(), context, PatchState(pool.open_bytes, pool.open_characters))
+        sums = pool.keys + hidden_states[:, 0]
+        rows = boundary.nonzero()[:, 0]
+        if len(rows):
+            mean = (sums / (pool.open_bytes + 1)[:, None]).to(hidden_states.dtype)
+            patches = self._append_patches(past_key_values, torch.cat([mean, hidden_states[:, 0]], -1)[:, None], rows)
+            pool.visible = pool.visible.index_copy(0, rows, patches[:, 0].to(pool.visible.dtype))
+            pool.num_patches = pool.num_patches + boundary
+            sums = sums.masked_fill(boundary[:, None], 0)
+        pool.keys = sums
+        pool.open_bytes, pool.open_characters = state
+        pool.context = context[:, 1:]
+        pool.num_bytes = pool.num_bytes + 1
+        return pool.visible[:, None], boundary[:, None]
+
+    def _append_patches(self, past_key_values: Cache, pooled: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """Run the trunk on the new patches `pooled (B, P, 2 * D)` of `rows (R,)` only, and store them: (R, P, D)."""
+        pool = self._pool_slot(past_key_values)
+        num_rows, start = pooled.shape[0], pool.num_patches
+        if len(rows) == num_rows:
+            rows = None
+        else:
+            pooled, start = pooled[rows], start[rows]
+        num_new = pooled.shape[1]
+        first, last = int(start.min()), int(start.max())
+        allowed = None
+        if last > 0 and (num_new > 1 or first != last):
+            patch = start[:, None] + torch.arange(num_new, device=start.device)  # (R, P)
+            allowed = (torch.arange(last + num_new, device=start.device) <= patch[..., None])[:, None]
+        patches = self.trunk(self.pool_proj(pooled), allowed, start, past_key_values, num_rows, rows)
+        patches = self.unpool_proj(patches)
+        past_key_values.update(pool.keys, patches, self.num_byte_layers, rows=rows, start=start)
+        return patches
+
+    def _look_up(self, pool, patch_seen: torch.Tensor) -> torch.Tensor:
+        """What bytes that see the stored patches `patch_seen (B, T)` see; also notes the last of them."""
+        patches = pool.values if pool.values.shape[1] else pool.values.new_zeros(len(patch_seen), 1, len(self.start))
+        visible = unpool_patches(patches, patch_seen, self.start)
+        pool.visible = visible[:, -1]
+        return visible
+
+    # Cache
+
+    def _pool_slot(self, past_key_values: Cache) -> STLMPoolCacheLayer:
+        return past_key_values.layers[self.num_byte_layers]
+
+    def _prepare_cache(self, past_key_values: Cache, input_ids: torch.Tensor) -> None:
+        """Check that the cache is one of ours and fits, start it if it is new, and mend it after a crop."""
+        layers = past_key_values.layers
+        if not layers and past_key_values.layer_class_to_replicate is not None:
+            # A cache made without a config learns its slots here.
+            layers.extend(DynamicCache(config=self.config).layers)
+            past_key_values.layer_class_to_replicate = None
+        pool = layers[self.num_byte_layers] if len(layers) == self.config.num_hidden_layers else None
+        if pool is None or pool._layer_type != "stlm_pool" or not pool.is_initialized:
+            kinds = [layer._layer_type for layer in layers]
+            if kinds != self.config.layer_types or len(kinds) <= self.num_byte_layers:
+                raise ValueError(
+                    f"past_key_values has slots {kinds}, but this model needs {self.config.layer_types}: "
+                    "make it with DynamicCache(config=model.config)"
+                )
+            pool.start(input_ids.shape[0], self.num_context, self.start)
+        if len(pool.num_patches) != input_ids.shape[0]:
+            raise ValueError(
+                f"past_key_values holds {len(pool.num_patches)} rows, but the input has {input_ids.shape[0]}"
+            )
+        if pool.is_stale:
+            self._replay(past_key_values)
+
+    def _note_bytes(self, pool, context: torch.Tensor, lengths: torch.Tensor | None) -> None:
+        """Keep the last ids of each row and count its bytes; `context (B, C + T)` ends with the ids of this call."""
+        num_context = pool.context.shape[1]
+        num_bytes = context.shape[1] - num_context
+        if lengths is None:
+            pool.context = context[:, num_bytes:]
+            pool.num_bytes = pool.num_bytes + num_bytes
+        else:
+            pool.context = context.gather(1, lengths[:, None] + torch.arange(num_context, device=context.device))
+            pool.num_bytes = pool.num_bytes + lengths
+
+    @torch.no_grad()
+    def _replay(self, past_key_values: Cache) -> None:
+        """After a crop: make the small states again from the byte history.
+
+        Patch counts and rule state follow from the ids alone. The inputs that byte layers keep depend on a bounded
+        number of bytes, which are run again; what the trunk said of the patches they see is still stored.
+        """
+        pool, config = self._pool_slot(past_key_values), self.config
+        history = pool.history.long()
+        pool.clear(self.num_context, self.start)
+        if history.shape[1] == 0:
+            return
+        layout = _layout((history != -1).long(), 0, history)
+        ids, lengths = history, history.new_full((len(history),), history.shape[1])
+        if layout is not None:
+            ids = history if layout.order is None else history.gather(1, layout.order)
+            lengths = layout.lengths
+        state = PatchState(pool.open_bytes, pool.open_characters)
+        found = find_boundaries(self._rule(), self._with_context(ids, pool), ids.shape[1], state, lengths)
+
+        # The last bytes of each row, enough for the front layers to be exact on the open patch and on all that the
+        # back layers look at.
+        reach = [
+            config.conv_kernel_size - 1 if mixer == "conv" else config.attention_window_bytes - 1
+            for mixer in config.byte_mixers
+        ]
+        front, back = sum(reach[: config.num_front_layers]), sum(reach[config.num_front_layers :])
+        num_replayed = min(ids.shape[1], front + max(back, self._rule().cap_bytes))
+        first = (lengths - num_replayed).clamp(min=0)  # (B,)
+        at = first[:, None] + torch.arange(num_replayed, device=ids.device)  # (B, R)
+        before = at[:, :1] - torch.arange(self.num_context, 0, -1, device=ids.device)  # (B, C)
+        pool.context = ids.gather(1, before.clamp(min=0)).masked_fill(before < 0, -1)
+        pool.num_bytes = first
+        lengths = lengths - first
+        valid = torch.arange(num_replayed, device=ids.device) < lengths[:, None]
+        at = at.clamp(max=ids.shape[1] - 1)
+        replayed = ids.gather(1, at)
+        if (replayed.masked_fill(~valid, 0) == SOFT_ID).any():
+            raise ValueError(
+                f"cannot crop the cache to within {num_replayed} bytes of embeddings that stand for no byte "
+                "(soft prompts): they are not kept"
+            )
+        boundary = found.boundary
+        ended = boundary.cumsum(1)  # (B, T)
+        context = self._with_context(replayed, pool)
+        rows = self._rows(num_replayed, lengths, None, pool, replayed, None)
+        hidden_states = self._embed(context, replayed.clamp(min=0), None, None)
+        for layer in self.front_layers:
+            hidden_states = layer(hidden_states, rows, past_key_values=past_key_values)
+        # Open bytes are those after the last boundary of the whole row.
+        is_open = valid & (ended.gather(1, at) == ended[:, -1:]) & ~boundary.gather(1, at)
+        pool.keys = sum_patches(hidden_states, (~is_open).long(), 1)[:, 0]
+        hidden_states = hidden_states + self._look_up(pool, ended.gather(1, at) - 1)
+        for layer in self.back_layers:
+            hidden_states = layer(hidden_states, rows, past_key_values=past_key_values)
+        pool.num_patches = ended[:, -1]
+        pool.open_bytes, pool.open_characters = found.state
+        self._note_bytes(pool, context, lengths)
+
+
+def _gather_bytes(states: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """`states (B, T, D)` at the bytes `index (B, T)`."""
+    return states.gather(1, index[..., None].expand(-1, -1, states.shape[-1]))
+
+
+def _layout(attention_mask: torch.Tensor | None, num_past: int, input_ids: torch.Tensor) -> Layout | None:
+    """How to make rows compact; `None` if nothing of this call is padding."""
+    if attention_mask is None:
+        return None
+    num_rows, num_bytes = input_ids.shape
+    if attention_mask.shape != (num_rows, num_past + num_bytes):
+        raise ValueError(
+            f"attention_mask has shape {tuple(attention_mask.shape)}, expected {(num_rows, num_past + num_bytes)}: "
+            f"one value for each of {num_past} cached and {num_bytes} new bytes of {num_rows} rows. "
+            "Masks with more axes have no meaning for patches"
+        )
+    valid = attention_mask[:, num_past:] != 0
+    if valid.all():
+        return None
+    lengths = valid.sum(1)
+    if (valid[:, 1:] <= valid[:, :-1]).all():
+        return Layout(lengths, None, None)
+    order = valid.logical_not().long().argsort(dim=1, stable=True)
+    return Layout(lengths, order, order.argsort(dim=1))
+
+
+def _restore(outputs: STLMModelOutput, inverse: torch.Tensor, num_past: int) -> None:
+    """Move every byte-level output back to where its byte was in the input."""
+    outputs.last_hidden_state = _gather_bytes(outputs.last_hidden_state, inverse)
+    if outputs.boundaries is not None:
+        outputs.boundaries = outputs.boundaries.gather(1, inverse)
+    if outputs.hidden_states is not None:
+        states = (None if state is None else _gather_bytes(state, inverse) for state in outputs.hidden_states[:-1])
+        outputs.hidden_states = (*states, outputs.last_hidden_state)
+    if outputs.attentions is not None:
+        outputs.attentions = tuple(_restore_attention(weights, inverse, num_past) for weights in outputs.attentions)
+
+
+def _restore_attention(weights: torch.Tensor, inverse: torch.Tensor, num_past: int) -> torch.Tensor:
+    """`weights (B, H, T, past + T)` with queries, and keys of this call, moved back."""
+    query = inverse[:, None, :, None].expand(-1, weights.shape[1], -1, weights.shape[3])
+    weights = weights.gather(2, query)
+    key = inverse[:, None, None].expand(-1, weights.shape[1], weights.shape[2], -1)
+    return torch.cat([weights[..., :num_past], weights[..., num_past:].gather(3, key)], dim=-1)
+
+
+def _packed_positions(
+    position_ids: torch.Tensor, input_ids: torch.Tensor, layout: Layout | None
+) -> torch.Tensor | None:
+    """Bytes before each byte in its document (B, T), if `position_ids` restart anywhere; else `None`."""
+    if position_ids.shape[-1] != input_ids.shape[1]:
+        raise ValueError(f"position_ids has shape {tuple(position_ids.shape)}, expected {tuple(input_ids.shape)}")
+    if layout is not None:
+        compact = position_ids.expand_as(input_ids)
+        compact = compact if layout.order is None else compact.gather(1, layout.order)
+        valid = torch.arange(1, input_ids.shape[1], device=input_ids.device) < layout.lengths[:, None]
+        if ((compact[:, 1:] <= compact[:, :-1]) & valid).any():
+            raise ValueError("packed documents (position_ids that restart) cannot have padding in attention_mask")
+        return None
+    goes_on = position_ids[:, 1:] == position_ids[:, :-1] + 1
+    if goes_on.all():
+        return None
+    time = torch.arange(input_ids.shape[1], device=input_ids.device)
+    first = time[1:].masked_fill(goes_on, 0).cummax(1).values  # (B, T - 1)
+    return (time - F.pad(first, (1, 0))).expand_as(input_ids)
+
+
+def _no_patch_yet(boundary: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """Bytes (B, T) before the first boundary of their document."""
+    time = torch.arange(boundary.shape[1], device=boundary.device)
+    return time.masked_fill(~boundary, -1).cummax(1).values < time - positions
+
+
+class STLMForCausalLM(STLMPreTrainedModel, GenerationMixin):
+    """The model with a head that predicts the next byte.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from modeling_stlm import STLMConfig, STLMForCausalLM
+    >>> model = STLMForCausalLM(STLMConfig.from_preset("stlm-3m"))
+    >>> model.generate(torch.tensor([list(b"Once")]), max_new_tokens=4, do_sample=False).shape
+    torch.Size([1, 8])
+
+    ```
+    """
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
+
+    def __init__(self, config: STLMConfig):
+        super().__init__(config)
+        self.model = STLMModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs,
+    ) -> STLMCausalLMOutput:
+        r"""
+        Inputs as in [`STLMModel.forward`], and:
+
+        Args:
+            labels (`torch.LongTensor` of shape `(B, T)`, *optional*): ids, shifted here; -100 is left out of the loss.
+            logits_to_keep (`int` or `torch.Tensor`, defaults to 0): logits of the last so many bytes only; 0 for all.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return STLMCausalLMOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            patch_hidden_states=outputs.patch_hidden_states,
+            patch_attentions=outputs.patch_attentions,
+            boundaries=outputs.boundaries,
+        )
+
+
+__all__ = ["STLMCausalLMOutput", "STLMForCausalLM", "STLMModel", "STLMModelOutput", "STLMPreTrainedModel"]
