@@ -18,7 +18,6 @@ PRESETS = Path(__file__).with_name("presets")
 PATCHING_RULES = ("spacelike", "fixed")
 LAYER_SHARING = ("none", "immediate", "cycle", "middle", "ffn")
 BYTE_MIXERS = ("conv", "attention")
-NUM_BYTES = 256  # ids below are bytes, ids from here on are special tokens
 
 
 @strict
