@@ -28,7 +28,14 @@ setup(
     install_requires=["torch>=2.6", "transformers>=5.23,<6", "numpy"],
     extras_require={
         "train": ["accelerate>=1.15", "datasets>=4", "evaluate>=0.4", "matplotlib>=3.9", "peft>=0.21"],
-        "test": ["hypothesis>=6.130", "parameterized>=0.9", "pytest>=9", "pytest-timeout>=2.3", "pytest-xdist>=3.6"],
+        "test": [
+            "hypothesis>=6.130",
+            "parameterized>=0.9",
+            "pytest>=9",
+            "pytest-timeout>=2.3",
+            "pytest-xdist>=3.6",
+            "sentence-transformers>=6",
+        ],
         "style": ["ruff==0.17.5"],
     },
     classifiers=[

@@ -27,7 +27,14 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import ModelOutput
+from transformers.modeling_outputs import (
+    MaskedLMOutput,
+    ModelOutput,
+    MultipleChoiceModelOutput,
+    QuestionAnsweringModelOutput,
+    SequenceClassifierOutput,
+    TokenClassifierOutput,
+)
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, slice_logits_to_keep
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager_attention_forward
 from transformers.utils import can_return_tuple
@@ -39,10 +46,12 @@ from .cache_stlm import STLMPoolCacheLayer
 from .configuration_stlm import STLMConfig
 from .patching_stlm import (
     RULE_CONTEXT_BYTES,
+    PatchIndex,
     PatchState,
     Rule,
     byte_events,
     byte_kinds,
+    close_patches,
     find_boundaries,
     index_patches,
     pool_patches,
@@ -61,8 +70,9 @@ class Rows(NamedTuple):
 
     lengths: torch.Tensor | None  # (B,) valid bytes; None: all T
     positions: torch.Tensor | None  # (B, T) bytes since the document's start; None: one document a row
+    ahead: torch.Tensor | None  # (B, T) bytes to the document's end; None: causal
     rotary: tuple[torch.Tensor, torch.Tensor] | None  # cos and sin (B, T, K), for attention mixers
-    window_mask: torch.Tensor | None  # (B * blocks, 1, S, S + W - 1), for attention mixers
+    window_mask: torch.Tensor | None  # (B * blocks, 1, S, S + W - 1), for attention mixers (S + 2 W - 2 both ways)
 
 
 class Layout(NamedTuple):
@@ -133,11 +143,9 @@ def rotary_embedding(
 class STLMAttention(nn.Module):
     """Grouped-query attention with QK-norm; the projections serve both levels, `forward` is that of the trunk."""
 
-    is_causal = True
-
     def __init__(self, config: STLMConfig, width: int, num_heads: int, num_key_value_heads: int, head_dim: int):
         super().__init__()
-        self.config = config
+        self.config, self.is_causal = config, config.is_causal
         self.layer_idx = None  # the library asks for it; cache slots are passed to `forward`
         self.num_heads, self.num_key_value_heads, self.head_dim = num_heads, num_key_value_heads, head_dim
         self.num_key_value_groups = num_heads // num_key_value_heads
@@ -157,13 +165,13 @@ class STLMAttention(nn.Module):
         return *apply_rotary_pos_emb(query, key, *rotary, unsqueeze_dim=2), value
 
     def attend(self, query, key, value, allowed: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Attention of `query (B, H, T, K)` where `allowed (B, 1, T, S)`; causal where that is `None`."""
+        """Attention of `query (B, H, T, K)` where `allowed (B, 1, T, S)`; `None`: to all, or all earlier ones."""
         implementation = self.config._attn_implementation
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
         if implementation != "sdpa":
             if allowed is None:
                 allowed = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device)
-                allowed = allowed.tril(key.shape[2] - query.shape[2])[None, None]
+                allowed = (allowed.tril(key.shape[2] - query.shape[2]) if self.is_causal else allowed)[None, None]
             bias = torch.zeros(allowed.shape, dtype=query.dtype, device=query.device)
             allowed = bias.masked_fill_(~allowed, torch.finfo(query.dtype).min)
         probability = self.config.attention_dropout if self.training else 0.0
@@ -187,13 +195,14 @@ class STLMAttention(nn.Module):
 
 
 class STLMWindowAttention(STLMAttention):
-    """Causal attention over the last W bytes, in blocks of S = min(T, W) queries: linear in T."""
+    """Attention over the last W bytes (and the next W - 1), in blocks of S = min(T, W) queries: linear in T."""
 
     def __init__(self, config: STLMConfig):
         super().__init__(
             config, config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim
         )
         self.window = config.attention_window_bytes
+        self.num_after = 0 if config.is_causal else self.window - 1
 
     def forward(
         self,
@@ -211,14 +220,15 @@ class STLMWindowAttention(STLMAttention):
             num_past = past_key_values.layers[slot].get_seq_length()
             key, value = past_key_values.update(key, value, slot, keep=keep, lengths=rows.lengths)
         else:
-            key, value = (F.pad(states, (0, 0, 0, 0, keep, 0)) for states in (key, value))
+            key, value = (F.pad(states, (0, 0, 0, 0, keep, self.num_after)) for states in (key, value))
         if output_attentions and num_past == 0:
-            key, value, allowed = key[:, keep:], value[:, keep:], allowed[..., keep:]
+            own = slice(keep, keep + num_bytes)
+            key, value, allowed = key[:, own], value[:, own], allowed[..., own]
 
         block = num_bytes if output_attentions else min(num_bytes, self.window)
         query, key, value = (F.pad(states, (0, 0, 0, 0, 0, -num_bytes % block)) for states in (query, key, value))
         query = query.unflatten(1, (-1, block)).flatten(0, 1).transpose(1, 2)  # (B * blocks, H, S, K)
-        # Each block of S queries sees its own S keys and the W - 1 before them.
+        # Each block of S queries sees its own S keys, the W - 1 before them and, if not causal, the W - 1 after them.
         key, value = (
             states.unfold(1, allowed.shape[-1], block).flatten(0, 1).transpose(2, 3)  # (B * blocks, H, S + W - 1, K)
             for states in (key, value)
@@ -231,25 +241,36 @@ class STLMWindowAttention(STLMAttention):
         return self.o_proj(output), weights if output_attentions else None
 
 
-def window_mask(positions: torch.Tensor, window: int, block: int) -> torch.Tensor:
-    """Which of its S + W - 1 keys each query of a block of S may see; `positions (B, T)` are those in the document.
+def window_mask(positions: torch.Tensor, ahead: torch.Tensor | None, window: int, block: int) -> torch.Tensor:
+    """Which of its keys each query of a block of S may see.
+
+    Args:
+        positions (`torch.LongTensor` of shape `(B, T)`): bytes since the document's start.
+        ahead (`torch.LongTensor` of shape `(B, T)`, *optional*): bytes to the document's end; causal if left out.
 
     Returns:
-        `torch.BoolTensor` of shape `(B * blocks, 1, S, S + W - 1)`.
+        `torch.BoolTensor` of shape `(B * blocks, 1, S, S + W - 1)`, or `(B * blocks, 1, S, S + 2 W - 2)` with `ahead`.
     """
-    positions = F.pad(positions, (0, -positions.shape[1] % block)).unflatten(1, (-1, block))  # (B, blocks, S)
+    num_after = 0 if ahead is None else window - 1
     query = torch.arange(block, device=positions.device)[:, None]
-    distance = query + window - 1 - torch.arange(block + window - 1, device=positions.device)  # (S, S + W - 1)
-    allowed = (distance >= 0) & (distance < window) & (distance <= positions[..., None])
+    distance = query + window - 1 - torch.arange(block + window - 1 + num_after, device=positions.device)
+
+    def blocks(counts):  # (B, blocks, S, 1)
+        return F.pad(counts, (0, -counts.shape[1] % block)).unflatten(1, (-1, block))[..., None]
+
+    allowed = (distance > -1 - num_after) & (distance < window) & (distance <= blocks(positions))
+    if ahead is not None:
+        allowed = allowed & (-distance <= blocks(ahead))
     return allowed.flatten(0, 1)[:, None]
 
 
 class STLMShortConv(nn.Module):
-    """Gated short causal convolution over the last N bytes (LFM2)."""
+    """Gated short convolution over the last N bytes (LFM2), or over N bytes around each one."""
 
     def __init__(self, config: STLMConfig):
         super().__init__()
         self.kernel_size = config.conv_kernel_size
+        self.num_after = 0 if config.is_causal else (self.kernel_size - 1) // 2
         self.in_proj = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=False)
         self.conv = nn.Conv1d(
             config.hidden_size, config.hidden_size, self.kernel_size, groups=config.hidden_size, bias=False
@@ -262,22 +283,24 @@ class STLMShortConv(nn.Module):
         num_bytes = hidden_states.shape[1]
         gate_in, gate_out, inputs = self.in_proj(hidden_states).chunk(3, dim=-1)
         inputs = gate_in * inputs
-        keep = self.kernel_size - 1
+        keep = self.kernel_size - 1 - self.num_after
         if past_key_values is None:
-            inputs = F.pad(inputs, (0, 0, keep, 0))  # (B, N + T, D)
+            inputs = F.pad(inputs, (0, 0, keep, self.num_after))  # (B, N - 1 + T, D)
         else:
             inputs, _ = past_key_values.update(inputs, None, slot, keep=keep, lengths=rows.lengths)
         taps = self.conv.weight[:, 0].t()  # (N, D), oldest byte first
-        if num_bytes == 1:
+        if num_bytes == 1 and self.num_after == 0:
             output = (inputs * taps).sum(1, keepdim=True)
-        elif rows.positions is None:
+        elif rows.positions is None and (self.num_after == 0 or rows.lengths is None):
             output = self.conv(inputs.transpose(1, 2)).transpose(1, 2)
         else:
-            # The same as a sum of shifted products, each of which stops at the start of the document.
-            output = inputs[:, keep:] * taps[keep]
-            for back in range(1, self.kernel_size):
-                tap = taps[keep - back] * (rows.positions >= back)[..., None]
-                output = torch.addcmul(output, inputs[:, keep - back : keep - back + num_bytes], tap)
+            # The same as a sum of shifted products, each of which stays inside the document.
+            output = inputs[:, keep : keep + num_bytes] * taps[keep]
+            for offset in [*range(-keep, 0), *range(1, self.num_after + 1)]:
+                tap, counts = taps[keep + offset], rows.positions if offset < 0 else rows.ahead
+                if counts is not None:
+                    tap = tap * (counts >= abs(offset))[..., None]
+                output = torch.addcmul(output, inputs[:, keep + offset : keep + offset + num_bytes], tap)
         return self.out_proj(gate_out * output)
 
 
@@ -359,7 +382,7 @@ class STLMTrunkFeedForwardBlock(GradientCheckpointingLayer):
 
 
 class STLMTrunk(nn.Module):
-    """Causal transformer over patches. Weight tying is structural: a stored block is one module, called several times."""
+    """Transformer over patches. Weight tying is structural: a stored block is one module, called several times."""
 
     def __init__(self, config: STLMConfig):
         super().__init__()
@@ -382,7 +405,8 @@ class STLMTrunk(nn.Module):
         """
         Args:
             patches (`torch.Tensor` of shape `(R, P, G)`): new patches of some rows.
-            allowed (`torch.BoolTensor` of shape `(R, 1, P, S)`, *optional*): causal if left out.
+            allowed (`torch.BoolTensor` of shape `(R, 1, P, S)`, *optional*):
+                Patches that each may see; all, or all earlier ones if causal, if left out.
             start (`torch.LongTensor` of shape `(R,)`, *optional*): index in its row of the first new patch; 0.
             past_key_values (`Cache`, *optional*): with slots for the passes, of `num_rows` rows, of which `rows` (all
                 if `None`) are here.
@@ -440,7 +464,8 @@ class STLMPreTrainedModel(PreTrainedModel, BudgetMixin):
         elif isinstance(module, STLMFeedForward):
             init.zeros_(module.down_proj.weight)
         elif isinstance(module, STLMModel):
-            init.normal_(module.start, std=self.config.initializer_range)
+            if module.start is not None:
+                init.normal_(module.start, std=self.config.initializer_range)
             for name, table in module.tables(self.config).items():
                 init.copy_(getattr(module, name), table)
 
@@ -470,7 +495,8 @@ class STLMModel(STLMPreTrainedModel):
         self.pool_proj = nn.Linear(2 * width, trunk_width, bias=False)
         self.trunk = STLMTrunk(config)
         self.unpool_proj = nn.Linear(trunk_width, width, bias=False)
-        self.start = nn.Parameter(torch.empty(width))
+        # What bytes see before the first patch is complete.
+        self.start = nn.Parameter(torch.empty(width)) if config.is_causal else None
         self.back_layers = nn.ModuleList(
             STLMByteLayer(config, i) for i in range(config.num_front_layers, config.num_byte_layers)
         )
@@ -480,7 +506,7 @@ class STLMModel(STLMPreTrainedModel):
         # Copies: reading a field of a config costs microseconds, and a byte must not cost many.
         self.num_byte_layers, self.has_attention = config.num_byte_layers, "attention" in config.byte_mixers
         self.num_context = max([RULE_CONTEXT_BYTES, *(order - 1 for order in config.ngram_orders)])
-        self.ngram_rows = config.ngram_rows
+        self.ngram_rows, self.is_causal = config.ngram_rows, config.is_causal
         if config.patching == "spacelike":
             self.rule_options = (True, config.max_patch_bytes, config.max_patch_characters)
         else:
@@ -547,7 +573,9 @@ class STLMModel(STLMPreTrainedModel):
             raise ValueError(
                 "a cache cannot hold packed documents (position_ids that restart): pass one document a row"
             )
-        if use_cache and past_key_values is None and positions is None and not self.training:
+        if past_key_values is not None and not self.is_causal:
+            raise ValueError("a model with is_causal=False has no cache: every byte changes what all others see")
+        if use_cache and past_key_values is None and positions is None and self.is_causal and not self.training:
             past_key_values = DynamicCache(config=self.config)
 
         lengths, fed_ids = None, input_ids
@@ -596,7 +624,7 @@ class STLMModel(STLMPreTrainedModel):
                 hidden_states, rows, past_key_values=past_key_values, output_attentions=output_attentions
             )
         if pool is None:
-            visible, boundary = self._see_patches(hidden_states, context, lengths, positions)
+            visible, boundary = self._see_patches(hidden_states, context, rows)
         elif num_bytes == 1 and lengths is None:
             visible, boundary = self._see_patches_of_one_byte(hidden_states, context, past_key_values)
         else:
@@ -645,37 +673,62 @@ class STLMModel(STLMPreTrainedModel):
         return Rule(self.byte_kinds, self.byte_events, *self.rule_options)
 
     def _rows(self, num_bytes, lengths, positions, pool, input_ids, like, output_attentions=False) -> Rows:
+        ahead = None if self.is_causal else _bytes_ahead(input_ids, lengths, positions)
         if not self.has_attention:
-            return Rows(lengths, positions, None, None)
+            return Rows(lengths, positions, ahead, None, None)
         dtype = self.embed_tokens.weight.dtype if like is None else like.dtype
         index = torch.arange(num_bytes, device=input_ids.device).expand_as(input_ids)
         if pool is not None:
             index = index + pool.num_bytes[:, None]
         window = self.config.attention_window_bytes
         block = num_bytes if output_attentions else min(num_bytes, window)
-        mask = window_mask(index if positions is None else positions, window, block)
+        mask = window_mask(index if positions is None else positions, ahead, window, block)
         rotary = rotary_embedding(index, self.config.head_dim, self.config.rope_theta, dtype)
-        return Rows(lengths, positions, rotary, mask)
+        return Rows(lengths, positions, ahead, rotary, mask)
 
     # Patches: from the front output of the bytes (B, T, D) to what each byte sees of the trunk (B, T, D)
 
-    def _see_patches(self, hidden_states, context, lengths, positions) -> tuple[torch.Tensor, torch.Tensor]:
+    def _see_patches(self, hidden_states, context, rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
         """Without a cache."""
+        lengths, positions = rows.lengths, rows.positions
         zero = torch.zeros_like(context[:, 0])
         state, num_bytes = PatchState(zero, zero), hidden_states.shape[1]
+        if not self.is_causal and self.config.mask_token_id is not None:
+            context = context.masked_fill(context == self.config.mask_token_id, ord("a"))
         found = find_boundaries(self._rule(), context, num_bytes, state, lengths, positions)
+        if not self.is_causal:
+            found = close_patches(found, rows.ahead, lengths)
         index = index_patches(found)
-        allowed = None
+        # Patches past a row's count come last: they are causally invisible. The trunk runs even if no row completed a
+        # patch, so that every rank of a distributed training runs, and synchronises, the same modules.
+        allowed = self._allowed_patches(index, positions)
+        patches = self.unpool_proj(self.trunk(self.pool_proj(pool_patches(hidden_states, index)), allowed))
+        if not self.is_causal:
+            # Padding sees the row's last patch, so that nothing in a row depends on the other rows.
+            own = index.patch_of.minimum((index.counts - 1).clamp(min=0)[:, None])
+            return unpool_patches(patches, own), found.boundary
         patch_seen = found.boundary.cumsum(1) - 1  # (B, T)
         if positions is not None:
-            document = index.ends - positions.gather(1, index.ends)  # (B, P) first byte of the patch's document
-            causal = torch.ones(document.shape[1], document.shape[1], dtype=torch.bool, device=document.device).tril()
-            allowed = (causal & (document[:, :, None] == document[:, None, :]))[:, None]
             patch_seen = patch_seen.masked_fill(_no_patch_yet(found.boundary, positions), -1)
-        # Patches past a row's count come last and are causally invisible. The trunk runs even if no row completed a
-        # patch, so that every rank of a distributed training runs, and synchronises, the same modules.
-        patches = self.unpool_proj(self.trunk(self.pool_proj(pool_patches(hidden_states, index)), allowed))
         return unpool_patches(patches, patch_seen, self.start), found.boundary
+
+    def _allowed_patches(self, index: PatchIndex, positions: torch.Tensor | None) -> torch.Tensor | None:
+        """Which patches each patch may see (B, 1, P, P); `None` if the trunk needs no mask."""
+        num_patches = index.ends.shape[1]
+        patch = torch.arange(num_patches, device=index.ends.device)
+        if self.is_causal:
+            if positions is None:
+                return None
+            allowed = (patch <= patch[:, None])[None]
+        else:
+            if positions is None and (index.counts == num_patches).all():
+                return None
+            # A patch past the count sees itself, so that its softmax is over something.
+            allowed = (patch < index.counts[:, None])[:, None] | (patch == patch[:, None])
+        if positions is not None:
+            document = index.ends - positions.gather(1, index.ends)  # (B, P) first byte of the patch's document
+            allowed = allowed & (document[:, :, None] == document[:, None, :])
+        return allowed[:, None]
 
     def _see_patches_with_cache(self, hidden_states, context, lengths, past_key_values):
         """Any number of bytes after those in the cache."""
@@ -909,6 +962,20 @@ def _packed_positions(
     return (time - F.pad(first, (1, 0))).expand_as(input_ids)
 
 
+def _bytes_ahead(
+    input_ids: torch.Tensor, lengths: torch.Tensor | None, positions: torch.Tensor | None
+) -> torch.Tensor:
+    """Bytes after each byte in its document (B, T); 0 at padding."""
+    num_bytes = input_ids.shape[1]
+    time = torch.arange(num_bytes, device=input_ids.device)
+    if positions is None:
+        end = num_bytes if lengths is None else lengths[:, None]
+        return (end - 1 - time).clamp(min=0).expand_as(input_ids)
+    is_last = F.pad(positions[:, 1:] == 0, (0, 1), value=True)
+    last = torch.where(is_last, time, num_bytes).flip(1).cummin(1).values.flip(1)
+    return last - time
+
+
 def _no_patch_yet(boundary: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     """Bytes (B, T) before the first boundary of their document."""
     time = torch.arange(boundary.shape[1], device=boundary.device)
@@ -935,6 +1002,8 @@ class STLMForCausalLM(STLMPreTrainedModel, GenerationMixin):
 
     def __init__(self, config: STLMConfig):
         super().__init__(config)
+        if not config.is_causal:
+            raise ValueError("STLMForCausalLM needs a config with is_causal=True: next bytes must not be seen")
         self.model = STLMModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
@@ -984,4 +1053,265 @@ class STLMForCausalLM(STLMPreTrainedModel, GenerationMixin):
         )
 
 
-__all__ = ["STLMCausalLMOutput", "STLMForCausalLM", "STLMModel", "STLMModelOutput", "STLMPreTrainedModel"]
+class STLMForMaskedLM(STLMPreTrainedModel):
+    """The model with a head that predicts masked bytes; needs `is_causal=False`.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from modeling_stlm import STLMConfig, STLMForMaskedLM
+    >>> model = STLMForMaskedLM(STLMConfig.from_preset("stlm-3m", is_causal=False))
+    >>> model(torch.tensor([[*b"a w", 259, *b"rd"]])).logits.shape
+    torch.Size([1, 6, 320])
+
+    ```
+    """
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
+
+    def __init__(self, config: STLMConfig):
+        super().__init__(config)
+        if config.is_causal:
+            raise ValueError(
+                "STLMForMaskedLM needs a config with is_causal=False: a causal model cannot see what follows a mask. "
+                "To start from the weights of a causal checkpoint, pass is_causal=False to from_pretrained"
+            )
+        self.model = STLMModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        **kwargs,
+    ) -> MaskedLMOutput:
+        r"""
+        Inputs as in [`STLMModel.forward`], and:
+
+        Args:
+            labels (`torch.LongTensor` of shape `(B, T)`, *optional*): ids at masked bytes, -100 elsewhere.
+        """
+        outputs = self.model(input_ids, attention_mask, position_ids, inputs_embeds=inputs_embeds, **kwargs)
+        logits = self.lm_head(outputs.last_hidden_state)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return MaskedLMOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+class STLMClassifier(STLMPreTrainedModel):
+    """What the classification heads share: the model, dropout, and one vector a row."""
+
+    def __init__(self, config: STLMConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = STLMModel(config)
+        self.dropout = nn.Dropout(config.classifier_dropout)
+
+    def encode(self, input_ids, attention_mask, position_ids, inputs_embeds, kwargs) -> STLMModelOutput:
+        """Hidden states of every byte. `num_items_in_batch` is for the loss only; a head needs no cache."""
+        kwargs = {name: value for name, value in kwargs.items() if name != "num_items_in_batch"} | {"use_cache": False}
+        return self.model(input_ids, attention_mask, position_ids, inputs_embeds=inputs_embeds, **kwargs)
+
+    def pool(self, hidden_states: torch.Tensor, input_ids, attention_mask) -> torch.Tensor:
+        """One vector for each row (B, D) of `hidden_states (B, T, D)`: see `config.classifier_pooling`.
+
+        Without a mask, padding ids count for nothing.
+        """
+        if attention_mask is None:
+            pad_id = self.config.pad_token_id
+            if input_ids is None or pad_id is None:
+                attention_mask = hidden_states.new_ones(hidden_states.shape[:2])
+            else:
+                attention_mask = input_ids != pad_id
+        if self.config.classifier_pooling == "last":
+            time = torch.arange(hidden_states.shape[1], device=hidden_states.device)
+            last = (time * (attention_mask != 0)).argmax(-1)
+            return hidden_states[torch.arange(len(last), device=last.device), last]
+        weight = (attention_mask != 0).to(hidden_states.dtype)[..., None]
+        return (hidden_states * weight).sum(1) / weight.sum(1).clamp(min=1)
+
+
+def share_of_batch(loss: torch.Tensor, labels: torch.Tensor, num_items_in_batch=None, **_) -> torch.Tensor:
+    """A mean over the labels of this call as its share of the mean over `num_items_in_batch`, as `Trainer` counts them.
+
+    So gradient accumulation gives the gradient of the whole batch.
+    """
+    if num_items_in_batch is None:
+        return loss
+    return loss * (labels != -100).sum() / num_items_in_batch
+
+
+class STLMForSequenceClassification(STLMClassifier):
+    """The model with a linear head on one vector a row: classification, regression, several labels at once."""
+
+    def __init__(self, config: STLMConfig):
+        super().__init__(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.Tensor | None = None,
+        **kwargs,
+    ) -> SequenceClassifierOutput:
+        r"""
+        Inputs as in [`STLMModel.forward`], and:
+
+        Args:
+            labels (`torch.Tensor` of shape `(B,)` or `(B, num_labels)`, *optional*):
+                Classes, or values if `num_labels` is 1; floats of shape `(B, num_labels)` for several labels at once.
+        """
+        outputs = self.encode(input_ids, attention_mask, position_ids, inputs_embeds, kwargs)
+        pooled = self.pool(outputs.last_hidden_state, input_ids, attention_mask)
+        logits = self.score(self.dropout(pooled))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=self.config)
+            loss = share_of_batch(loss, labels, **kwargs)
+        return SequenceClassifierOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+class STLMForTokenClassification(STLMClassifier):
+    """The model with a linear head on every byte."""
+
+    def __init__(self, config: STLMConfig):
+        super().__init__(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        **kwargs,
+    ) -> TokenClassifierOutput:
+        r"""
+        Inputs as in [`STLMModel.forward`], and:
+
+        Args:
+            labels (`torch.LongTensor` of shape `(B, T)`, *optional*): class of every byte; -100 is left out.
+        """
+        outputs = self.encode(input_ids, attention_mask, position_ids, inputs_embeds, kwargs)
+        logits = self.score(self.dropout(outputs.last_hidden_state))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, config=self.config)
+            loss = share_of_batch(loss, labels, **kwargs)
+        return TokenClassifierOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+class STLMForQuestionAnswering(STLMClassifier):
+    """The model with a head for the first and the last byte of an answer."""
+
+    def __init__(self, config: STLMConfig):
+        super().__init__(config)
+        self.qa_outputs = nn.Linear(config.hidden_size, 2)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        start_positions: torch.LongTensor | None = None,
+        end_positions: torch.LongTensor | None = None,
+        **kwargs,
+    ) -> QuestionAnsweringModelOutput:
+        r"""
+        Inputs as in [`STLMModel.forward`], and:
+
+        Args:
+            start_positions, end_positions (`torch.LongTensor` of shape `(B,)`, *optional*):
+                First and last byte of the answer; positions past the input are left out.
+        """
+        outputs = self.encode(input_ids, attention_mask, position_ids, inputs_embeds, kwargs)
+        start_logits, end_logits = self.qa_outputs(self.dropout(outputs.last_hidden_state)).unbind(-1)
+        loss = None
+        if start_positions is not None and end_positions is not None:
+            loss = self.loss_function(start_logits, end_logits, start_positions, end_positions)
+        return QuestionAnsweringModelOutput(
+            loss=loss,
+            start_logits=start_logits,
+            end_logits=end_logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+class STLMForMultipleChoice(STLMClassifier):
+    """The model with a score for each of several texts, of which one is right."""
+
+    def __init__(self, config: STLMConfig):
+        super().__init__(config)
+        self.score = nn.Linear(config.hidden_size, 1)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        **kwargs,
+    ) -> MultipleChoiceModelOutput:
+        r"""
+        Inputs as in [`STLMModel.forward`] with one more axis: `(B, choices, T)`; and:
+
+        Args:
+            labels (`torch.LongTensor` of shape `(B,)`, *optional*): which choice is right.
+        """
+        num_choices = (inputs_embeds if input_ids is None else input_ids).shape[1]
+        input_ids, attention_mask, position_ids, inputs_embeds = (
+            None if tensor is None else tensor.flatten(0, 1)
+            for tensor in (input_ids, attention_mask, position_ids, inputs_embeds)
+        )
+        outputs = self.encode(input_ids, attention_mask, position_ids, inputs_embeds, kwargs)
+        pooled = self.pool(outputs.last_hidden_state, input_ids, attention_mask)
+        logits = self.score(self.dropout(pooled)).view(-1, num_choices)
+        loss = None
+        if labels is not None:
+            loss = share_of_batch(F.cross_entropy(logits.float(), labels), labels, **kwargs)
+        return MultipleChoiceModelOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+__all__ = [
+    "STLMCausalLMOutput",
+    "STLMForCausalLM",
+    "STLMForMaskedLM",
+    "STLMForMultipleChoice",
+    "STLMForQuestionAnswering",
+    "STLMForSequenceClassification",
+    "STLMForTokenClassification",
+    "STLMModel",
+    "STLMModelOutput",
+    "STLMPreTrainedModel",
+]

@@ -25,6 +25,8 @@ def completes_character(ids: list[int], t: int) -> bool:
 
 
 def boundaries(ids: list[int], config) -> list[bool]:
+    if not config.is_causal:
+        ids = [ord("x") if byte == config.mask_token_id else byte for byte in ids]
     ends, characters, since_anchor = [], 0, 0
     for t, byte in enumerate(ids):
         since_anchor += 1
@@ -42,6 +44,8 @@ def boundaries(ids: list[int], config) -> list[bool]:
         ends.append(anchor or since_anchor % cap == 0)
         if anchor:
             since_anchor = 0
+    if not config.is_causal:
+        ends[-1] = True
     return ends
 
 
@@ -86,7 +90,8 @@ def window_attention(mixer, x: torch.Tensor) -> torch.Tensor:
     value = mixer.v_proj(x).view(num_bytes, kv_heads, width)
     rows = []
     for t in range(num_bytes):
-        seen = range(max(0, t - config.attention_window_bytes + 1), t + 1)
+        window = config.attention_window_bytes
+        seen = range(max(0, t - window + 1), t + 1 if config.is_causal else min(num_bytes, t + window))
         out = []
         for head in range(heads):
             group = head // (heads // kv_heads)
@@ -97,21 +102,25 @@ def window_attention(mixer, x: torch.Tensor) -> torch.Tensor:
     return mixer.o_proj(torch.stack(rows))
 
 
-def short_conv(mixer, x: torch.Tensor) -> torch.Tensor:
+def short_conv(mixer, x: torch.Tensor, is_causal: bool) -> torch.Tensor:
+    num_after = 0 if is_causal else (mixer.kernel_size - 1) // 2
     gate_in, gate_out, inputs = mixer.in_proj(x).chunk(3, dim=-1)
     inputs = gate_in * inputs
     rows = []
     for t in range(len(x)):
         row = torch.zeros_like(inputs[0])
-        for back in range(min(mixer.kernel_size, t + 1)):
-            row = row + mixer.conv.weight[:, 0, mixer.kernel_size - 1 - back] * inputs[t - back]
+        for tap in range(mixer.kernel_size):
+            s = t + num_after - (mixer.kernel_size - 1 - tap)
+            if 0 <= s < len(x):
+                row = row + mixer.conv.weight[:, 0, tap] * inputs[s]
         rows.append(row)
     return mixer.out_proj(gate_out * torch.stack(rows))
 
 
-def byte_layer(layer, x: torch.Tensor) -> torch.Tensor:
-    mix = window_attention if layer.has_attention else short_conv
-    x = x + mix(layer.mixer, layer.mixer_norm(x))
+def byte_layer(layer, x: torch.Tensor, is_causal: bool) -> torch.Tensor:
+    normed = layer.mixer_norm(x)
+    mix = window_attention(layer.mixer, normed) if layer.has_attention else short_conv(layer.mixer, normed, is_causal)
+    x = x + mix
     return x + layer.feed_forward(layer.feed_forward_norm(x))
 
 
@@ -124,22 +133,25 @@ def hidden_states(model, ids: list[int]) -> torch.Tensor:
             [row + model.ngram_embed_tokens.weight[ngram_rows(ids, t, config)].sum(0) for t, row in enumerate(x)]
         )
     for layer in model.front_layers:
-        x = byte_layer(layer, x)
+        x = byte_layer(layer, x, config.is_causal)
     done = patches(boundaries(ids, config))
     seen = [model.start] * len(ids)
     if done:
         pooled = torch.stack([torch.cat([x[patch].mean(0), x[patch[-1]]]) for patch in done])
         out = model.unpool_proj(model.trunk(model.pool_proj(pooled)[None], None))[0]  # (P, D)
         for t in range(len(ids)):
-            complete = [p for p, patch in enumerate(done) if patch[-1] <= t]
+            if config.is_causal:
+                complete = [p for p, patch in enumerate(done) if patch[-1] <= t]
+            else:
+                complete = [p for p, patch in enumerate(done) if t in patch]
             if complete:
                 seen[t] = out[complete[-1]]
     x = x + torch.stack(seen)
     for layer in model.back_layers:
-        x = byte_layer(layer, x)
+        x = byte_layer(layer, x, config.is_causal)
     return model.norm(x)
 
 
-def logits(causal_lm, ids: list[int]) -> torch.Tensor:
+def logits(language_model, ids: list[int]) -> torch.Tensor:
     """(T, V)"""
-    return hidden_states(causal_lm.model, ids) @ causal_lm.lm_head.weight.T
+    return hidden_states(language_model.model, ids) @ language_model.lm_head.weight.T

@@ -5,7 +5,16 @@ import unittest
 
 import torch
 
-from modeling_stlm import STLMConfig, STLMForCausalLM, STLMModel
+from modeling_stlm import (
+    STLMConfig,
+    STLMForCausalLM,
+    STLMForMaskedLM,
+    STLMForMultipleChoice,
+    STLMForQuestionAnswering,
+    STLMForSequenceClassification,
+    STLMForTokenClassification,
+    STLMModel,
+)
 
 from . import sdist
 
@@ -23,12 +32,12 @@ class STLMModelTester:
     batch_size, seq_length, vocab_size, hidden_size = 13, 7, 99, 32
     num_hidden_layers = 2  # byte layers: those whose hidden states and attentions are recorded
     num_attention_heads = 2
+    num_choices = 3
     is_training = True
     base_model_class, causal_lm_class, config_class = STLMModel, STLMForCausalLM, STLMConfig
 
-    def __init__(self, parent, byte_mixer: str):
-        self.parent = parent
-        self.byte_mixer = byte_mixer
+    def __init__(self, parent, **options):
+        self.parent, self.options = parent, options
 
     def get_config(self) -> STLMConfig:
         return STLMConfig(
@@ -37,7 +46,6 @@ class STLMModelTester:
             intermediate_size=37,
             num_front_layers=1,
             num_back_layers=1,
-            byte_mixers=[self.byte_mixer] * 2,
             num_attention_heads=self.num_attention_heads,
             ngram_rows=64,
             trunk_hidden_size=48,
@@ -50,6 +58,7 @@ class STLMModelTester:
             pad_token_id=0,
             bos_token_id=1,
             eos_token_id=2,
+            **self.options,
         )
 
     def prepare_config_and_inputs_for_common(self):
@@ -57,14 +66,20 @@ class STLMModelTester:
         return self.get_config(), {"input_ids": input_ids, "attention_mask": torch.tril(torch.ones_like(input_ids))}
 
 
-# The sdist has no generation tester: what stands in its place is empty, and tests/test_generate.py tests generation.
-class STLMModelTests(ModelTesterMixin, GenerationTesterMixin, TrainingTesterMixin):
-    all_model_classes = (STLMModel, STLMForCausalLM)
-    byte_mixer: str
+class STLMModelTests(ModelTesterMixin):
+    all_model_classes = (
+        STLMModel,
+        STLMForCausalLM,
+        STLMForSequenceClassification,
+        STLMForTokenClassification,
+        STLMForQuestionAnswering,
+        STLMForMultipleChoice,
+    )
+    options: dict
     test_can_init_all_missing_weights_before_2023 = True
 
     def setUp(self):
-        self.model_tester = STLMModelTester(self, self.byte_mixer)
+        self.model_tester = STLMModelTester(self, **self.options)
         self.config_tester = ConfigTester(self, config_class=STLMConfig)
 
     def test_config(self):
@@ -76,13 +91,26 @@ class STLMModelTests(ModelTesterMixin, GenerationTesterMixin, TrainingTesterMixi
         assert 0.1 < boundaries.float().mean() < 0.5
 
 
-class AttentionMixerTest(STLMModelTests, unittest.TestCase):
-    byte_mixer = "attention"
+# The sdist has no generation tester: what stands in its place is empty, and tests/test_generate.py tests generation.
+class AttentionMixerTest(STLMModelTests, GenerationTesterMixin, TrainingTesterMixin, unittest.TestCase):
+    options = {"byte_mixers": ["attention"] * 2}
 
 
-class ConvMixerTest(STLMModelTests, unittest.TestCase):
-    byte_mixer = "conv"
+class ConvMixerTest(STLMModelTests, GenerationTesterMixin, TrainingTesterMixin, unittest.TestCase):
+    options = {"byte_mixers": ["conv"] * 2}
     has_attentions = False  # no attention at the byte level; AttentionMixerTest has the tests of attentions
+
+
+class BothWaysTest(STLMModelTests, unittest.TestCase):
+    options = {"byte_mixers": ["attention"] * 2, "is_causal": False, "mask_token_id": 3}
+    all_model_classes = (
+        STLMModel,
+        STLMForMaskedLM,
+        STLMForSequenceClassification,
+        STLMForTokenClassification,
+        STLMForQuestionAnswering,
+        STLMForMultipleChoice,
+    )
 
 
 del GenerationTesterMixin, ModelTesterMixin, TrainingTesterMixin, STLMModelTests

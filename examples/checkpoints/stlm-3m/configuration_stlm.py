@@ -18,6 +18,16 @@ PRESETS = Path(__file__).with_name("presets")
 PATCHING_RULES = ("spacelike", "fixed")
 LAYER_SHARING = ("none", "immediate", "cycle", "middle", "ffn")
 BYTE_MIXERS = ("conv", "attention")
+CLASSIFIER_POOLING = ("mean", "last")
+# STLMForCausalLM and so on, each with the Auto class of the same ending.
+HEADS = (
+    "CausalLM",
+    "MaskedLM",
+    "SequenceClassification",
+    "TokenClassification",
+    "QuestionAnswering",
+    "MultipleChoice",
+)
 
 
 @strict
@@ -97,6 +107,16 @@ class STLMConfig(PreTrainedConfig):
             Dropout on the output of every mixer, attention and feed-forward layer; for training on repeated data.
         attention_dropout (`float`, defaults to 0.0):
             Dropout on attention probabilities.
+        is_causal (`bool`, defaults to `True`):
+            Whether a byte sees earlier bytes only. With `False` (for masked language modelling and encoders) every part
+            looks both ways, the end of the text closes the last patch, a byte sees the patch it belongs to, and there is
+            no cache.
+        mask_token_id (`int`, *optional*, defaults to 259):
+            With `is_causal=False`, stands for an unknown letter when patches are made.
+        classifier_pooling (`str`, defaults to `"mean"`):
+            What classification heads read: the `"mean"` over the bytes of a row or its `"last"` byte.
+        classifier_dropout (`float`, defaults to 0.0):
+            Dropout in front of classification heads.
         max_position_embeddings (`int`, defaults to 16384):
             Context in bytes that users may rely on. Nothing in the model is sized by it.
         tie_word_embeddings (`bool`, defaults to `True`):
@@ -161,6 +181,10 @@ class STLMConfig(PreTrainedConfig):
     initializer_range: float = 0.02
     hidden_dropout: float | int = 0.0
     attention_dropout: float | int = 0.0
+    is_causal: bool = True
+    mask_token_id: int | None = 259
+    classifier_pooling: str = "mean"
+    classifier_dropout: float | int = 0.0
     max_position_embeddings: int = 16384
     tie_word_embeddings: bool = True
     use_cache: bool = True
@@ -206,7 +230,7 @@ class STLMConfig(PreTrainedConfig):
         self.auto_map = {
             "AutoConfig": "configuration_stlm.STLMConfig",
             "AutoModel": "modeling_stlm.STLMModel",
-            "AutoModelForCausalLM": "modeling_stlm.STLMForCausalLM",
+            **{f"AutoModelFor{head}": f"modeling_stlm.STLMFor{head}" for head in HEADS},
         }
 
     @property
@@ -299,6 +323,12 @@ class STLMConfig(PreTrainedConfig):
             )
         if self.trunk_head_dim % 2:
             raise ValueError(f"trunk_head_dim={self.trunk_head_dim} must be even: rotary embedding turns pairs")
+
+    def validate_heads(self):
+        if self.classifier_pooling not in CLASSIFIER_POOLING:
+            raise ValueError(
+                f"classifier_pooling={self.classifier_pooling!r} is not known: choose one of {CLASSIFIER_POOLING}"
+            )
 
     def validate_layer_type(self):
         """The library checks the field `layer_types` here; ours is derived and always consistent."""

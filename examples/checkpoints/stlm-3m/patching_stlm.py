@@ -157,6 +157,14 @@ def find_boundaries(
     return Boundaries(boundary, patch_bytes, new_state)
 
 
+def close_patches(boundaries: Boundaries, ahead: torch.Tensor, lengths: torch.Tensor | None) -> Boundaries:
+    """Let the last byte of every document end a patch too: those with `ahead (B, T)` = 0 bytes after them."""
+    last = ahead == 0
+    if lengths is not None:
+        last = last & (torch.arange(last.shape[1], device=last.device) < lengths[:, None])
+    return boundaries._replace(boundary=boundaries.boundary | last)
+
+
 def step_boundary(rule: Rule, context: torch.Tensor, state: PatchState) -> tuple[torch.Tensor, PatchState]:
     """`find_boundaries` for one byte, the last of `context`, in a tenth of the operations: boundary (B,) and state."""
     kind = rule.kinds[context[:, -1 - RULE_CONTEXT_BYTES :].clamp(max=256)]
@@ -240,7 +248,8 @@ def pool_patches(
     return torch.cat([mean.to(hidden_states.dtype), last], dim=-1)
 
 
-def unpool_patches(patches: torch.Tensor, patch_seen: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
+def unpool_patches(patches: torch.Tensor, patch_seen: torch.Tensor, start: torch.Tensor | None = None) -> torch.Tensor:
     """What each byte sees of the trunk: patch `patch_seen (B, T)` of `patches (B, P, D)`, or `start (D,)` where -1."""
     index = patch_seen.clamp(min=0)[..., None].expand(-1, -1, patches.shape[-1])
-    return torch.where((patch_seen >= 0)[..., None], patches.gather(1, index), start)
+    visible = patches.gather(1, index)
+    return visible if start is None else torch.where((patch_seen >= 0)[..., None], visible, start)

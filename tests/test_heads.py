@@ -1,0 +1,283 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Looking both ways, and the heads on top: against the loop, through the Auto classes, in training and in pipelines."""
+
+import pytest
+import torch
+import transformers
+from sentence_transformers import SentenceTransformer
+from torch.nn import functional as F
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    DataCollatorForLanguageModeling,
+    DynamicCache,
+    Trainer,
+    TrainingArguments,
+)
+
+from modeling_stlm import (
+    STLMForMaskedLM,
+    STLMForMultipleChoice,
+    STLMForQuestionAnswering,
+    STLMForSequenceClassification,
+    STLMForTokenClassification,
+    STLMModel,
+    STLMTokenizer,
+)
+from modeling_stlm.configuration_stlm import HEADS
+
+from . import reference
+from .tiny import MIXERS, PATCHING, SHARING, TEXT, assert_equal, batch, ids_of, randomize, tiny_config, tiny_model
+
+
+MASK = 259
+MASKED = [MASK if t in (3, 4, 30, 31, 32, 70) else byte for t, byte in enumerate(ids_of(TEXT))]
+ROWS = [MASKED, ids_of("A short one. "), ids_of("x"), ids_of("Ends mid wor"), [257, *ids_of("ab c"), MASK, 258]]
+CLASSIFIERS = [
+    STLMForSequenceClassification,
+    STLMForTokenClassification,
+    STLMForQuestionAnswering,
+    STLMForMultipleChoice,
+]
+
+
+def cases(*tables):
+    return [pytest.param(options, id=name) for table in tables for name, options in table.items()]
+
+
+def masked_lm(**options) -> STLMForMaskedLM:
+    return randomize(STLMForMaskedLM(tiny_config(is_causal=False, **options)))
+
+
+# Looking both ways
+
+
+@pytest.mark.parametrize("options", cases(PATCHING, MIXERS, SHARING))
+@torch.no_grad()
+def test_masked_logits_equal_the_slow_reference_padded_packed_and_alone(options):
+    model = masked_lm(**options)
+    expected = [reference.logits(model, ids) for ids in ROWS]
+    for ids, logits in zip(ROWS, expected):
+        assert_equal(model(torch.tensor([ids])).logits[0], logits)
+    for side in ("left", "right"):
+        inputs = batch(ROWS, side)
+        padded = model(**inputs).logits
+        for row, mask, logits in zip(padded, inputs["attention_mask"], expected):
+            assert_equal(row[mask == 1], logits)
+    ids = torch.tensor([[i for row in ROWS for i in row]])
+    positions = torch.tensor([[t for row in ROWS for t in range(len(row))]])
+    assert_equal(model(ids, position_ids=positions).logits[0], torch.cat(expected))
+
+
+@pytest.mark.parametrize("options", cases(MIXERS))
+@torch.no_grad()
+def test_every_byte_sees_every_other(options):
+    model = masked_lm(**options)
+    ids = torch.tensor([ids_of(TEXT)])
+    before = model(ids).logits
+    for t in (0, 40, ids.shape[1] - 1):
+        changed = ids.clone()
+        changed[0, t] = ord("Q")
+        assert (model(changed).logits != before).any(-1).all(), f"some byte does not see byte {t}"
+
+
+@torch.no_grad()
+def test_a_mask_counts_as_a_letter_and_the_end_closes_the_last_patch():
+    model = masked_lm().model
+    ids = torch.tensor([[*b"one tw", MASK, *b" thr"]])
+    boundaries = model(ids, output_boundaries=True).boundaries[0]
+    assert boundaries.nonzero()[:, 0].tolist() == [3, 7, 10]
+
+
+@torch.no_grad()
+def test_eager_attention_agrees_with_sdpa_both_ways():
+    model = masked_lm(**MIXERS["both"])
+    inputs = batch(ROWS, "left")
+    expected = model(**inputs).logits
+    model.set_attn_implementation("eager")
+    valid = inputs["attention_mask"] == 1
+    assert_equal(model(**inputs).logits[valid], expected[valid])
+    weights = model(**inputs, output_attentions=True).attentions
+    assert weights[0].shape == (len(ROWS), 2, len(MASKED), len(MASKED))
+    # The first byte of a row that is not padded sees bytes on its right: all of its window.
+    assert (weights[0][0, :, 0] > 0).sum(-1).tolist() == [9, 9]
+
+
+def test_what_is_causal_and_what_is_not_is_told_apart():
+    with pytest.raises(ValueError, match="is_causal=False to from_pretrained"):
+        STLMForMaskedLM(tiny_config())
+    with pytest.raises(ValueError, match="needs a config with is_causal=True"):
+        AutoModelForCausalLM.from_config(tiny_config(is_causal=False))
+    model = masked_lm()
+    with pytest.raises(ValueError, match="has no cache"):
+        model.model(torch.tensor([[65]]), past_key_values=DynamicCache(config=model.config))
+    assert model.model(torch.tensor([[65]]), use_cache=True).past_key_values is None
+
+
+def test_a_causal_checkpoint_becomes_a_masked_one(tmp_path):
+    causal = tiny_model()
+    causal.save_pretrained(tmp_path)
+    model, info = AutoModelForMaskedLM.from_pretrained(tmp_path, is_causal=False, output_loading_info=True)
+    assert not info["missing_keys"] and not info["mismatched_keys"]
+    assert set(info["unexpected_keys"]) <= {"model.start"}
+    torch.testing.assert_close(model.model.trunk.state_dict(), causal.model.trunk.state_dict(), rtol=0, atol=0)
+    model.save_pretrained(tmp_path / "masked")
+    assert AutoConfig.from_pretrained(tmp_path / "masked").is_causal is False
+
+
+def test_masked_bytes_are_learned(tmp_path):
+    tokenizer = STLMTokenizer()
+    texts = ["the cat sat on the mat. ", "a dog ran to the park. "]
+    rows = [{"input_ids": tokenizer(text)["input_ids"]} for text in texts * 16]
+    model = STLMForMaskedLM(tiny_config(is_causal=False, hidden_size=32, trunk_hidden_size=32))
+    arguments = TrainingArguments(
+        str(tmp_path),
+        max_steps=150,
+        learning_rate=1e-2,
+        per_device_train_batch_size=8,
+        report_to="none",
+        use_cpu=True,
+        save_strategy="no",
+        disable_tqdm=True,
+    )
+    collator = DataCollatorForLanguageModeling(tokenizer, mlm=True, mlm_probability=0.2)
+    Trainer(model, arguments, train_dataset=rows, data_collator=collator).train()
+    filled = [MASK if t in (5, 17) else byte for t, byte in enumerate(ids_of(texts[0]))]
+    guess = model.eval()(torch.tensor([filled])).logits[0].argmax(-1)
+    assert [chr(guess[5]), chr(guess[17])] == ["a", "e"]
+
+
+# Heads
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_every_head_is_behind_its_auto_class(head, tmp_path):
+    auto = getattr(transformers, f"AutoModelFor{head}")
+    config = tiny_config(is_causal=head != "MaskedLM")
+    model = auto.from_config(config)
+    assert type(model).__name__ == f"STLMFor{head}"
+    model.save_pretrained(tmp_path)
+    saved = AutoConfig.from_pretrained(tmp_path)
+    assert saved.auto_map[f"AutoModelFor{head}"] == f"modeling_stlm.STLMFor{head}"
+    loaded = auto.from_pretrained(tmp_path)
+    torch.testing.assert_close(loaded.state_dict(), model.state_dict(), rtol=0, atol=0)
+    base = AutoModel.from_pretrained(tmp_path)
+    torch.testing.assert_close(base.state_dict(), model.model.state_dict(), rtol=0, atol=0)
+
+
+def classifier(cls, **options):
+    return randomize(cls(tiny_config(num_labels=3, **options)))
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize("pooling", ["mean", "last"])
+@torch.no_grad()
+def test_a_row_is_scored_by_the_mean_or_the_last_of_its_bytes(pooling, is_causal):
+    model = classifier(STLMForSequenceClassification, classifier_pooling=pooling, is_causal=is_causal)
+    for side in ("left", "right"):
+        inputs = batch(ROWS, side)
+        logits = model(**inputs).logits
+        for row, ids in zip(logits, ROWS):
+            states = reference.hidden_states(model.model, ids)
+            assert_equal(row, model.score(states.mean(0) if pooling == "mean" else states[-1]))
+
+
+@torch.no_grad()
+def test_padding_ids_count_for_nothing_without_a_mask():
+    model = classifier(STLMForSequenceClassification)
+    inputs = batch(ROWS, "right")
+    assert_equal(model(inputs["input_ids"]).logits, model(**inputs).logits)
+
+
+@torch.no_grad()
+def test_choices_and_bytes_are_scored_each_for_itself():
+    model = classifier(STLMForMultipleChoice)
+    inputs = batch(ROWS[:4], "right")
+    pairs = {name: tensor.view(2, 2, -1) for name, tensor in inputs.items()}
+    states = torch.stack([reference.hidden_states(model.model, ids).mean(0) for ids in ROWS[:4]])
+    assert_equal(model(**pairs).logits, model.score(states).view(2, 2))
+    assert_equal(
+        model(**pairs, labels=torch.tensor([1, 0])).loss,
+        F.cross_entropy(model.score(states).view(2, 2), torch.tensor([1, 0])),
+    )
+
+    model = classifier(STLMForQuestionAnswering)
+    out = model(**inputs, start_positions=torch.tensor([1, 2, 0, 3]), end_positions=torch.tensor([2, 2, 0, 5]))
+    states = reference.hidden_states(model.model, ROWS[1])
+    expected = model.qa_outputs(states)
+    assert_equal(out.start_logits[1, : len(states)], expected[:, 0])
+    assert_equal(out.end_logits[1, : len(states)], expected[:, 1])
+
+    model = classifier(STLMForTokenClassification)
+    assert_equal(model(**inputs).logits[1, : len(states)], model.score(reference.hidden_states(model.model, ROWS[1])))
+
+
+@pytest.mark.parametrize(
+    ("problem", "labels"),
+    [
+        ("regression", torch.tensor([0.5, -1.0, 2.0, 0.0])),
+        ("single_label_classification", torch.tensor([0, 2, 1, 1])),
+        ("multi_label_classification", torch.tensor([[1.0, 0, 1], [0, 0, 0], [1, 1, 1], [0, 1, 0]])),
+    ],
+)
+def test_micro_batches_add_up_to_the_loss_of_the_batch(problem, labels):
+    config = tiny_config(num_labels=1 if problem == "regression" else 3, problem_type=problem)
+    model = randomize(STLMForSequenceClassification(config))
+    inputs = batch(ROWS[:4], "right")
+    whole = model(**inputs, labels=labels).loss
+    parts = [
+        model(
+            **{name: tensor[rows] for name, tensor in inputs.items()},
+            labels=labels[rows],
+            num_items_in_batch=labels.numel(),
+        ).loss
+        for rows in (slice(0, 1), slice(1, 4))
+    ]
+    torch.testing.assert_close(sum(parts), whole)
+
+
+@pytest.mark.parametrize("cls", CLASSIFIERS)
+def test_every_head_trains_every_parameter_with_trainer(cls, tmp_path):
+    model = randomize(cls(tiny_config(num_labels=3, classifier_dropout=0.1)))
+    ids = ids_of("some words, and more")
+    row = {"input_ids": ids, "attention_mask": [1] * len(ids)}
+    if cls is STLMForMultipleChoice:
+        row = {name: [values, values[::-1]] for name, values in row.items()} | {"labels": 1}
+    elif cls is STLMForQuestionAnswering:
+        row |= {"start_positions": 5, "end_positions": 10}
+    else:
+        row |= {"labels": [i % 3 for i in range(len(ids))] if cls is STLMForTokenClassification else 2}
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    arguments = TrainingArguments(
+        str(tmp_path),
+        max_steps=8,
+        learning_rate=1e-2,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        logging_steps=1,
+        report_to="none",
+        use_cpu=True,
+        save_strategy="no",
+        disable_tqdm=True,
+    )
+    trainer = Trainer(model, arguments, train_dataset=[row] * 8, eval_dataset=[row] * 3)
+    trainer.train()
+    logged = [log["loss"] for log in trainer.state.log_history if "loss" in log]
+    assert logged[-1] < 0.7 * logged[0]
+    assert trainer.evaluate()["eval_loss"] < logged[0]
+    # Weights of n-grams that do not occur and of bytes that are not in the text stay.
+    unchanged = [name for name, parameter in model.named_parameters() if torch.equal(parameter, before[name])]
+    assert not unchanged
+
+
+@torch.no_grad()
+def test_features_of_the_model_work_in_sentence_transformers(tmp_path):
+    model = randomize(STLMModel(tiny_config(is_causal=False)))
+    model.save_pretrained(tmp_path)
+    STLMTokenizer().save_pretrained(tmp_path)
+    encoder = SentenceTransformer(str(tmp_path), device="cpu")  # makes mean pooling by itself
+    texts = ["a short text", "one that is a good deal longer"]
+    for text, vector in zip(texts, encoder.encode(texts, convert_to_tensor=True)):
+        assert_equal(vector, reference.hidden_states(model, ids_of(text)).mean(0))
