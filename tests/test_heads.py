@@ -276,7 +276,9 @@ def test_every_head_trains_every_parameter_with_trainer(cls, tmp_path):
 def test_features_of_the_model_work_in_sentence_transformers(tmp_path):
     model = randomize(STLMModel(tiny_config(is_causal=False)))
     model.save_pretrained(tmp_path)
-    STLMTokenizer().save_pretrained(tmp_path)
+    tokenizer = STLMTokenizer()
+    tokenizer.chat_template = None  # with one, sentence-transformers makes a chat message of every text
+    tokenizer.save_pretrained(tmp_path)
     encoder = SentenceTransformer(str(tmp_path), device="cpu")  # makes mean pooling by itself
     texts = ["a short text", "one that is a good deal longer"]
     for text, vector in zip(texts, encoder.encode(texts, convert_to_tensor=True)):
