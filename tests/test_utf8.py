@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Generation that cannot write ill-formed UTF-8."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import GenerationConfig
+
+from modeling_stlm.generation_stlm import UTF8LogitsProcessor
+
+from .tiny import batch, ids_of, tiny_model
+
+
+def is_prefix_of_text(data: bytes) -> bool:
+    """Whether some continuation makes `data` well-formed, asked of Python's decoder."""
+    try:
+        data.decode()
+    except UnicodeDecodeError as error:
+        return error.reason == "unexpected end of data"
+    return True
+
+
+def allowed(ids: list[int], max_length: int | None = None, vocab_size: int = 320) -> set[int]:
+    scores = UTF8LogitsProcessor(max_length)(torch.tensor([ids], dtype=torch.long), torch.zeros(1, vocab_size))
+    return set(scores[0].isfinite().nonzero()[:, 0].tolist())
+
+
+@given(st.text(max_size=4), st.integers(0, 3))
+def test_a_byte_is_allowed_where_some_text_goes_on_with_it(text, cut):
+    data = text.encode()[: max(0, len(text.encode()) - cut)]
+    bytes_allowed = {byte for byte in range(256) if is_prefix_of_text(data + bytes([byte]))}
+    complete = is_prefix_of_text(data + b"a")
+    assert allowed(list(data)) == bytes_allowed | (set(range(256, 320)) if complete else set())
+
+
+@pytest.mark.parametrize("character", ["é", "東", "😀", "\ud7ff", "\ue000", "\u0800", "\U00010000", "\U0010ffff"])
+def test_no_character_is_begun_that_would_be_cut_off(character):
+    data = character.encode()
+    for room in range(1, 5):
+        begins = data[0] in allowed([65], max_length=1 + room)
+        assert begins == (len(data) <= room)
+    for cut in range(1, len(data)):
+        assert data[cut] in allowed(list(data[:cut]), max_length=len(data))
+
+
+def test_an_ill_formed_prompt_is_left_alone_and_text_starts_anew():
+    for prompt in (b"\xff\xfe", b"ab\x80\x80\x80", b"\xe6\x97a", b"\xed\xa0"):
+        assert {ord("a"), 0xC3} <= allowed(list(prompt)) and 0xFF not in allowed(list(prompt))
+    assert allowed([0xE6, 257]) == allowed([65])
+
+
+@pytest.mark.parametrize(
+    "mode",
+    [{"do_sample": True}, {"do_sample": True, "top_k": 2}, {"num_beams": 3}, {"temperature": 9.0, "do_sample": True}],
+)
+def test_a_random_model_writes_text(mode):
+    model = tiny_model(use_cache=True)
+    prompts = [ids_of("One. "), ids_of("東".encode()[:2]), ids_of("x")]
+    inputs = batch(prompts, "left")
+    settings = {"max_new_tokens": 30, "pad_token_id": 256, "eos_token_id": None} | mode
+    wrong = model.generate(**inputs, **settings)
+    right = model.generate(**inputs, **settings, valid_utf8=True)
+
+    def is_text(row, prompt):
+        try:
+            bytes(byte for byte in row[-30 - len(prompt) :].tolist() if byte < 256).decode()
+        except UnicodeDecodeError:
+            return False
+        return True
+
+    assert not all(is_text(row, prompt) for row, prompt in zip(wrong, prompts)), "random bytes are no text"
+    assert all(is_text(row, prompt) for row, prompt in zip(right, prompts))
+
+
+def test_the_flag_is_saved_with_the_checkpoint(tmp_path):
+    model = tiny_model()
+    assert model.generation_config.valid_utf8 is False
+    model.generation_config = GenerationConfig(valid_utf8=True, max_new_tokens=20, do_sample=True, pad_token_id=256)
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    loaded.generate(torch.tensor([[65]])).tolist()
+    new = loaded.generate(torch.tensor([[65] * 3]).expand(4, -1))
+    assert all(bytes(byte for byte in row.tolist() if byte < 256).decode() for row in new)
