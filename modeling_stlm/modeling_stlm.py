@@ -557,12 +557,7 @@ class STLMModel(STLMPreTrainedModel):
         Raises:
             ValueError: if a shape does not fit, or if the cache was not made for this model.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("specify exactly one of input_ids and inputs_embeds")
-        if input_ids is None:
-            input_ids = self._nearest_ids(inputs_embeds)
-        if input_ids.numel() == 0:
-            raise ValueError(f"the input has shape {tuple(input_ids.shape)}, expected at least one row and one byte")
+        input_ids = self._checked_ids(input_ids, inputs_embeds)
         traced = self._is_traced(past_key_values)
         num_past = 0 if past_key_values is None else past_key_values.get_seq_length()
         if isinstance(num_past, torch.Tensor):
@@ -644,6 +639,27 @@ class STLMModel(STLMPreTrainedModel):
 
     # Bytes
 
+    def _checked_ids(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
+        """Ids (B, T) as int64, those of `inputs_embeds` if these were given."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("specify exactly one of input_ids and inputs_embeds")
+        if input_ids is None:
+            width = self.embed_tokens.embedding_dim
+            if inputs_embeds.ndim != 3 or inputs_embeds.shape[-1] != width:
+                raise ValueError(
+                    f"inputs_embeds has shape {tuple(inputs_embeds.shape)}, expected (rows, bytes, {width})"
+                )
+            input_ids = self._nearest_ids(inputs_embeds)
+        elif input_ids.is_floating_point() or input_ids.dtype == torch.bool:
+            raise ValueError(
+                f"input_ids has dtype {input_ids.dtype}, expected integers: ids of bytes and special tokens"
+            )
+        if input_ids.ndim != 2 or input_ids.numel() == 0:
+            raise ValueError(
+                f"the input has shape {tuple(input_ids.shape)}, expected (rows, bytes) with at least one of each"
+            )
+        return input_ids.long()
+
     def _nearest_ids(self, inputs_embeds: torch.Tensor) -> torch.Tensor:
         """Ids (B, T) whose embeddings were passed; `SOFT_ID` where an embedding is not that of any id."""
         table = self.embed_tokens.weight
@@ -661,7 +677,11 @@ class STLMModel(STLMPreTrainedModel):
 
     def _embed(self, context, input_ids, inputs_embeds, positions) -> torch.Tensor:
         """Byte embedding plus the embeddings of the hashed n-grams that end at each byte: (B, T, D)."""
-        hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        try:
+            hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        except IndexError as error:
+            low, high, size = int(input_ids.min()), int(input_ids.max()), self.embed_tokens.num_embeddings
+            raise ValueError(f"input_ids are between {low} and {high}, expected 0 to {size - 1}") from error
         if not len(self.ngram_weights):
             return hidden_states
         longest = self.ngram_weights.shape[1]
@@ -953,8 +973,9 @@ def _layout(
     lengths = valid.sum(1)
     if not traced and (valid[:, 1:] <= valid[:, :-1]).all():
         return Layout(lengths, None, None)
-    order = valid.logical_not().long().argsort(dim=1, stable=True)
-    return Layout(lengths, order, order.argsort(dim=1))
+    inverse = torch.where(valid, valid.cumsum(1) - 1, lengths[:, None] + (~valid).cumsum(1) - 1)
+    time = torch.arange(num_bytes, device=valid.device).expand_as(inverse)
+    return Layout(lengths, torch.zeros_like(inverse).scatter(1, inverse, time), inverse)
 
 
 def _restore(outputs: STLMModelOutput, inverse: torch.Tensor, num_past: int) -> None:

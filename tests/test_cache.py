@@ -193,8 +193,8 @@ def test_foreign_caches_are_refused_in_words():
         model(IDS, past_key_values=DynamicCache(config=llama))
     with pytest.raises(ValueError, match="make it with DynamicCache"):
         model(IDS, past_key_values=DynamicCache(config=tiny_config(num_trunk_layers=3)))
-    with pytest.raises(ValueError, match="no static cache yet"):
-        StaticCache(config=model.config, max_cache_len=16)
+    with pytest.raises(ValueError, match="past_key_values has slots"):
+        model(torch.tensor([[65]]), past_key_values=StaticCache(config=LlamaConfig(), max_cache_len=16))
     cache = model(IDS, use_cache=True).past_key_values
     with pytest.raises(ValueError, match="holds 1 rows, but the input has 2"):
         model(IDS.expand(2, -1), past_key_values=cache)

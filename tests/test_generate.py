@@ -185,8 +185,3 @@ def test_streaming_never_shows_half_a_character():
     streamer.end()
     assert "".join(shown) == text
     assert not any("�" in piece for piece in shown)
-
-
-def test_static_caches_are_refused_in_words():
-    with pytest.raises(ValueError, match="no static cache yet"):
-        generate(tiny_model(), {"input_ids": PROMPT}, True, do_sample=False, cache_implementation="static")

@@ -127,3 +127,13 @@ def test_a_saved_folder_loads_in_full(tmp_path):
 def test_one_long_string_is_encoded_whole():
     text = TEXT * 3000
     assert TOKENIZER(text)["input_ids"] == list(text.encode())
+
+
+def test_words_that_come_split_are_joined_by_spaces_on_request(tmp_path):
+    TOKENIZER.save_pretrained(tmp_path)
+    words = ["Hello", "wörld", "!"]
+    glued = AutoTokenizer.from_pretrained(tmp_path)(words, is_split_into_words=True)
+    assert bytes(glued["input_ids"]) == "Hellowörld!".encode()
+    spaced = AutoTokenizer.from_pretrained(tmp_path, add_prefix_space=True)(words, is_split_into_words=True)
+    assert bytes(spaced["input_ids"]) == " Hello wörld !".encode()
+    assert spaced.word_ids() == [0] * 6 + [1] * 7 + [2] * 2
