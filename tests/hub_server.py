@@ -197,7 +197,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def repo(self, name: str, write: bool = False) -> Repo:
         user, repo = self.user(), self.server.repos.get(name)
-        if repo is None or repo.private and user != repo.owner:
+        if repo is None or (repo.private and user != repo.owner):
             # The Hub does not tell strangers whether a private repository exists.
             raise HubError(404 if user else 401, "RepoNotFound", "Repository not found")
         if write and user is None:
@@ -364,7 +364,7 @@ class Handler(BaseHTTPRequestHandler):
                     raise HubError(400, message=f"{path} points at the object {value['oid']}, which is not here")
                 files[path] = File(self.server.blobs[value["oid"]], lfs=True)
             else:
-                gone = [name for name in files if name == path or key == "deletedFolder" and name.startswith(path)]
+                gone = [name for name in files if name == path or (key == "deletedFolder" and name.startswith(path))]
                 if not gone:
                     raise HubError(404, "EntryNotFound", "A file with this name doesn't exist")
                 for name in gone:
