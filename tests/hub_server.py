@@ -426,13 +426,12 @@ def metadata_errors(card: str) -> list[str]:
         errors.append('"tags" must be strings')
     for index, model in enumerate(data.get("model-index") or []):
         required = {"task": ["type"], "dataset": ["type", "name"], "metrics": ["type", "value"]}
-        for result in model.get("results") or [{}]:
+        for result in model.get("results", []):
             for part, keys in required.items():
                 entries = result.get(part) or {}
                 for entry in entries if isinstance(entries, list) and entries else [entries]:
                     errors += [f'"model-index[{index}].{part}.{key}" is required' for key in keys if key not in entry]
-        if "name" not in model:
-            errors.append(f'"model-index[{index}].name" is required')
+        errors += [f'"model-index[{index}].{key}" is required' for key in ("name", "results") if key not in model]
     return errors
 
 

@@ -126,7 +126,7 @@ def test_push_to_hub_publishes_weights_code_and_tokenizer(hub, published):
     while commit:
         titles.append(commit.title)
         commit = commit.parent
-    assert titles == ["Upload model", "Upload tokenizer", "Upload model", "initial commit"]
+    assert titles == ["Upload STLMForCausalLM", "Upload tokenizer", "Upload STLMForCausalLM", "initial commit"]
     assert hub.repos["alice/secret"].private and not repo.private
 
 
@@ -295,7 +295,12 @@ def test_the_example_publishes_a_folder_in_one_commit(new_hub, tmp_path):
     assert repo.private and first.parent.title == "initial commit"
     files = snapshot(new_hub, "alice/mine")
     assert set(files) == MODEL | TOKENIZER | {"README.md", "loss.png", "results.json"}
-    assert all(files[name] == (folder / name).read_bytes() for name in files)
+    assert [name for name in files if files[name] != (folder / name).read_bytes()] == ["tokenizer_config.json"]
+    here, there = (
+        json.loads(text) for text in ((folder / "tokenizer_config.json").read_text(), files["tokenizer_config.json"])
+    )
+    # transformers 5.23 writes how the tokenizer was loaded, whatever the tokenizer.
+    assert there == here | {"is_local": True, "local_files_only": False}
     # The same again changes nothing; without a README.md of its own the folder leaves that of the repository alone.
     (folder / "README.md").unlink()
     client(new_hub, tmp_path / "two", *push, token="key")
@@ -320,6 +325,7 @@ def test_the_snippet_of_a_generated_card_runs_from_the_hub(new_hub, tmp_path):
     assert printed == expected + "\n"
 
 
+@pytest.mark.slow
 def test_an_upload_that_dies_leaves_the_old_revision(new_hub, variants, tmp_path):
     def push(name):
         return [SCRIPT, "--checkpoint", str(variants[name]), "--repo_id", "alice/mine"]
