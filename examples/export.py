@@ -21,58 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingA
 from modeling_stlm import STLMTokenizer
 from modeling_stlm.training.bits_per_byte import BitsPerByteEvaluator
 from modeling_stlm.training.corpus import PackedWindows, write_corpus
-
-
-CARD = """\
----
-license: {licence}
-language: en
-library_name: transformers
-pipeline_tag: text-generation
-tags: [stlm, byte-level, tiny]
----
-
-# {name}
-
-A pooled byte-level, weight-tied language model with {stored:,} stored ({effective:,} effective) parameters:
-[Super Tiny Language Models](https://arxiv.org/abs/2405.14159) as a transformers model. It reads and writes bytes; the
-trunk runs once a word.
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-folder = "."  # this folder, or its id on the Hub
-tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
-model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype="float32")
-inputs = tokenizer("The history of", return_tensors="pt")
-print(tokenizer.decode(model.generate(**inputs, max_new_tokens=100)[0]))
-```
-
-## Results
-
-Bits per byte, windows of {block_bytes} bytes without overlap, special tokens left out, of these bfloat16 weights
-computed in float32:
-
-| split | bits per byte | bytes |
-|---|---|---|
-{rows}
-
-## Training
-
-- {bytes_seen:,} bytes seen in {steps:,} steps of {batch_size} windows of {block_bytes} bytes; budget: {budget}
-- optimizer: Muon {muon_lr} on matrices, AdamW {adamw_lr} on the rest, warm-up 2%, linear decay over the last 60%
-- {device}; torch {torch}, transformers {transformers}, commit {commit}
-- curve: `loss.png`; all settings: `results.json`
-
-## Data
-
-{data}
-
-## Limits
-
-A model of this size knows little and makes things up; it continues text, follows no instructions and was not filtered
-for safety. It learned English only.
-"""
+from modeling_stlm.training.model_card import build_model_card, file_names, write_model_card
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -81,6 +30,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--data", type=Path, required=True, help="Markdown about the training texts")
     parser.add_argument("--licence", default="cc-by-sa-4.0", help="licence of the weights, as the Hub spells it")
+    parser.add_argument("--language", default="en", help="of the texts, as the Hub spells it")
     parser.add_argument("--validation", nargs="+", required=True, help="files or patterns")
     parser.add_argument("--test", nargs="+", required=True, help="files or patterns")
     return parser.parse_args()
@@ -118,36 +68,17 @@ def main():
     model = AutoModelForCausalLM.from_pretrained(args.output, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(args.output)
     scores = {split: evaluate(model, tokenizer, getattr(args, split), block_bytes) for split in ("validation", "test")}
-    budget = model.parameter_budget()
-    card = CARD.format(
-        name=results["model"],
-        licence=args.licence,
-        stored=budget["stored"]["total"],
-        effective=budget["effective"]["total"],
-        rows="\n".join(f"| {split} | {s['bits_per_byte']:.4f} | {s['bytes']:,} |" for split, s in scores.items()),
-        bytes_seen=results["bytes_seen"],
-        steps=results["steps"],
-        budget=", ".join(f"{name} {value}" for name, value in results["budget"].items()),
-        batch_size=arguments["batch_size"],
-        block_bytes=block_bytes,
-        muon_lr=arguments["muon_lr"],
-        adamw_lr=arguments["adamw_lr"],
-        device=results["device"],
-        torch=results["torch"],
-        transformers=results["transformers"],
-        commit=results["commit"],
-        data=args.data.read_text(encoding="utf-8").strip(),
-    )
-    (args.output / "README.md").write_text(card, encoding="utf-8")
     shutil.copy(args.run / "loss.png", args.output / "loss.png")
     # Paths of the machine that trained it say nothing to anybody.
     for split in ("train", "validation", "test"):
-        names = [Path(name).name for name in json.loads(arguments[split].replace("'", '"'))]
-        arguments[split] = " ".join(names)
+        arguments[split] = file_names(arguments[split])
     arguments["output"] = Path(arguments["output"]).name
     exported = {"dtype": "bfloat16", "scores": scores} | run_info()
     (args.output / "results.json").write_text(json.dumps(results | {"exported": exported}, indent=1) + "\n")
-    print(card)
+    card = build_model_card(
+        args.output, licence=args.licence, language=args.language, data=args.data.read_text(encoding="utf-8")
+    )
+    print(card.content if write_model_card(args.output, card) else f"kept {args.output / 'README.md'} as it is")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import modeling_stlm
@@ -138,3 +139,25 @@ def test_chat_turns_follow_the_chat_template(monkeypatch):
     for end in ([], [258], [261]):  # cut by max_new_tokens, <eos>, <|im_end|>
         answered = torch.cat([asked, torch.tensor([[*b"Yo", *end]])], dim=1)
         assert torch.equal(generate.end_turn(answered, tokenizer), expected)
+
+
+def test_export_publishes_what_the_rounded_weights_score(small_text, tmp_path):
+    results = pretrain(small_text, tmp_path / "run", "--max_steps", 4, "--test", small_text)
+    (tmp_path / "data.md").write_text("A play.\n")
+    arguments = ["--run", tmp_path / "run", "--output", tmp_path / "out", "--data", tmp_path / "data.md"]
+    arguments += ["--validation", small_text, "--test", small_text, "--licence", "mit"]
+    run("export.py", *arguments, cwd=tmp_path)
+    exported = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert str(tmp_path) not in json.dumps(exported["arguments"]) and exported["arguments"]["train"] == "small.txt"
+    score = exported["exported"]["scores"]["test"]["bits_per_byte"]
+    assert abs(score - results["bits_per_byte"]["test"]) < 0.05  # bfloat16
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype == torch.bfloat16
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert card.data.license == "mit" and card.data.eval_results[1].metric_value == round(score, 4)
+    assert "A play." in card.text
+    # Written by hand since: kept, while the rest is exported anew.
+    (tmp_path / "out" / "README.md").write_text("# Mine\n")
+    (tmp_path / "out" / "model.safetensors").unlink()
+    assert "kept" in run("export.py", *arguments, cwd=tmp_path)
+    assert (tmp_path / "out" / "README.md").read_text() == "# Mine\n"
+    assert (tmp_path / "out" / "model.safetensors").is_file()

@@ -13,18 +13,12 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 from modeling_stlm import STLMForCausalLM, STLMModel, STLMTokenizer
 
-from .tiny import MIXERS, SHARING, TEXT, ids_of, tiny_model
+from .tiny import MIXERS, SHARING, TEXT, WITHOUT_PACKAGES, ids_of, tiny_model
 
 
 IDS = torch.tensor([ids_of(TEXT)])
-# Runs without site-packages of ours: the import hooks of an editable install are switched off by name.
 LOADER = """
-import importlib.abc, json, sys, torch
-class Refuse(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("modeling_stlm", "tokenization_stlm"):
-            raise ModuleNotFoundError(name)
-sys.meta_path.insert(0, Refuse())
+import sys, torch
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 folder = sys.argv[1]
 tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
@@ -44,7 +38,10 @@ def load_without_packages(folder, *more) -> dict:
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment |= {"HF_MODULES_CACHE": str(folder / "modules"), "HF_HUB_OFFLINE": "1"}
     subprocess.run(
-        [sys.executable, "-c", LOADER, str(folder), TEXT, *map(str, more)], check=True, cwd=folder, env=environment
+        [sys.executable, "-c", WITHOUT_PACKAGES + LOADER, str(folder), TEXT, *map(str, more)],
+        check=True,
+        cwd=folder,
+        env=environment,
     )
     return torch.load(folder / "out.pt")
 

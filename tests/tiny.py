@@ -11,6 +11,16 @@ TEXT = (
     "Zoë saw 東京都 and сорок слов… 😀😀😀😀 — aVeryLongWordWithoutAnySpaceInIt_at_all!!!   \tEnd.\n"
 )
 
+# Start of a program in which neither package can be imported, also where an editable install has import hooks.
+WITHOUT_PACKAGES = """
+import importlib.abc, sys
+class Refuse(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("modeling_stlm", "tokenization_stlm"):
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Refuse())
+"""
+
 # Difference of float32 logits between two orders of summation, relative to the largest logit: measured below 2e-6.
 RTOL = 1e-5
 

@@ -60,6 +60,10 @@ class STLMCacheLayer(CacheLayerMixin):
     def reset(self) -> None:
         self.__init__()
 
+    def count_bytes(self, num_bytes: int) -> None:
+        """Add the positions of this call, padding included, to what the library calls the sequence length."""
+        self.seen_bytes += num_bytes
+
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         self._map_rows(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
 
@@ -82,7 +86,7 @@ class STLMByteCacheLayer(STLMCacheLayer):
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
-        self.seen_bytes = 0  # positions fed so far, padding included: what the library calls the sequence length
+        self.seen_bytes = 0
 
     def get_seq_length(self) -> int:
         return self.seen_bytes
@@ -108,13 +112,14 @@ class STLMByteCacheLayer(STLMCacheLayer):
         self.values, values = self._extend(self.values, value_states, keep, lengths)
         return keys, values
 
-    @staticmethod
-    def _extend(kept, new, keep, lengths):
+    def _extend(self, kept, new, keep, lengths):
         if kept is None:
             kept = new.new_zeros(new.shape[0], keep, *new.shape[2:])
         both = torch.cat([kept, new], dim=1)
         if lengths is None:
-            return both[:, both.shape[1] - keep :], both
+            last = both[:, both.shape[1] - keep :]
+            # A view would keep the whole prompt in memory, and give a compiled step other strides than a prefill.
+            return last if new.shape[1] == 1 and not self.is_compileable else last.clone(), both
         last = lengths[:, None] + torch.arange(keep, device=new.device)  # (B, N)
         return both[torch.arange(new.shape[0], device=new.device)[:, None], last], both
 
@@ -154,19 +159,22 @@ class STLMPoolCacheLayer(STLMCacheLayer):
     def start(self, num_rows: int, num_context: int, first: torch.Tensor) -> None:
         """Empty state for `num_rows` rows; `first (D,)` is what bytes see before any patch is complete."""
         self.lazy_initialization(first)
-        self.history = torch.empty(num_rows, 0, dtype=torch.int32, device=first.device)
         self.values = first.new_zeros(num_rows, 0, len(first))
+        self.history = torch.empty(num_rows, 0, dtype=torch.int32, device=first.device)
         self.clear(num_context, first)
 
     def clear(self, num_context: int, first: torch.Tensor) -> None:
         """Forget all but the byte history and the patches."""
-        num_rows = len(self.history)
+        num_rows = len(self.values)
         counts = torch.zeros(num_rows, dtype=torch.long, device=first.device)
         self.num_bytes, self.num_patches, self.open_bytes, self.open_characters = (counts.clone() for _ in range(4))
         self.context = counts.new_full((num_rows, num_context), -1)
         self.keys = first.new_zeros(num_rows, len(first), dtype=torch.float32)
         self.visible = first.expand(num_rows, -1)
         self.is_stale = False
+
+    def check_room(self, num_bytes: int) -> None:
+        """Raise if `num_bytes` more do not fit."""
 
     def append_history(self, ids: torch.Tensor) -> None:
         """Note the ids (B, T) of the positions of this call, padding (-1) and soft embeddings (-2) included."""
@@ -175,9 +183,13 @@ class STLMPoolCacheLayer(STLMCacheLayer):
         self.history[:, self.seen_bytes : end] = ids
         self.seen_bytes = end
 
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *, rows, start):
-        """Store patches `value_states` (R, P, D) of `rows` (R,), all if `None`, from index `start` (R,) on."""
-        self.values = write_patches(self.values, value_states, rows, start, dim=1)
+    def patch_room(self, num_patches: int) -> int:
+        """Room for patches, as far as shapes alone tell, before `num_patches` are added."""
+        return self.values.shape[1] + num_patches
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *, rows, start, end):
+        """Store patches `value_states` (R, P, D) of `rows` (R,), all if `None`, from `start` (R,) on, before `end`."""
+        self.values = write_patches(self.values, value_states, rows, start, end, dim=1)
         return key_states, self.values
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -195,6 +207,7 @@ class STLMPatchCacheLayer(STLMCacheLayer):
     """
 
     _layer_type = "stlm_patch"
+    initial_room = 0
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
@@ -203,7 +216,7 @@ class STLMPatchCacheLayer(STLMCacheLayer):
     def get_seq_length(self) -> int:
         return self.stored_patches
 
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *, num_rows: int, rows, start):
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *, num_rows: int, rows, start, end: int):
         """Store the new patches of some rows and return all patches of these rows.
 
         Args:
@@ -211,18 +224,18 @@ class STLMPatchCacheLayer(STLMCacheLayer):
             num_rows (`int`): B.
             rows (`torch.LongTensor` of shape `(R,)`, *optional*): rows they belong to; all rows if `None`.
             start (`torch.LongTensor` of shape `(R,)`): index of the first new patch in each row.
+            end (`int`): S, at least the number of patches of any of these rows.
 
         Returns:
-            Keys and values of these rows, shape `(R, H, max(start) + P, K)`.
+            Keys and values of these rows, shape `(R, H, S, K)`.
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states)
-            shape = (num_rows, key_states.shape[1], 0, key_states.shape[3])
+            shape = (num_rows, key_states.shape[1], self.initial_room, key_states.shape[3])
             self.keys, self.values = key_states.new_zeros(shape), value_states.new_zeros(shape)
-        end = int(start.max()) + key_states.shape[2]
         self.stored_patches = max(self.stored_patches, end)
-        self.keys = write_patches(self.keys, key_states, rows, start, dim=2)
-        self.values = write_patches(self.values, value_states, rows, start, dim=2)
+        self.keys = write_patches(self.keys, key_states, rows, start, end, dim=2)
+        self.values = write_patches(self.values, value_states, rows, start, end, dim=2)
         keys, values = self.keys[:, :, :end], self.values[:, :, :end]
         return (keys, values) if rows is None else (keys[rows], values[rows])
 
@@ -231,17 +244,16 @@ class STLMPatchCacheLayer(STLMCacheLayer):
 
 
 def write_patches(
-    store: torch.Tensor, new: torch.Tensor, rows: torch.Tensor | None, start: torch.Tensor, dim: int
+    store: torch.Tensor, new: torch.Tensor, rows: torch.Tensor | None, start: torch.Tensor, end: int, dim: int
 ) -> torch.Tensor:
-    """`store` with `new` put at `start` (R,) of `rows` (R,) (all rows if None); `dim` (1 or 2) counts patches."""
-    num_new = new.shape[dim]
+    """`store` with `new` put at `start` (R,) of `rows` (R,) (all rows if None), before `end`; `dim` counts patches."""
     new = new.to(store.dtype)  # they differ under autocast
-    store = grow(store, int(start.max()) + num_new, dim)
+    store = grow(store, end, dim)
     if torch.is_grad_enabled() and (store.requires_grad or new.requires_grad):
         store = store.clone()  # an earlier call may have saved it for its backward
     if rows is None:
         rows = torch.arange(new.shape[0], device=new.device)
-    patches = start[:, None] + torch.arange(num_new, device=new.device)  # (R, P)
+    patches = start[:, None] + torch.arange(new.shape[dim], device=new.device)  # (R, P)
     if dim == 1:
         store[rows[:, None], patches] = new
     else:
@@ -249,23 +261,66 @@ def write_patches(
     return store
 
 
-class STLMStaticCacheLayer(StaticLayer):
-    """Refuses static caches, in words."""
+class STLMStaticMixin:
+    """Slots of fixed size, for compiled and exported decoding. Room for a patch a byte, since any byte may end one."""
 
-    def __init__(self, **kwargs):
-        raise ValueError(
-            "STLM has no static cache yet: leave `cache_implementation` out (or set it to 'dynamic'). "
-            "The dynamic cache writes in place and grows by doubling, so it copies nothing at each step."
-        )
+    is_compileable = True
+    is_croppable = False
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor | None = None) -> None:
+        super().lazy_initialization(key_states, value_states)
+        self.cumulative_length = self.cumulative_length.to(self.device)
+
+    def get_seq_length(self) -> torch.Tensor | int:
+        return self.cumulative_length if self.is_initialized else 0
+
+    def get_max_length(self) -> int:
+        return self.max_cache_len
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.max_cache_len, 0
+
+    def count_bytes(self, num_bytes: int) -> None:
+        self.cumulative_length.add_(num_bytes)
+
+    def reset(self) -> None:
+        self.__init__(max_cache_len=self.max_cache_len)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        raise ValueError("a static cache of STLM cannot be cropped: use a DynamicCache")
 
 
-class STLMStaticByteCacheLayer(STLMStaticCacheLayer):
+class STLMStaticByteCacheLayer(STLMStaticMixin, STLMByteCacheLayer, StaticLayer):
     _layer_type = "stlm_byte"
 
 
-class STLMStaticPoolCacheLayer(STLMStaticCacheLayer):
+class STLMStaticPoolCacheLayer(STLMStaticMixin, STLMPoolCacheLayer, StaticLayer):
+    """Keeps no byte history: that is for `crop`."""
+
     _layer_type = "stlm_pool"
 
+    def start(self, num_rows: int, num_context: int, first: torch.Tensor) -> None:
+        self.lazy_initialization(first)
+        self.values = first.new_zeros(num_rows, self.max_cache_len, len(first))
+        self.clear(num_context, first)
 
-class STLMStaticPatchCacheLayer(STLMStaticCacheLayer):
+    def check_room(self, num_bytes: int) -> None:
+        if int(self.cumulative_length) + num_bytes > self.max_cache_len:
+            raise ValueError(
+                f"the static cache has room for {self.max_cache_len} bytes: {int(self.cumulative_length)} are in it, "
+                f"{num_bytes} more do not fit. Make it with a larger max_cache_len"
+            )
+
+    def append_history(self, ids: torch.Tensor) -> None:
+        self.count_bytes(ids.shape[1])
+
+    def patch_room(self, num_patches: int) -> int:
+        return self.max_cache_len
+
+
+class STLMStaticPatchCacheLayer(STLMStaticMixin, STLMPatchCacheLayer, StaticLayer):
     _layer_type = "stlm_patch"
+
+    @property
+    def initial_room(self) -> int:
+        return self.max_cache_len

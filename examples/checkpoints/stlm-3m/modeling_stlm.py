@@ -39,11 +39,13 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, slice_logits_to
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager_attention_forward
 from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.import_utils import is_torchdynamo_exporting, is_tracing
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .budget_stlm import BudgetMixin
 from .cache_stlm import STLMPoolCacheLayer
 from .configuration_stlm import STLMConfig
+from .generation_stlm import UTF8LogitsProcessor
 from .patching_stlm import (
     RULE_CONTEXT_BYTES,
     PatchIndex,
@@ -217,7 +219,7 @@ class STLMWindowAttention(STLMAttention):
         keep, num_past, allowed = self.window - 1, 0, rows.window_mask
         query, key, value = self.project(hidden_states, rows.rotary)
         if past_key_values is not None:
-            num_past = past_key_values.layers[slot].get_seq_length()
+            num_past = int(past_key_values.layers[slot].get_seq_length()) if output_attentions else 0
             key, value = past_key_values.update(key, value, slot, keep=keep, lengths=rows.lengths)
         else:
             key, value = (F.pad(states, (0, 0, 0, 0, keep, self.num_after)) for states in (key, value))
@@ -397,28 +399,25 @@ class STLMTrunk(nn.Module):
         self,
         patches: torch.Tensor,
         allowed: torch.Tensor | None,
-        start: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
-        num_rows: int | None = None,
-        rows: torch.Tensor | None = None,
+        where: dict | None = None,
     ) -> torch.Tensor:
         """
         Args:
             patches (`torch.Tensor` of shape `(R, P, G)`): new patches of some rows.
             allowed (`torch.BoolTensor` of shape `(R, 1, P, S)`, *optional*):
                 Patches that each may see; all, or all earlier ones if causal, if left out.
-            start (`torch.LongTensor` of shape `(R,)`, *optional*): index in its row of the first new patch; 0.
-            past_key_values (`Cache`, *optional*): with slots for the passes, of `num_rows` rows, of which `rows` (all
-                if `None`) are here.
+            past_key_values (`Cache`, *optional*): with slots for the passes.
+            where (`dict`, *optional*): with a cache, where the new patches go: see [`STLMPatchCacheLayer.update`].
         """
         index = torch.arange(patches.shape[1], device=patches.device)[None]
-        if start is not None:
-            index = index + start[:, None]
+        if where is not None:
+            index = index + where["start"][:, None]
         rotary = rotary_embedding(index, self.head_dim, self.rope_theta, patches.dtype)
         # `assistant_early_exit` lowers the number of slots for a while: fewer passes run.
         passes = self.schedule[: max(0, self.config.num_hidden_layers - self.first_slot)]
         for i, (attention, feed_forward) in enumerate(passes):
-            cache_kwargs = {"layer_idx": self.first_slot + i, "num_rows": num_rows, "rows": rows, "start": start}
+            cache_kwargs = None if where is None else {"layer_idx": self.first_slot + i, **where}
             patches = self.attention_blocks[attention](
                 patches, rotary, allowed, past_key_values=past_key_values, cache_kwargs=cache_kwargs
             )
@@ -558,17 +557,17 @@ class STLMModel(STLMPreTrainedModel):
         Raises:
             ValueError: if a shape does not fit, or if the cache was not made for this model.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("specify exactly one of input_ids and inputs_embeds")
-        if input_ids is None:
-            input_ids = self._nearest_ids(inputs_embeds)
-        if input_ids.numel() == 0:
-            raise ValueError(f"the input has shape {tuple(input_ids.shape)}, expected at least one row and one byte")
+        input_ids = self._checked_ids(input_ids, inputs_embeds)
+        traced = self._is_traced(past_key_values)
         num_past = 0 if past_key_values is None else past_key_values.get_seq_length()
-        layout = _layout(attention_mask, num_past, input_ids)
+        if isinstance(num_past, torch.Tensor):
+            num_past = None if traced else int(num_past)
+            if num_past and attention_mask is not None and attention_mask.shape[1] == input_ids.shape[1]:
+                num_past = None  # the mask of the new bytes, as `create_masks_for_generate` makes it
+        layout = _layout(attention_mask, num_past, input_ids, traced)
         positions = None
-        if position_ids is not None and num_past == 0:
-            positions = _packed_positions(position_ids, input_ids, layout)
+        if position_ids is not None and num_past == 0 and not (traced and past_key_values is not None):
+            positions = _packed_positions(position_ids, input_ids, layout, traced)
         if positions is not None and past_key_values is not None:
             raise ValueError(
                 "a cache cannot hold packed documents (position_ids that restart): pass one document a row"
@@ -581,7 +580,7 @@ class STLMModel(STLMPreTrainedModel):
         lengths, fed_ids = None, input_ids
         if layout is not None:
             lengths = layout.lengths
-            fed_ids = input_ids.masked_fill(attention_mask[:, num_past:] == 0, -1)
+            fed_ids = input_ids.masked_fill(attention_mask[:, -input_ids.shape[1] :] == 0, -1)
             if layout.order is not None:
                 input_ids = input_ids.gather(1, layout.order)
                 inputs_embeds = None if inputs_embeds is None else _gather_bytes(inputs_embeds, layout.order)
@@ -593,7 +592,7 @@ class STLMModel(STLMPreTrainedModel):
         )
         if past_key_values is not None:
             for layer in past_key_values.layers[: self.num_byte_layers]:
-                layer.seen_bytes += fed_ids.shape[1]
+                layer.count_bytes(fed_ids.shape[1])
             self._pool_slot(past_key_values).append_history(fed_ids)
             outputs.past_key_values = past_key_values
         if layout is not None and layout.inverse is not None:
@@ -640,6 +639,27 @@ class STLMModel(STLMPreTrainedModel):
 
     # Bytes
 
+    def _checked_ids(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
+        """Ids (B, T) as int64, those of `inputs_embeds` if these were given."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("specify exactly one of input_ids and inputs_embeds")
+        if input_ids is None:
+            width = self.embed_tokens.embedding_dim
+            if inputs_embeds.ndim != 3 or inputs_embeds.shape[-1] != width:
+                raise ValueError(
+                    f"inputs_embeds has shape {tuple(inputs_embeds.shape)}, expected (rows, bytes, {width})"
+                )
+            input_ids = self._nearest_ids(inputs_embeds)
+        elif input_ids.is_floating_point() or input_ids.dtype == torch.bool:
+            raise ValueError(
+                f"input_ids has dtype {input_ids.dtype}, expected integers: ids of bytes and special tokens"
+            )
+        if input_ids.ndim != 2 or input_ids.numel() == 0:
+            raise ValueError(
+                f"the input has shape {tuple(input_ids.shape)}, expected (rows, bytes) with at least one of each"
+            )
+        return input_ids.long()
+
     def _nearest_ids(self, inputs_embeds: torch.Tensor) -> torch.Tensor:
         """Ids (B, T) whose embeddings were passed; `SOFT_ID` where an embedding is not that of any id."""
         table = self.embed_tokens.weight
@@ -657,7 +677,11 @@ class STLMModel(STLMPreTrainedModel):
 
     def _embed(self, context, input_ids, inputs_embeds, positions) -> torch.Tensor:
         """Byte embedding plus the embeddings of the hashed n-grams that end at each byte: (B, T, D)."""
-        hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        try:
+            hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        except IndexError as error:
+            low, high, size = int(input_ids.min()), int(input_ids.max()), self.embed_tokens.num_embeddings
+            raise ValueError(f"input_ids are between {low} and {high}, expected 0 to {size - 1}") from error
         if not len(self.ngram_weights):
             return hidden_states
         longest = self.ngram_weights.shape[1]
@@ -698,7 +722,7 @@ class STLMModel(STLMPreTrainedModel):
         found = find_boundaries(self._rule(), context, num_bytes, state, lengths, positions)
         if not self.is_causal:
             found = close_patches(found, rows.ahead, lengths)
-        index = index_patches(found)
+        index = index_patches(found, num_bytes if self._is_traced() else None)
         # Patches past a row's count come last: they are causally invisible. The trunk runs even if no row completed a
         # patch, so that every rank of a distributed training runs, and synchronises, the same modules.
         allowed = self._allowed_patches(index, positions)
@@ -721,7 +745,7 @@ class STLMModel(STLMPreTrainedModel):
                 return None
             allowed = (patch <= patch[:, None])[None]
         else:
-            if positions is None and (index.counts == num_patches).all():
+            if positions is None and not self._is_traced() and (index.counts == num_patches).all():
                 return None
             # A patch past the count sees itself, so that its softmax is over something.
             allowed = (patch < index.counts[:, None])[:, None] | (patch == patch[:, None])
@@ -735,10 +759,11 @@ class STLMModel(STLMPreTrainedModel):
         pool, num_bytes = self._pool_slot(past_key_values), hidden_states.shape[1]
         state = PatchState(pool.open_bytes, pool.open_characters)
         found = find_boundaries(self._rule(), context, num_bytes, state, lengths)
-        index = index_patches(found)
+        traced = self._is_traced(past_key_values)
+        index = index_patches(found, num_bytes if traced else None)
         start = pool.num_patches
-        rows = index.counts.nonzero()[:, 0]
-        if len(rows):
+        rows = None if traced else index.counts.nonzero()[:, 0]
+        if rows is None or len(rows):
             self._append_patches(past_key_values, pool_patches(hidden_states, index, pool.keys), rows)
         ended = found.boundary.cumsum(1)
         visible = self._look_up(pool, start[:, None] + ended - 1)
@@ -757,46 +782,69 @@ class STLMModel(STLMPreTrainedModel):
         pool = self._pool_slot(past_key_values)
         boundary, state = step_boundary(self._rule(), context, PatchState(pool.open_bytes, pool.open_characters))
         sums = pool.keys + hidden_states[:, 0]
-        rows = boundary.nonzero()[:, 0]
-        if len(rows):
+        rows = None if self._is_traced(past_key_values) else boundary.nonzero()[:, 0]
+        if rows is None or len(rows):
             mean = (sums / (pool.open_bytes + 1)[:, None]).to(hidden_states.dtype)
-            patches = self._append_patches(past_key_values, torch.cat([mean, hidden_states[:, 0]], -1)[:, None], rows)
-            pool.visible = pool.visible.index_copy(0, rows, patches[:, 0].to(pool.visible.dtype))
+            pooled = torch.cat([mean, hidden_states[:, 0]], -1)[:, None]
+            patches = self._append_patches(past_key_values, pooled, rows)[:, 0].to(pool.visible.dtype)
+            if rows is None:
+                pool.visible = torch.where(boundary[:, None], patches, pool.visible)
+            else:
+                pool.visible = pool.visible.index_copy(0, rows, patches)
             pool.num_patches = pool.num_patches + boundary
             sums = sums.masked_fill(boundary[:, None], 0)
         pool.keys = sums
         pool.open_bytes, pool.open_characters = state
-        pool.context = context[:, 1:]
+        pool.context = context[:, 1:].clone()
         pool.num_bytes = pool.num_bytes + 1
         return pool.visible[:, None], boundary[:, None]
 
-    def _append_patches(self, past_key_values: Cache, pooled: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        """Run the trunk on the new patches `pooled (B, P, 2 * D)` of `rows (R,)` only, and store them: (R, P, D)."""
+    def _append_patches(self, past_key_values: Cache, pooled: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
+        """Run the trunk on the new patches `pooled (B, P, 2 * D)` of `rows (R,)`, and store them: (R, P, D).
+
+        Entries past what a row completed are stored too: the row's next patches go over them, and nobody reads them
+        before.
+        """
         pool = self._pool_slot(past_key_values)
-        num_rows, start = pooled.shape[0], pool.num_patches
-        if len(rows) == num_rows:
-            rows = None
+        (num_rows, num_new, _), start = pooled.shape, pool.num_patches
+        if rows is None:
+            # Traced: all rows, and sizes that follow from shapes.
+            end, needs_mask = pool.patch_room(num_new), True
         else:
-            pooled, start = pooled[rows], start[rows]
-        num_new = pooled.shape[1]
-        first, last = int(start.min()), int(start.max())
+            if len(rows) == num_rows:
+                rows = None
+            else:
+                pooled, start = pooled[rows], start[rows]
+            first, last = int(start.min()), int(start.max())
+            end, needs_mask = last + num_new, last > 0 and (num_new > 1 or first != last)
         allowed = None
-        if last > 0 and (num_new > 1 or first != last):
+        if needs_mask:
             patch = start[:, None] + torch.arange(num_new, device=start.device)  # (R, P)
-            allowed = (torch.arange(last + num_new, device=start.device) <= patch[..., None])[:, None]
-        patches = self.trunk(self.pool_proj(pooled), allowed, start, past_key_values, num_rows, rows)
+            allowed = (torch.arange(end, device=start.device) <= patch[..., None])[:, None]
+        where = {"rows": rows, "start": start, "end": end}
+        patches = self.trunk(self.pool_proj(pooled), allowed, past_key_values, {"num_rows": num_rows, **where})
         patches = self.unpool_proj(patches)
-        past_key_values.update(pool.keys, patches, self.num_byte_layers, rows=rows, start=start)
+        past_key_values.update(pool.keys, patches, self.num_byte_layers, **where)
         return patches
 
     def _look_up(self, pool, patch_seen: torch.Tensor) -> torch.Tensor:
         """What bytes that see the stored patches `patch_seen (B, T)` see; also notes the last of them."""
         patches = pool.values if pool.values.shape[1] else pool.values.new_zeros(len(patch_seen), 1, len(self.start))
         visible = unpool_patches(patches, patch_seen, self.start)
-        pool.visible = visible[:, -1]
+        pool.visible = visible[:, -1].clone()  # no view: it would keep all of `visible` in memory
         return visible
 
     # Cache
+
+    def _is_traced(self, past_key_values: Cache | None = None) -> bool:
+        """Whether sizes must follow from shapes alone, at the price of room for a patch a byte.
+
+        So it is in exported graphs, and in compiled ones with a static cache. Other compiled graphs break where a size
+        depends on the text.
+        """
+        if is_torchdynamo_exporting():
+            return True
+        return past_key_values is not None and past_key_values.is_compileable and is_tracing()
 
     def _pool_slot(self, past_key_values: Cache) -> STLMPoolCacheLayer:
         return past_key_values.layers[self.num_byte_layers]
@@ -821,6 +869,8 @@ class STLMModel(STLMPreTrainedModel):
             raise ValueError(
                 f"past_key_values holds {len(pool.num_patches)} rows, but the input has {input_ids.shape[0]}"
             )
+        if not self._is_traced(past_key_values):
+            pool.check_room(input_ids.shape[1])
         if pool.is_stale:
             self._replay(past_key_values)
 
@@ -829,7 +879,7 @@ class STLMModel(STLMPreTrainedModel):
         num_context = pool.context.shape[1]
         num_bytes = context.shape[1] - num_context
         if lengths is None:
-            pool.context = context[:, num_bytes:]
+            pool.context = context[:, num_bytes:].clone()
             pool.num_bytes = pool.num_bytes + num_bytes
         else:
             pool.context = context.gather(1, lengths[:, None] + torch.arange(num_context, device=context.device))
@@ -900,11 +950,17 @@ def _gather_bytes(states: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     return states.gather(1, index[..., None].expand(-1, -1, states.shape[-1]))
 
 
-def _layout(attention_mask: torch.Tensor | None, num_past: int, input_ids: torch.Tensor) -> Layout | None:
-    """How to make rows compact; `None` if nothing of this call is padding."""
+def _layout(
+    attention_mask: torch.Tensor | None, num_past: int | None, input_ids: torch.Tensor, traced: bool = False
+) -> Layout | None:
+    """How to make rows compact; `None` if nothing of this call is padding.
+
+    With a static cache the mask may be that of the new bytes alone; `num_past` is `None` then.
+    """
     if attention_mask is None:
         return None
     num_rows, num_bytes = input_ids.shape
+    num_past = num_past or 0
     if attention_mask.shape != (num_rows, num_past + num_bytes):
         raise ValueError(
             f"attention_mask has shape {tuple(attention_mask.shape)}, expected {(num_rows, num_past + num_bytes)}: "
@@ -912,13 +968,14 @@ def _layout(attention_mask: torch.Tensor | None, num_past: int, input_ids: torch
             "Masks with more axes have no meaning for patches"
         )
     valid = attention_mask[:, num_past:] != 0
-    if valid.all():
+    if not traced and valid.all():
         return None
     lengths = valid.sum(1)
-    if (valid[:, 1:] <= valid[:, :-1]).all():
+    if not traced and (valid[:, 1:] <= valid[:, :-1]).all():
         return Layout(lengths, None, None)
-    order = valid.logical_not().long().argsort(dim=1, stable=True)
-    return Layout(lengths, order, order.argsort(dim=1))
+    inverse = torch.where(valid, valid.cumsum(1) - 1, lengths[:, None] + (~valid).cumsum(1) - 1)
+    time = torch.arange(num_bytes, device=valid.device).expand_as(inverse)
+    return Layout(lengths, torch.zeros_like(inverse).scatter(1, inverse, time), inverse)
 
 
 def _restore(outputs: STLMModelOutput, inverse: torch.Tensor, num_past: int) -> None:
@@ -942,7 +999,7 @@ def _restore_attention(weights: torch.Tensor, inverse: torch.Tensor, num_past: i
 
 
 def _packed_positions(
-    position_ids: torch.Tensor, input_ids: torch.Tensor, layout: Layout | None
+    position_ids: torch.Tensor, input_ids: torch.Tensor, layout: Layout | None, traced: bool = False
 ) -> torch.Tensor | None:
     """Bytes before each byte in its document (B, T), if `position_ids` restart anywhere; else `None`."""
     if position_ids.shape[-1] != input_ids.shape[1]:
@@ -951,14 +1008,14 @@ def _packed_positions(
         compact = position_ids.expand_as(input_ids)
         compact = compact if layout.order is None else compact.gather(1, layout.order)
         valid = torch.arange(1, input_ids.shape[1], device=input_ids.device) < layout.lengths[:, None]
-        if ((compact[:, 1:] <= compact[:, :-1]) & valid).any():
+        if not traced and ((compact[:, 1:] <= compact[:, :-1]) & valid).any():
             raise ValueError("packed documents (position_ids that restart) cannot have padding in attention_mask")
         return None
     goes_on = position_ids[:, 1:] == position_ids[:, :-1] + 1
-    if goes_on.all():
+    if not traced and goes_on.all():
         return None
     time = torch.arange(input_ids.shape[1], device=input_ids.device)
-    first = time[1:].masked_fill(goes_on, 0).cummax(1).values  # (B, T - 1)
+    first = time[1:].masked_fill(goes_on, 0).cummax(1)[0]  # (B, T - 1)
     return (time - F.pad(first, (1, 0))).expand_as(input_ids)
 
 
@@ -972,18 +1029,21 @@ def _bytes_ahead(
         end = num_bytes if lengths is None else lengths[:, None]
         return (end - 1 - time).clamp(min=0).expand_as(input_ids)
     is_last = F.pad(positions[:, 1:] == 0, (0, 1), value=True)
-    last = torch.where(is_last, time, num_bytes).flip(1).cummin(1).values.flip(1)
+    last = torch.where(is_last, time, num_bytes).flip(1).cummin(1)[0].flip(1)
     return last - time
 
 
 def _no_patch_yet(boundary: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     """Bytes (B, T) before the first boundary of their document."""
     time = torch.arange(boundary.shape[1], device=boundary.device)
-    return time.masked_fill(~boundary, -1).cummax(1).values < time - positions
+    return time.masked_fill(~boundary, -1).cummax(1)[0] < time - positions
 
 
 class STLMForCausalLM(STLMPreTrainedModel, GenerationMixin):
     """The model with a head that predicts the next byte.
+
+    `generate` takes `valid_utf8=True`, or finds it in the generation config: text is well-formed UTF-8 then, whatever the
+    logits are.
 
     Example:
 
@@ -1006,7 +1066,23 @@ class STLMForCausalLM(STLMPreTrainedModel, GenerationMixin):
             raise ValueError("STLMForCausalLM needs a config with is_causal=True: next bytes must not be seen")
         self.model = STLMModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.generation_config.valid_utf8 = False  # `generate` takes as options what is there
         self.post_init()
+
+    def _get_logits_processor(self, generation_config, *args, **kwargs):
+        processors = super()._get_logits_processor(generation_config, *args, **kwargs)
+        if getattr(generation_config, "valid_utf8", False):
+            # First, so that top-k and top-p choose among what is allowed.
+            processors.insert(0, UTF8LogitsProcessor(generation_config.max_length))
+        return processors
+
+    @staticmethod
+    def create_masks_for_generate(config, inputs_embeds, attention_mask, past_key_values, **kwargs):
+        """With a static cache: the mask of the new bytes (B, T), or `None` if none is padding, so that shapes stay."""
+        if attention_mask is None:
+            return None
+        attention_mask = attention_mask[:, attention_mask.shape[1] - inputs_embeds.shape[1] :]
+        return None if attention_mask.all() else attention_mask
 
     @can_return_tuple
     def forward(

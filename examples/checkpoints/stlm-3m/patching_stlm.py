@@ -86,7 +86,7 @@ def shifted(context: torch.Tensor, num_bytes: int, back: int, positions: torch.T
 
 def _last_before(values: torch.Tensor, initial: torch.Tensor) -> torch.Tensor:
     """Running maximum of `values` (B, T) strictly before each position, starting from `initial` (B,)."""
-    return torch.cat([initial[:, None], values], dim=1).cummax(dim=1).values[:, :-1]
+    return torch.cat([initial[:, None], values], dim=1).cummax(dim=1)[0][:, :-1]
 
 
 def _at_end(initial: torch.Tensor, values: torch.Tensor, lengths: torch.Tensor | None) -> torch.Tensor:
@@ -132,7 +132,7 @@ def find_boundaries(
         seen = complete.cumsum(1)  # (B, T) complete characters up to and including t
         seen_at_anchor = _last_before(seen.masked_fill(~level1, -rule.cap_characters), -state.open_characters)
         if positions is not None:
-            first = (seen - complete.long()).masked_fill(positions != 0, -rule.cap_characters).cummax(1).values
+            first = (seen - complete.long()).masked_fill(positions != 0, -rule.cap_characters).cummax(1)[0]
             seen_at_anchor = torch.maximum(seen_at_anchor, first)
         characters = seen - seen_at_anchor
         level2 = level1 | (complete & (characters % rule.cap_characters == 0))

@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Model cards written from a checkpoint folder: metadata the Hub reads, true numbers, a snippet that runs."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from modeling_stlm import STLMForSequenceClassification, STLMTokenizer
+from modeling_stlm.training.model_card import build_model_card, file_names, write_model_card
+
+from .hub_server import metadata_errors
+from .tiny import SHARING, tiny_config, tiny_model
+
+
+ROOT = Path(__file__).parents[1]
+SHIPPED = ROOT / "examples" / "checkpoints" / "stlm-3m"
+OPTIONS = {"licence": "cc-by-sa-4.0", "language": "en", "data": "Letters of a test."}
+RESULTS = {
+    "model": "tiny",
+    "steps": 1200,
+    "bytes_seen": 9830400,
+    "budget": {"steps": 1200},
+    "bits_per_byte": {"validation": 1.75, "test": 1.5},
+    "arguments": {
+        "train": "['/home/me/texts/*.txt']",
+        "validation": "['/home/me/held out.txt']",
+        "test": "['/home/me/a.txt', '/home/me/b.txt']",
+        "block_bytes": "1024",
+        "batch_size": "8",
+        "muon_lr": "0.02",
+        "adamw_lr": "0.003",
+    },
+    "commit": "abc1234",
+    "device": "a CPU",
+    "torch": "2.13.0",
+    "transformers": "5.23.0",
+}
+
+
+@pytest.fixture
+def checkpoint(tmp_path) -> Path:
+    folder = tmp_path / "checkpoint"
+    tiny_model(**SHARING["cycle"]).save_pretrained(folder)
+    STLMTokenizer().save_pretrained(folder)
+    (folder / "results.json").write_text(json.dumps(RESULTS))
+    return folder
+
+
+def snippet(card: ModelCard) -> str:
+    return re.search(r"```python\n(.*?)```", card.text, re.DOTALL)[1]
+
+
+def test_the_metadata_read_back_are_those_of_the_run(checkpoint):
+    assert write_model_card(checkpoint, build_model_card(checkpoint, **OPTIONS))
+    data = ModelCard.load(checkpoint / "README.md").data
+    assert (data.library_name, data.pipeline_tag, data.license) == ("transformers", "text-generation", "cc-by-sa-4.0")
+    assert data.language == "en" and data.metrics == ["bits_per_byte"] and "stlm" in data.tags
+    assert data.model_name == "tiny"
+    found = [(e.dataset_split, e.dataset_name, e.metric_type, e.metric_value) for e in data.eval_results]
+    assert found == [
+        ("validation", "held out.txt", "bits_per_byte", 1.75),
+        ("test", "a.txt b.txt", "bits_per_byte", 1.5),
+    ]
+    assert metadata_errors((checkpoint / "README.md").read_text()) == []
+
+
+def test_the_sizes_in_the_card_are_those_of_the_weights(checkpoint):
+    card = build_model_card(checkpoint, **OPTIONS).text
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    effective = model.parameter_budget()["effective"]["total"]
+    stored = sum(parameter.numel() for parameter in model.parameters())
+    assert effective > stored
+    assert f"{stored:,} stored ({effective:,} effective) parameters" in card
+    assert f"| total | {stored:,} | {effective:,} |" in card
+    rows = re.findall(r"^\| ([\w -]+) \| ([\d,]+) \| ([\d,]+) \|$", card, re.MULTILINE)
+    assert sum(int(row[1].replace(",", "")) for row in rows[:-1]) == stored
+    assert sum(int(row[2].replace(",", "")) for row in rows[:-1]) == effective
+    assert f"{model.flops_per_byte(4) / 1e6:.2f} MFLOP at 4 bytes a patch" in card
+    assert "4 passes over 2 stored layers of width 24, shared by the rule `cycle`" in card
+
+
+def test_the_card_tells_the_run_and_no_folder_of_the_machine(checkpoint):
+    card = str(build_model_card(checkpoint, **OPTIONS))
+    for text in ("9,830,400 bytes seen in 1,200 steps", "abc1234", "a CPU", "Letters of a test.", "*.txt"):
+        assert text in card
+    assert "/home/me" not in card and str(checkpoint) not in card
+    assert file_names("['/a/b.txt', 'c.txt']") == file_names("b.txt c.txt") == "b.txt c.txt"
+    assert file_names("[]") == file_names("") == ""
+
+
+def test_scores_of_exported_weights_replace_those_of_the_run(checkpoint):
+    exported = {"dtype": "bfloat16", "scores": {"test": {"bits_per_byte": 1.625, "bytes": 123456}}}
+    (checkpoint / "results.json").write_text(json.dumps(RESULTS | {"exported": exported}))
+    card = build_model_card(checkpoint)
+    assert "| test | 1.6250 | 123,456 |" in card.text and "bfloat16 weights" in card.text
+    assert [result.metric_value for result in card.data.eval_results] == [1.625]
+
+
+def test_without_results_the_card_claims_none(checkpoint):
+    (checkpoint / "results.json").unlink()
+    card = build_model_card(checkpoint)
+    assert card.data.eval_results is None and card.data.license is None
+    assert "## Results" not in card.text and "## Training" not in card.text and "## Architecture" in card.text
+    assert card.data.model_name == "checkpoint" or "# checkpoint" in card.text
+
+
+def test_a_card_that_somebody_wrote_or_edited_stays(checkpoint):
+    path, card = checkpoint / "README.md", build_model_card(checkpoint)
+    for text in ("# Mine\n", "", "no newline", str(card)):
+        path.write_text(text)
+        assert not write_model_card(checkpoint, card)
+        assert path.read_text() == text
+    path.unlink()
+    assert write_model_card(checkpoint, card)
+    assert write_model_card(checkpoint, build_model_card(checkpoint, **OPTIONS))  # generated and untouched: renewed
+    generated = path.read_text()
+    assert "Letters of a test." in generated
+    for edited in (generated.replace("Letters", "Words"), generated.replace("cc-by", "by"), generated + "More.\n"):
+        path.write_text(edited)
+        assert not write_model_card(checkpoint, card)
+        assert path.read_text() == edited
+
+
+def test_only_language_models_of_this_package_get_a_card(tmp_path):
+    LlamaConfig().save_pretrained(tmp_path / "llama")
+    STLMForSequenceClassification(tiny_config()).save_pretrained(tmp_path / "classifier")
+    for name in ("llama", "classifier"):
+        with pytest.raises(ValueError, match="a card is written for STLMForCausalLM only"):
+            build_model_card(tmp_path / name)
+
+
+def test_the_snippet_of_the_card_runs_in_the_folder(checkpoint):
+    write_model_card(checkpoint, build_model_card(checkpoint, **OPTIONS))
+    code = snippet(ModelCard.load(checkpoint / "README.md"))
+    # Greedy, so that the text can be compared; the rest is run as it stands.
+    code = code.replace("max_new_tokens=100", "max_new_tokens=20, do_sample=False")
+    environment = os.environ | {"HF_MODULES_CACHE": str(checkpoint / "modules"), "HF_HUB_OFFLINE": "1"}
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=checkpoint, env=environment, capture_output=True, check=True
+    )
+    tokenizer, model = STLMTokenizer(), AutoModelForCausalLM.from_pretrained(checkpoint)
+    inputs = tokenizer("The history of", return_tensors="pt")
+    expected = tokenizer.decode(model.generate(**inputs, max_new_tokens=20, do_sample=False)[0])
+    assert expected.startswith("The history of") and run.stdout.decode() == expected + "\n"
+    assert 'checkpoint = "me/mine"\n' in snippet(build_model_card(checkpoint, repo_id="me/mine"))
+
+
+def test_fixed_patches_and_untied_heads_are_told_as_they_are(tmp_path):
+    config = tiny_config(patching="fixed", patch_bytes=5, tie_word_embeddings=False)
+    with torch.device("meta"):
+        model = type(tiny_model())(config)
+    config.architectures = ["STLMForCausalLM"]
+    config.save_pretrained(tmp_path)
+    card = build_model_card(tmp_path).text
+    assert "they end every 5 bytes" in card and "apart from the byte embedding" in card
+    assert f"{model.flops_per_byte(5) / 1e6:.2f} MFLOP at 5 bytes a patch" in card
+    assert "at 4 bytes" not in card and "each with its own weights" in card
+
+
+def test_the_shipped_card_is_what_the_shipped_results_say():
+    shipped = (SHIPPED / "README.md").read_text(encoding="utf-8")
+    data = re.search(r"## Data\n\n(.*?)\n\n## Limits", shipped, re.DOTALL)[1]
+    card = build_model_card(SHIPPED, licence="cc-by-sa-4.0", language="en", data=data)
+    assert shipped.startswith(f"{card}\n<!-- Generated.")
+    assert metadata_errors(shipped) == []
