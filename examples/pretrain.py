@@ -226,7 +226,6 @@ def main():
         temperature=0.8,
         top_p=0.95,
         max_new_tokens=256,
-        valid_utf8=False,
     )
     trainer.save_model()
     (args.output / "history.json").write_text(json.dumps(trainer.state.log_history, indent=1) + "\n")

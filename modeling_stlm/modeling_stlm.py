@@ -1066,8 +1066,13 @@ class STLMForCausalLM(STLMPreTrainedModel, GenerationMixin):
             raise ValueError("STLMForCausalLM needs a config with is_causal=True: next bytes must not be seen")
         self.model = STLMModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.generation_config.valid_utf8 = False  # `generate` takes as options what is there
         self.post_init()
+
+    def _prepare_generation_config(self, generation_config, *, valid_utf8: bool | None = None, **kwargs):
+        generation_config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
+        if valid_utf8 is not None:
+            generation_config.valid_utf8 = valid_utf8
+        return generation_config, model_kwargs
 
     def _get_logits_processor(self, generation_config, *args, **kwargs):
         processors = super()._get_logits_processor(generation_config, *args, **kwargs)

@@ -248,8 +248,8 @@ def test_presets_are_up_to_two_percent_below_their_name(name):
     ("inputs", "message"),
     [
         ({}, "exactly one of input_ids and inputs_embeds"),
-        ({"input_ids": torch.zeros(1, 0, dtype=torch.long)}, "at least one row and one byte"),
-        ({"input_ids": torch.zeros(0, 4, dtype=torch.long)}, "at least one row and one byte"),
+        ({"input_ids": torch.zeros(1, 0, dtype=torch.long)}, "at least one of each"),
+        ({"input_ids": torch.zeros(0, 4, dtype=torch.long)}, "at least one of each"),
         ({"input_ids": torch.zeros(1, 4, dtype=torch.long), "attention_mask": torch.ones(1, 5)}, r"expected \(1, 4\)"),
         ({"input_ids": torch.zeros(1, 4, dtype=torch.long), "attention_mask": torch.ones(1, 1, 4, 4)}, "more axes"),
         (

@@ -16,6 +16,7 @@ import modeling_stlm
 import modeling_stlm.configuration_stlm
 import modeling_stlm.modeling_stlm
 import tokenization_stlm.tokenization_stlm
+from modeling_stlm.configuration_stlm import HEADS
 
 
 ROOT = Path(__file__).parents[1]
@@ -25,7 +26,7 @@ def test_public_names():
     assert sorted(modeling_stlm.__all__) == [
         "STLMCausalLMOutput",
         "STLMConfig",
-        "STLMForCausalLM",
+        *(f"STLMFor{head}" for head in sorted(HEADS)),
         "STLMModel",
         "STLMModelOutput",
         "STLMPreTrainedModel",

@@ -5,13 +5,16 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
 from transformers import AutoModel, AutoModelForCausalLM
 
+import modeling_stlm
 from modeling_stlm import STLMForCausalLM, STLMModel, STLMTokenizer
+from modeling_stlm.configuration_stlm import HEADS
 
 from .tiny import MIXERS, SHARING, TEXT, WITHOUT_PACKAGES, ids_of, tiny_model
 
@@ -66,10 +69,10 @@ def test_a_checkpoint_holds_code_weights_once_and_every_auto_class(tmp_path):
     model = tiny_model(**SHARING["cycle"])
     model.save_pretrained(tmp_path)
     names = {path.name for path in tmp_path.iterdir()}
-    code = {"budget_stlm.py", "cache_stlm.py", "configuration_stlm.py", "modeling_stlm.py", "patching_stlm.py"}
+    code = {path.name for path in Path(modeling_stlm.__file__).parent.glob("*_stlm.py")}
     assert names == code | {"config.json", "generation_config.json", "model.safetensors"}
     config = json.loads((tmp_path / "config.json").read_text())
-    assert set(config["auto_map"]) == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
+    assert set(config["auto_map"]) == {"AutoConfig", "AutoModel", *(f"AutoModelFor{head}" for head in HEADS)}
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
         stored = {name: file.get_tensor(name).numel() for name in file.keys()}
     assert "lm_head.weight" not in stored

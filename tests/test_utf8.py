@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import GenerationConfig
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from modeling_stlm.generation_stlm import UTF8LogitsProcessor
 
@@ -73,12 +73,17 @@ def test_a_random_model_writes_text(mode):
     assert all(is_text(row, prompt) for row, prompt in zip(right, prompts))
 
 
+def test_the_flag_is_an_option_of_a_loaded_model(tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    new = model.generate(torch.tensor([[65] * 3]).expand(4, -1), max_new_tokens=20, do_sample=True, valid_utf8=True)
+    assert all(bytes(byte for byte in row.tolist() if byte < 256).decode() for row in new)
+
+
 def test_the_flag_is_saved_with_the_checkpoint(tmp_path):
     model = tiny_model()
-    assert model.generation_config.valid_utf8 is False
     model.generation_config = GenerationConfig(valid_utf8=True, max_new_tokens=20, do_sample=True, pad_token_id=256)
     model.save_pretrained(tmp_path)
     loaded = type(model).from_pretrained(tmp_path)
-    loaded.generate(torch.tensor([[65]])).tolist()
     new = loaded.generate(torch.tensor([[65] * 3]).expand(4, -1))
     assert all(bytes(byte for byte in row.tolist() if byte < 256).decode() for row in new)

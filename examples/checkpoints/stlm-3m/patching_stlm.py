@@ -92,7 +92,7 @@ def _last_before(values: torch.Tensor, initial: torch.Tensor) -> torch.Tensor:
 def _at_end(initial: torch.Tensor, values: torch.Tensor, lengths: torch.Tensor | None) -> torch.Tensor:
     """`values` (B, T) at the last valid byte of each row, `initial` (B,) in rows without any."""
     if lengths is None:
-        return values[:, -1] if values.shape[1] else initial
+        return values[:, -1].clone() if values.shape[1] else initial  # no view of all bytes
     return torch.cat([initial[:, None], values], dim=1).gather(1, lengths[:, None])[:, 0]
 
 
