@@ -233,7 +233,8 @@ class STLMPatchCacheLayer(STLMCacheLayer):
             self.lazy_initialization(key_states)
             shape = (num_rows, key_states.shape[1], self.initial_room, key_states.shape[3])
             self.keys, self.values = key_states.new_zeros(shape), value_states.new_zeros(shape)
-        self.stored_patches = max(self.stored_patches, end)
+        if not self.is_compileable:  # a number that changes would compile a step anew
+            self.stored_patches = max(self.stored_patches, end)
         self.keys = write_patches(self.keys, key_states, rows, start, end, dim=2)
         self.values = write_patches(self.values, value_states, rows, start, end, dim=2)
         keys, values = self.keys[:, :, :end], self.values[:, :, :end]
