@@ -3,54 +3,30 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import evaluate
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import DataCollatorWithFlattening, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import DataCollatorWithFlattening, Trainer, TrainerCallback, set_seed
 
-from modeling_stlm import STLMForCausalLM, STLMTokenizer
+from modeling_stlm import STLMForCausalLM
 from modeling_stlm.training import bits_per_byte as metric
 from modeling_stlm.training.corpus import PackedWindows, write_corpus
 from modeling_stlm.training.optimizer import MuonRecipe, orthogonalize
 from modeling_stlm.training.time_budget import TimeBudget
 
-from .tiny import SHARING, TEXT, assert_equal, ids_of, randomize, tiny_config, tiny_model
+from .tiny import SHARING, TEXT, ids_of, tiny_config, tiny_model
+from .trainers import TOKENIZER, arguments, losses
 
 
-TOKENIZER = STLMTokenizer()
 DOCUMENTS = [TEXT, "short", "a b c d e. " * 40, "", "Zoë 東京"]
 
 
 @pytest.fixture
 def windows(tmp_path) -> PackedWindows:
     return PackedWindows(write_corpus(tmp_path / "corpus.bin", DOCUMENTS, TOKENIZER), TOKENIZER, block_size=64)
-
-
-def arguments(folder: Path, **overrides) -> TrainingArguments:
-    defaults = {
-        "output_dir": str(folder),
-        "max_steps": 6,
-        "per_device_train_batch_size": 2,
-        "learning_rate": 1e-2,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "use_cpu": True,
-        "disable_tqdm": True,
-    }
-    return TrainingArguments(**(defaults | overrides))
-
-
-def losses(trainer: Trainer) -> list[float]:
-    return [log["loss"] for log in trainer.state.log_history if "loss" in log]
 
 
 def test_windows_are_the_packed_documents(windows):
@@ -130,45 +106,6 @@ def test_a_resumed_training_has_the_losses_of_one_that_was_not_cut(tmp_path, win
     assert losses(resumed) == losses(whole)
     for ours, expected in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
         assert torch.equal(ours, expected)
-
-
-def test_gradient_accumulation_gives_the_loss_of_the_whole_batch(tmp_path, windows):
-    results = []
-    for batch_size, accumulation in ((4, 1), (1, 4)):
-        set_seed(5)
-        args = arguments(
-            tmp_path, per_device_train_batch_size=batch_size, gradient_accumulation_steps=accumulation, max_steps=3
-        )
-        trainer = Trainer(model=STLMForCausalLM(tiny_config()), args=args, train_dataset=windows)
-        trainer.train()
-        results.append(losses(trainer))
-    assert results[0] == pytest.approx(results[1], rel=1e-4)
-
-
-def test_lora_trains_saves_loads_and_merges(tmp_path, windows):
-    base = randomize(STLMForCausalLM(tiny_config(**SHARING["middle"])))
-    base.save_pretrained(tmp_path / "base")
-    model = get_peft_model(base, LoraConfig(r=4, target_modules="all-linear"))
-    trainer = Trainer(model=model, args=arguments(tmp_path, max_steps=20), train_dataset=windows)
-    trainer.train()
-    assert losses(trainer)[-1] < losses(trainer)[0]
-    ids = torch.tensor([ids_of(TEXT)])
-    model.eval()
-    with torch.no_grad():
-        adapted = model(ids).logits
-        with model.disable_adapter():
-            assert (model(ids).logits - adapted).abs().max() > 0.1
-        generated = model.generate(input_ids=ids, max_new_tokens=12, do_sample=False, use_cache=True)
-        assert torch.equal(
-            generated, model.generate(input_ids=ids, max_new_tokens=12, do_sample=False, use_cache=False)
-        )
-        model.save_pretrained(tmp_path / "adapter")
-        fresh = STLMForCausalLM.from_pretrained(tmp_path / "base")
-        loaded = PeftModel.from_pretrained(fresh, tmp_path / "adapter").eval()
-        assert torch.equal(loaded(ids).logits, adapted)
-        merged = loaded.merge_and_unload()
-        assert type(merged) is STLMForCausalLM
-        assert_equal(merged(ids).logits, adapted)
 
 
 def test_muon_gets_the_matrices_and_adamw_the_rest():
@@ -278,50 +215,6 @@ def test_bits_per_byte_counts_the_bytes_behind_other_tokens():
 
     # The first token has no prediction, the last is special: two tokens of 3 + 1 bytes.
     assert evaluator(Prediction)["bits_per_byte"] == pytest.approx(7 / math.log(2) / 4)
-
-
-SCRIPT = """
-import json, sys, torch
-from transformers import Trainer, TrainingArguments, set_seed
-from modeling_stlm import STLMForCausalLM, STLMConfig
-batch, out = int(sys.argv[1]), sys.argv[2]
-set_seed(5)
-model = STLMForCausalLM(STLMConfig.from_dict(json.loads(sys.argv[3])))
-# One row of the four completes no patch: its rank would leave the trunk out, and the others would wait for it.
-rows = [list(b"a word and another w"), list(b"x" * 20), list(b"1 2 3 4 5 6 7 8 9 0 "), list(b"y" * 20)] * 3
-data = [{"input_ids": torch.tensor(row), "labels": torch.tensor(row)} for row in rows]
-args = TrainingArguments(output_dir=out, max_steps=3, per_device_train_batch_size=batch, learning_rate=1e-2,
-                         logging_steps=1, save_strategy="no", report_to="none", use_cpu=True, disable_tqdm=True,
-                         train_sampling_strategy="sequential")
-trainer = Trainer(model=model, args=args, train_dataset=data)
-trainer.train()
-if trainer.is_world_process_zero():
-    losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
-    json.dump({"losses": losses, "processes": args.world_size}, open(out + "/result.json", "w"))
-"""
-
-
-def test_two_processes_have_the_losses_of_one(tmp_path):
-    (tmp_path / "train.py").write_text(SCRIPT)
-    config = json.dumps(tiny_config(max_patch_bytes=64).to_dict(), default=str)
-    # Without `--multi_gpu`, accelerate launches a single process on a CPU, whatever `--num_processes` says.
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    launcher += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    results = {}
-    for processes, batch in ((1, 4), (2, 2)):
-        out = tmp_path / str(processes)
-        out.mkdir()
-        command = [sys.executable] if processes == 1 else launcher
-        subprocess.run(
-            [*command, str(tmp_path / "train.py"), str(batch), str(out), config],
-            check=True,
-            env=os.environ | {"ACCELERATE_USE_CPU": "true"},
-            timeout=300,
-        )
-        result = json.loads((out / "result.json").read_text())
-        assert result["processes"] == processes and len(result["losses"]) == 3
-        results[processes] = result["losses"]
-    assert results[2] == pytest.approx(results[1], rel=1e-4)
 
 
 def test_a_resumed_time_budget_goes_on_where_it_was_cut(tmp_path, windows):
