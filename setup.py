@@ -30,11 +30,13 @@ setup(
         "train": ["accelerate>=1.15", "datasets>=4", "evaluate>=0.4", "matplotlib>=3.9", "peft>=0.21"],
         "test": [
             "hypothesis>=6.130",
+            "optuna>=4",
             "parameterized>=0.9",
             "pytest>=9",
             "pytest-timeout>=2.3",
             "pytest-xdist>=3.6",
             "sentence-transformers>=6",
+            "trl>=1.16",
         ],
         "style": ["ruff==0.17.5"],
     },
