@@ -293,7 +293,7 @@ def test_what_peft_cannot_do_on_one_pass_of_a_shared_layer():
     adapt_only_pass(model, 0, 3)
     with pytest.raises(ValueError, match="Cannot pass `adapter_names` when DoRA is enabled"):
         logits_of(model)
-    # Copies of layers with shared weights would give every pass adapters of its own, but peft looks for `model.layers`.
+    # Copies of layers that share weights would give every pass its own adapters, but peft looks for `model.layers`.
     with pytest.raises(ValueError, match="Could not locate the layers attribute"):
         adapted(tiny_base(), layer_replication=[[0, 2], [1, 3]])
 
