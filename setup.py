@@ -28,6 +28,7 @@ setup(
     install_requires=["torch>=2.6", "transformers>=5.23,<6", "numpy"],
     extras_require={
         "train": ["accelerate>=1.15", "datasets>=4", "evaluate>=0.4", "matplotlib>=3.9", "peft>=0.21"],
+        "eval": ["lm_eval[hf]>=0.4.13"],
         "test": [
             "hypothesis>=6.130",
             "optuna>=4",

@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Score a checkpoint on files of minimal pairs (BLiMP) and of multiple choices (HellaSwag) with lm-evaluation-harness.
+
+    python examples/evaluate_lm.py --blimp blimp.jsonl.gz --hellaswag hellaswag_val.jsonl.gz --output scores.json
+
+The same through the command of the harness, with the code of the checkpoint instead of the installed package:
+
+    lm_eval run --model hf --device cpu --batch_size 64 --include_path examples/tasks --tasks blimp_file \
+        --model_args pretrained=examples/checkpoints/stlm-3m,trust_remote_code=True,dtype=float32,add_bos_token=True \
+        --metadata '{"blimp_file": "blimp.jsonl.gz"}'
+
+Every text stands behind `<bos>`, as documents do in training: the harness sets it before texts without a context,
+`add_bos_token` before all others. Scores are sums over a sentence; bfloat16 would round them, so `dtype=float32`.
+"""
+
+import argparse
+import json
+from collections import defaultdict
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from lm_eval import evaluate
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+
+import modeling_stlm  # noqa: F401  (registers the Auto classes)
+
+
+HERE = Path(__file__).parent
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", default=str(HERE / "checkpoints" / "stlm-3m"), help="folder or Hub id")
+    parser.add_argument("--blimp", help="JSON lines with sentence_good, sentence_bad, UID, field")
+    parser.add_argument("--hellaswag", help="JSON lines with activity_label, ctx_a, ctx_b, endings, label")
+    parser.add_argument("--limit", type=int, help="only the first rows of each file")
+    parser.add_argument("--batch_size", type=int, default=64, help="texts; they are sorted by length")
+    parser.add_argument("--no_bos", action="store_true", help="no <bos> before contexts")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--output", type=Path, help="scores as JSON")
+    args = parser.parse_args()
+    if not args.blimp and not args.hellaswag:
+        parser.error("give --blimp, --hellaswag or both")
+    return args
+
+
+def accuracy_by(key: str, samples: list[dict]) -> dict[str, dict[str, float]]:
+    """Accuracy and number of pairs for each value of `key` in the rows of the file."""
+    right = defaultdict(list)
+    for sample in samples:
+        # One paradigm of BLiMP writes syntax/semantics, the others syntax_semantics.
+        right[sample["doc"][key].replace("/", "_")].append(sample["acc"])
+    return {name: {"acc": sum(values) / len(values), "pairs": len(values)} for name, values in sorted(right.items())}
+
+
+def score(lm: HFLM, files: dict[str, str], limit: int | None = None) -> dict:
+    """Scores of `lm` on `files`, paths by name of task."""
+    manager = TaskManager(include_path=str(HERE / "tasks"), include_defaults=False, metadata=files)
+    found = evaluate(lm, manager.load(list(files)), limit=limit, bootstrap_iters=0)
+    scores = {}
+    for task in files:
+        metrics = {name.split(",")[0]: value for name, value in found["results"][task].items() if "," in name}
+        scores[task] = {name: value for name, value in metrics.items() if isinstance(value, float)}
+        scores[task]["rows"] = found["n-samples"][task]["effective"]
+    if "blimp_file" in files:
+        samples = found["samples"]["blimp_file"]
+        scores["blimp_file"] |= {"fields": accuracy_by("field", samples), "paradigms": accuracy_by("UID", samples)}
+    return scores
+
+
+def table(scores: dict) -> str:
+    lines = ["| task | metric | value |", "|---|---|---|"]
+    for task, metrics in scores.items():
+        for metric, value in metrics.items():
+            if isinstance(value, dict):
+                lines += [f"| {name} | acc of {part['pairs']} | {part['acc']:.4f} |" for name, part in value.items()]
+            else:
+                lines.append(
+                    f"| {task} | {metric} | {value:.4f} |" if metric != "rows" else f"| {task} | rows | {value} |"
+                )
+    return "\n".join(lines)
+
+
+def main():
+    args = parse_arguments()
+    lm = HFLM(
+        pretrained=args.checkpoint,
+        dtype="float32",
+        device=args.device,
+        batch_size=args.batch_size,
+        add_bos_token=not args.no_bos,
+    )
+    print(f"{args.checkpoint}: {lm.model.num_parameters():,} parameters, {lm.model.device}, {lm.model.dtype}")
+    files = {"blimp_file": args.blimp, "hellaswag_file": args.hellaswag}
+    scores = score(lm, {task: file for task, file in files.items() if file}, args.limit)
+    print(table(scores))
+    if args.output:
+        versions = {name: version(name) for name in ("torch", "transformers", "lm_eval")}
+        about = {"checkpoint": args.checkpoint, "add_bos_token": not args.no_bos, "batch_size": args.batch_size}
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        args.output.write_text(json.dumps(about | versions | {"scores": scores}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
