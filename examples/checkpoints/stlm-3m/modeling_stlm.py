@@ -237,7 +237,7 @@ class STLMWindowAttention(STLMAttention):
         )
         output, weights = self.attend(query, key, value, allowed)
         output = output.unflatten(0, (num_rows, -1)).flatten(1, 2)[:, :num_bytes]
-        if output_attentions and num_past:
+        if weights is not None and output_attentions and num_past:
             # The kept bytes end where this call starts; what lies further back has no weight.
             weights = F.pad(weights[..., max(0, keep - num_past) :], (max(0, num_past - keep), 0))
         return self.o_proj(output), weights if output_attentions else None
