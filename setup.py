@@ -29,6 +29,7 @@ setup(
     extras_require={
         "train": ["accelerate>=1.15", "datasets>=4", "evaluate>=0.4", "matplotlib>=3.9", "peft>=0.21"],
         "eval": ["lm_eval[hf]>=0.4.13"],
+        "serve": ["transformers[serving]"],
         "test": [
             "hypothesis>=6.130",
             "optuna>=4",

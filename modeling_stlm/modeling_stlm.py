@@ -1069,6 +1069,9 @@ class STLMForCausalLM(STLMPreTrainedModel, GenerationMixin):
         self.post_init()
 
     def _prepare_generation_config(self, generation_config, *, valid_utf8: bool | None = None, **kwargs):
+        if generation_config is None and kwargs.get("max_length") is not None:
+            # A length asked for wins over `max_new_tokens` of the checkpoint, which the library would prefer.
+            kwargs.setdefault("max_new_tokens", None)
         generation_config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
         if valid_utf8 is not None:
             generation_config.valid_utf8 = valid_utf8

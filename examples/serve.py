@@ -1,0 +1,24 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`transformers serve` for STLM checkpoints: the same server, options and API (that of OpenAI).
+
+    pip install -c constraints.txt -e '.[serve]'
+    python examples/serve.py examples/checkpoints/stlm-3m --port 8000
+    curl localhost:8000/v1/completions --header 'Content-Type: application/json' \
+        --data '{"model": "examples/checkpoints/stlm-3m", "prompt": "The history of the", "temperature": 0}'
+    transformers chat examples/checkpoints/stlm-3m http://localhost:8000/v1
+
+`transformers serve` itself (5.23) looks for the class that `config.json` names inside the library and nowhere else, with
+`--trust-remote-code` too: no class from outside can be served. Here it is put where the server looks.
+"""
+
+import sys
+
+import transformers
+from transformers.cli.transformers import app
+
+import modeling_stlm
+
+
+if __name__ == "__main__":
+    transformers.STLMForCausalLM = modeling_stlm.STLMForCausalLM
+    app(["serve", *sys.argv[1:]])

@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`transformers serve` and `transformers chat` with the shipped checkpoint, over the network of this machine."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.cli.serving.model_manager import ModelManager
+
+from modeling_stlm import STLMForCausalLM
+
+
+ROOT = Path(__file__).parents[1]
+SHIPPED = str(ROOT / "examples" / "checkpoints" / "stlm-3m")
+MESSAGES = [{"role": "user", "content": "Who wrote this? Zoë, 東京."}]
+
+
+def test_the_server_of_the_library_finds_no_class_outside_of_it():
+    # Why examples/serve.py is needed. When this fails, `transformers serve --trust-remote-code` may do.
+    manager = ModelManager(device="cpu", trust_remote_code=True)
+    try:
+        with pytest.raises(AttributeError, match="STLMForCausalLM"):
+            manager.load_model_and_processor(f"{SHIPPED}@main")
+    finally:
+        manager.shutdown()
+
+
+@pytest.fixture(scope="module")
+def url(tmp_path_factory):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    log = tmp_path_factory.mktemp("serve") / "log"
+    command = [sys.executable, str(ROOT / "examples" / "serve.py"), SHIPPED, "--host", "127.0.0.1"]
+    command += ["--port", str(port), "--device", "cpu", "--dtype", "float32"]
+    with log.open("w") as output:
+        server = subprocess.Popen(command, stdout=output, stderr=output)
+    try:
+        deadline = time.monotonic() + 300
+        while True:
+            assert server.poll() is None and time.monotonic() < deadline, log.read_text()[-3000:]
+            try:
+                with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
+                    break
+            except OSError:
+                time.sleep(0.5)
+        yield f"http://127.0.0.1:{port}/v1"
+    finally:
+        server.terminate()
+        server.wait(timeout=60)
+
+
+def post(url: str, **body) -> str:
+    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=300) as response:
+        return response.read().decode()
+
+
+def events(stream: str) -> list[dict]:
+    lines = [line.removeprefix("data: ") for line in stream.splitlines() if line.startswith("data: ")]
+    return [json.loads(line) for line in lines if line != "[DONE]"]
+
+
+@pytest.fixture(scope="module")
+def greedy():
+    model = AutoModelForCausalLM.from_pretrained(SHIPPED, dtype=torch.float32)
+    assert isinstance(model, STLMForCausalLM)
+    tokenizer = AutoTokenizer.from_pretrained(SHIPPED)
+
+    def text(ids: torch.Tensor, num_bytes: int) -> str:
+        new = model.generate(ids, max_new_tokens=num_bytes, do_sample=False, use_cache=False)[0, ids.shape[1] :]
+        return tokenizer.decode(new, skip_special_tokens=True)
+
+    return tokenizer, text
+
+
+@pytest.mark.slow
+def test_completions_are_the_greedy_text(url, greedy):
+    tokenizer, text = greedy
+    for prompt in ("The history of the", "Zoë saw 東京 and"):
+        expected = text(tokenizer(prompt, return_tensors="pt")["input_ids"], 40)
+        request = {"model": SHIPPED, "prompt": prompt, "max_tokens": 40, "temperature": 0}
+        answer = json.loads(post(f"{url}/completions", **request))
+        assert answer["choices"][0]["text"] == expected
+        assert answer["usage"]["prompt_tokens"] == len(prompt.encode())
+        streamed = events(post(f"{url}/completions", **request, stream=True))
+        pieces = [event["choices"][0]["text"] for event in streamed]
+        assert "".join(pieces) == expected and len([piece for piece in pieces if piece]) > 3
+    stopped = json.loads(post(f"{url}/completions", **request, stop=["the"]))["choices"][0]
+    assert stopped["text"] == expected[: expected.index("the") + 3] if "the" in expected else expected
+
+
+@pytest.mark.slow
+def test_chat_completions_are_the_greedy_answer(url, greedy):
+    tokenizer, text = greedy
+    ids = tokenizer.apply_chat_template(MESSAGES, add_generation_prompt=True, return_tensors="pt")["input_ids"]
+    expected = text(ids, 40)
+    request = {"model": SHIPPED, "messages": MESSAGES, "max_tokens": 40, "temperature": 0}
+    answer = json.loads(post(f"{url}/chat/completions", **request))
+    assert answer["choices"][0]["message"]["content"] == expected
+    assert answer["usage"]["prompt_tokens"] == ids.shape[1]
+    streamed = events(post(f"{url}/chat/completions", **request, stream=True))
+    assert "".join(event["choices"][0]["delta"].get("content") or "" for event in streamed) == expected
+
+
+@pytest.mark.slow
+def test_the_chat_of_the_library_talks_to_the_server(url, greedy, tmp_path):
+    tokenizer, text = greedy
+    turn = [{"role": "user", "content": "Good morning"}]
+    expected = text(
+        tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_tensors="pt")["input_ids"], 30
+    )
+    command = [sys.executable, "-m", "transformers.cli.transformers", "chat", SHIPPED, url]
+    command += ["max_new_tokens=30", "do_sample=False", "--user", "me"]
+    # The chat uses the client of the Hub, which reaches no server in its offline mode.
+    environment = os.environ | {"HF_HUB_OFFLINE": "0"}
+    # After 30 bytes it asks whether to go on: no.
+    talk = {"input": "Good morning\nn\n!exit\n", "capture_output": True, "text": True, "cwd": tmp_path, "timeout": 300}
+    chat = subprocess.run(command, env=environment, check=False, **talk)
+    assert chat.returncode == 0, chat.stderr[-3000:]
+    assert " ".join(expected.split()) in " ".join(chat.stdout.split())
