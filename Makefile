@@ -10,7 +10,7 @@ help: ## show the targets
 
 $(VENV)/ready: setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[train,eval,serve,test,style]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[train,eval,serve,onnx,test,style]'
 	@touch $@
 
 quickstart: $(VENV)/ready ## set up, fine-tune the shipped stlm-3m on the shipped text, generate, save, reload

@@ -30,6 +30,7 @@ setup(
         "train": ["accelerate>=1.15", "datasets>=4", "evaluate>=0.4", "matplotlib>=3.9", "peft>=0.21"],
         "eval": ["lm_eval[hf]>=0.4.13"],
         "serve": ["transformers[serving]"],
+        "onnx": ["onnx>=1.19", "onnxruntime>=1.23", "onnxscript>=0.5"],
         "test": [
             "hypothesis>=6.130",
             "optuna>=4",

@@ -98,7 +98,11 @@ def main():
     print(table(scores))
     if args.output:
         versions = {name: version(name) for name in ("torch", "transformers", "lm_eval")}
-        about = {"checkpoint": args.checkpoint, "add_bos_token": not args.no_bos, "batch_size": args.batch_size}
+        about = {
+            "checkpoint": Path(args.checkpoint).name,
+            "add_bos_token": not args.no_bos,
+            "batch_size": args.batch_size,
+        }
         args.output.parent.mkdir(parents=True, exist_ok=True)
         args.output.write_text(json.dumps(about | versions | {"scores": scores}, indent=1) + "\n")
 

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingA
 from modeling_stlm import STLMTokenizer
 from modeling_stlm.training.bits_per_byte import BitsPerByteEvaluator
 from modeling_stlm.training.corpus import PackedWindows, write_corpus
-from modeling_stlm.training.model_card import build_model_card, file_names, write_model_card
+from modeling_stlm.training.model_card import build_model_card, write_model_card
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -56,8 +56,7 @@ def evaluate(model, tokenizer, patterns: list[str], block_bytes: int) -> dict[st
 def main():
     args = parse_arguments()
     results = json.loads((args.run / "results.json").read_text())
-    arguments = results["arguments"]
-    block_bytes = int(arguments["block_bytes"])
+    block_bytes = int(results["arguments"]["block_bytes"])
     tokenizer = STLMTokenizer()
     model = AutoModelForCausalLM.from_pretrained(args.run, dtype=torch.bfloat16)
     model.config.use_cache = True
@@ -69,10 +68,6 @@ def main():
     tokenizer = AutoTokenizer.from_pretrained(args.output)
     scores = {split: evaluate(model, tokenizer, getattr(args, split), block_bytes) for split in ("validation", "test")}
     shutil.copy(args.run / "loss.png", args.output / "loss.png")
-    # Paths of the machine that trained it say nothing to anybody.
-    for split in ("train", "validation", "test"):
-        arguments[split] = file_names(arguments[split])
-    arguments["output"] = Path(arguments["output"]).name
     exported = {"dtype": "bfloat16", "scores": scores} | run_info()
     (args.output / "results.json").write_text(json.dumps(results | {"exported": exported}, indent=1) + "\n")
     card = build_model_card(

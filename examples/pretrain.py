@@ -206,6 +206,8 @@ def main():
         for split in ("validation", "test")
         if split in sets
     }
+    # Names alone: results are published, and folders of the machine that trained say nothing to anybody.
+    names = {split: " ".join(Path(file).name for file in getattr(args, split)) for split in ("train", *sets)}
     results = {
         "model": args.model,
         "stored_parameters": model.num_parameters(),
@@ -214,7 +216,7 @@ def main():
         "wall_seconds_of_last_run": round(seconds),
         "budget": {"minutes": args.max_minutes, "clock": args.clock} if timed else {"steps": args.max_steps},
         "bits_per_byte": final,
-        "arguments": {name: str(value) for name, value in vars(args).items()},
+        "arguments": {name: str(value) for name, value in (vars(args) | names | {"output": args.output.name}).items()},
     } | run_info()
     if isinstance(config, STLMConfig):
         model.config.use_cache = True  # Trainer turns it off, and would save it so

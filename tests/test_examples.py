@@ -80,6 +80,9 @@ def test_a_pretraining_that_was_cut_goes_on(small_text, tmp_path):
     (tmp_path / "cut" / "checkpoint-99").mkdir()  # half-written
     resumed = pretrain(small_text, tmp_path / "cut", "--max_steps", 8)
     assert resumed["bits_per_byte"] == whole["bits_per_byte"]
+    # Results are published: names of files, no folders of this machine.
+    assert resumed["arguments"]["train"] == small_text.name and resumed["arguments"]["output"] == "cut"
+    assert str(tmp_path) not in json.dumps(resumed) and str(small_text.parent) not in json.dumps(resumed)
 
 
 def test_pretraining_names_patterns_that_match_nothing(tmp_path):

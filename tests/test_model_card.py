@@ -14,7 +14,7 @@ from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from modeling_stlm import STLMForSequenceClassification, STLMTokenizer
-from modeling_stlm.training.model_card import build_model_card, file_names, write_model_card
+from modeling_stlm.training.model_card import build_model_card, write_model_card
 
 from .hub_server import metadata_errors
 from .tiny import SHARING, tiny_config, tiny_model
@@ -30,9 +30,9 @@ RESULTS = {
     "budget": {"steps": 1200},
     "bits_per_byte": {"validation": 1.75, "test": 1.5},
     "arguments": {
-        "train": "['/home/me/texts/*.txt']",
-        "validation": "['/home/me/held out.txt']",
-        "test": "['/home/me/a.txt', '/home/me/b.txt']",
+        "train": "*.txt",
+        "validation": "held out.txt",
+        "test": "a.txt b.txt",
         "block_bytes": "1024",
         "batch_size": "8",
         "muon_lr": "0.02",
@@ -91,9 +91,7 @@ def test_the_card_tells_the_run_and_no_folder_of_the_machine(checkpoint):
     card = str(build_model_card(checkpoint, **OPTIONS))
     for text in ("9,830,400 bytes seen in 1,200 steps", "abc1234", "a CPU", "Letters of a test.", "*.txt"):
         assert text in card
-    assert "/home/me" not in card and str(checkpoint) not in card
-    assert file_names("['/a/b.txt', 'c.txt']") == file_names("b.txt c.txt") == "b.txt c.txt"
-    assert file_names("[]") == file_names("") == ""
+    assert str(checkpoint) not in card
 
 
 def test_scores_of_exported_weights_replace_those_of_the_run(checkpoint):

@@ -5,7 +5,6 @@
 nothing about training. A `README.md` that somebody wrote or edited is never replaced.
 """
 
-import ast
 import json
 import re
 from hashlib import sha256
@@ -133,19 +132,13 @@ def _mark(text: str) -> str:
     return f"<!-- Generated. Once edited, it is not generated again: {sha256(text.encode()).hexdigest()[:16]} -->\n"
 
 
-def file_names(argument: str) -> str:
-    """Names of the files in an argument of `results.json`; folders of the machine that trained say nothing."""
-    names = ast.literal_eval(argument) if argument.startswith("[") else argument.split()
-    return " ".join(Path(name).name for name in names)
-
-
 def _eval_results(scores: dict[str, dict], arguments: dict[str, str]) -> list[EvalResult]:
     return [
         EvalResult(
             task_type="text-generation",
             task_name="Text generation",
             dataset_type="text",
-            dataset_name=file_names(arguments.get(split, "")) or split,
+            dataset_name=arguments.get(split, split),
             dataset_split=split,
             metric_type="bits_per_byte",
             metric_name="bits per byte",
@@ -227,7 +220,7 @@ def _training(results: dict) -> str:
             f"of {arguments['block_bytes']} bytes; budget: {budget}",
             f"- optimizer: Muon {arguments['muon_lr']} on matrices, AdamW {arguments['adamw_lr']} on the rest, warm-up "
             "2%, linear decay over the last 60%",
-            f"- texts: {file_names(arguments['train'])}",
+            f"- texts: {arguments['train']}",
             f"- {results['device']}; torch {results['torch']}, transformers {results['transformers']}, commit "
             f"{results['commit']}",
             "- curve: `loss.png`; all settings: `results.json`",

@@ -165,7 +165,7 @@ class STLMPoolCacheLayer(STLMCacheLayer):
 
     def clear(self, num_context: int, first: torch.Tensor) -> None:
         """Forget all but the byte history and the patches."""
-        num_rows = len(self.values)
+        num_rows = self.values.shape[0]  # `len` would fix it in an exported graph
         counts = torch.zeros(num_rows, dtype=torch.long, device=first.device)
         self.num_bytes, self.num_patches, self.open_bytes, self.open_characters = (counts.clone() for _ in range(4))
         self.context = counts.new_full((num_rows, num_context), -1)
@@ -252,10 +252,11 @@ def write_patches(
     store = grow(store, end, dim)
     if torch.is_grad_enabled() and (store.requires_grad or new.requires_grad):
         store = store.clone()  # an earlier call may have saved it for its backward
-    if rows is None:
-        rows = torch.arange(new.shape[0], device=new.device)
     patches = start[:, None] + torch.arange(new.shape[dim], device=new.device)  # (R, P)
-    if dim == 1:
+    if rows is None:
+        index = patches[..., None] if dim == 1 else patches[:, None, :, None]
+        store.scatter_(dim, index.expand_as(new), new)
+    elif dim == 1:
         store[rows[:, None], patches] = new
     else:
         store[rows[:, None], :, patches] = new.transpose(1, 2)

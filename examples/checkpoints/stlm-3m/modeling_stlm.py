@@ -829,7 +829,9 @@ class STLMModel(STLMPreTrainedModel):
 
     def _look_up(self, pool, patch_seen: torch.Tensor) -> torch.Tensor:
         """What bytes that see the stored patches `patch_seen (B, T)` see; also notes the last of them."""
-        patches = pool.values if pool.values.shape[1] else pool.values.new_zeros(len(patch_seen), 1, len(self.start))
+        patches = (
+            pool.values if pool.values.shape[1] else pool.values.new_zeros(patch_seen.shape[0], 1, len(self.start))
+        )
         visible = unpool_patches(patches, patch_seen, self.start)
         pool.visible = visible[:, -1].clone()  # no view: it would keep all of `visible` in memory
         return visible
@@ -865,9 +867,9 @@ class STLMModel(STLMPreTrainedModel):
                     "make it with DynamicCache(config=model.config)"
                 )
             pool.start(input_ids.shape[0], self.num_context, self.start)
-        if len(pool.num_patches) != input_ids.shape[0]:
+        if pool.num_patches.shape[0] != input_ids.shape[0]:
             raise ValueError(
-                f"past_key_values holds {len(pool.num_patches)} rows, but the input has {input_ids.shape[0]}"
+                f"past_key_values holds {pool.num_patches.shape[0]} rows, but the input has {input_ids.shape[0]}"
             )
         if not self._is_traced(past_key_values):
             pool.check_room(input_ids.shape[1])

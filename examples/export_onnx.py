@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Export a checkpoint to ONNX with the exporters of transformers, and go on with a prompt in ONNX Runtime.
+
+    pip install -c constraints.txt -e '.[onnx]'
+    python examples/export_onnx.py --output runs/onnx --prompt "The history of the"
+
+The folder has a graph for the prompt and one for a single byte, both for any number of rows. They keep a static cache
+of `--max_length` bytes, because the sizes of a graph cannot follow from a text; so the trunk runs for every byte and
+not only for the last of each patch, which makes them slower than PyTorch.
+"""
+
+import argparse
+import time
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, StaticCache
+from transformers.exporters import ExportedModel, OnnxConfig, OnnxExporter
+
+import modeling_stlm  # noqa: F401  (registers the Auto classes)
+
+
+HERE = Path(__file__).parent
+
+
+def export(model, max_length: int) -> ExportedModel:
+    """Graphs `prefill` and `decode` of `model` for any number of rows, padded on the left, of up to `max_length` bytes."""
+    rows = {"input_ids": torch.full((2, 24), 97), "attention_mask": torch.ones(2, 24, dtype=torch.long)}
+    rows["attention_mask"][1, :5] = 0
+    settings = GenerationConfig(
+        cache_implementation="static", max_cache_len=max_length, do_sample=False, pad_token_id=256
+    )
+    return OnnxExporter().export_for_generation(model, rows, OnnxConfig(dynamic=True), generation_config=settings)
+
+
+def generate(exported: ExportedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor, num_bytes: int):
+    """The likeliest `num_bytes` bytes after the rows `input_ids (B, T)`, padded on the left: ids (B, num_bytes)."""
+    cache = StaticCache(config=exported.config, max_cache_len=exported.generation_config.max_cache_len)
+    positions = (attention_mask.cumsum(1) - 1).clamp(min=0)
+    prompt = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": positions}
+    outputs = exported.runners["prefill"](**prompt, past_key_values=cache)
+    written = [outputs.logits[:, -1:].argmax(-1)]
+    while len(written) < num_bytes:
+        positions = positions[:, -1:] + 1
+        outputs = exported.runners["decode"](
+            input_ids=written[-1], position_ids=positions, past_key_values=outputs.past_key_values
+        )
+        written.append(outputs.logits[:, -1:].argmax(-1))
+    return torch.cat(written, 1)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", default=str(HERE / "checkpoints" / "stlm-3m"), help="folder or Hub id")
+    parser.add_argument("--output", type=Path, required=True, help="folder for the graphs")
+    parser.add_argument("--max_length", type=int, default=512, help="bytes of prompt and answer together")
+    parser.add_argument("--prompt", default="The history of the")
+    parser.add_argument("--num_bytes", type=int, default=100)
+    args = parser.parse_args()
+    tokenizer = AutoTokenizer.from_pretrained(args.checkpoint, padding_side="left")
+    inputs = tokenizer([args.prompt], return_tensors="pt")
+    if inputs["input_ids"].shape[1] + args.num_bytes > args.max_length:
+        parser.error(f"the prompt and {args.num_bytes} bytes do not fit in --max_length {args.max_length}")
+    model = AutoModelForCausalLM.from_pretrained(args.checkpoint, dtype=torch.float32, use_cache=True)
+    export(model, args.max_length).save_pretrained(args.output)
+    tokenizer.save_pretrained(args.output)
+    print(f"exported to {args.output}")
+    exported = ExportedModel.from_pretrained(args.output)
+    exported.to("cpu")
+    start = time.perf_counter()
+    written = generate(exported, inputs["input_ids"], inputs["attention_mask"], args.num_bytes)
+    seconds = time.perf_counter() - start
+    print(args.prompt + tokenizer.decode(written[0]))
+    print(f"{args.num_bytes / seconds:.0f} bytes a second")
+
+
+if __name__ == "__main__":
+    main()
