@@ -3,17 +3,23 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: help quickstart test test-fast check style benchmark build clean
+.PHONY: help quickstart test test-fast check style benchmark conformance build clean
 
 help: ## show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-$(VENV)/ready: setup.py constraints.txt
+INSTALL = $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
+
+$(VENV)/train: setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[train,eval,serve,onnx,test,style]'
+	$(INSTALL) '.[train]'
 	@touch $@
 
-quickstart: $(VENV)/ready ## set up, fine-tune the shipped stlm-3m on the shipped text, generate, save, reload
+$(VENV)/ready: $(VENV)/train
+	$(INSTALL) '.[train,eval,serve,export,test,style]'
+	@touch $@
+
+quickstart: $(VENV)/train ## set up, fine-tune the shipped stlm-3m on the shipped text, generate, save, reload
 	$(BIN)/python examples/finetune.py
 
 test: $(VENV)/ready ## set up and run all tests
@@ -33,6 +39,9 @@ style: $(VENV)/ready ## lint and format, with changes
 benchmark: $(VENV)/ready ## speed and memory beside two Llamas
 	OMP_NUM_THREADS=1 $(BIN)/python examples/benchmark.py --preset stlm-3m
 	OMP_NUM_THREADS=1 $(BIN)/python examples/benchmark.py --preset stlm-10m
+
+conformance: $(VENV)/ready ## the README's table beside BLT, ByT5 and Llama
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.conformance.table
 
 build: $(VENV)/ready ## wheel in dist/
 	$(BIN)/pip wheel --quiet --no-deps --wheel-dir dist .

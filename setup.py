@@ -30,7 +30,7 @@ setup(
         "train": ["accelerate>=1.15", "datasets>=4", "evaluate>=0.4", "matplotlib>=3.9", "peft>=0.21"],
         "eval": ["lm_eval[hf]>=0.4.13"],
         "serve": ["transformers[serving]"],
-        "onnx": ["onnx>=1.19", "onnxruntime>=1.23", "onnxscript>=0.5"],
+        "export": ["executorch>=1.5", "onnx>=1.19", "onnxruntime>=1.23", "onnxscript>=0.5"],
         "test": [
             "hypothesis>=6.130",
             "optuna>=4",
@@ -39,6 +39,7 @@ setup(
             "pytest-timeout>=2.3",
             "pytest-xdist>=3.6",
             "sentence-transformers>=6",
+            "torchao>=0.18",
             "trl>=1.16",
         ],
         "style": ["ruff==0.17.5"],

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Export a checkpoint to ONNX with the exporters of transformers, and go on with a prompt in ONNX Runtime.
 
-    pip install -c constraints.txt -e '.[onnx]'
+    pip install -c constraints.txt -e '.[export]'
     python examples/export_onnx.py --output runs/onnx --prompt "The history of the"
 
 The folder has a graph for the prompt and one for a single byte, both for any number of rows. They keep a static cache

@@ -1,11 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Graphs from the exporters of transformers, run by torch.export and by ONNX Runtime, against the model."""
+"""Graphs from the exporters of transformers, run by torch.export, ONNX Runtime and ExecuTorch, against the model."""
 
 import sys
 
 import pytest
 import torch
-from transformers.exporters import DynamoConfig, DynamoExporter, ExportedModel, OnnxConfig, OnnxExporter
+from transformers.exporters import (
+    DynamoConfig,
+    DynamoExporter,
+    ExecutorchConfig,
+    ExecutorchExporter,
+    ExportedModel,
+    OnnxConfig,
+    OnnxExporter,
+)
 
 from modeling_stlm import STLMForSequenceClassification, STLMTokenizer
 
@@ -45,11 +53,8 @@ def assert_same_logits(graph: ExportedModel, model: torch.nn.Module, rows: list[
         assert_equal(found, expected)
 
 
-@pytest.mark.parametrize(
-    "options", [PATCHING["spacelike"] | SHARING["cycle"], PATCHING["fixed"]], ids=["words", "fixed"]
-)
-def test_a_graph_of_torch_takes_batches_of_any_shape(options):
-    model = tiny_model(use_cache=False, **MIXERS["both"], **options)
+def test_a_graph_of_torch_takes_batches_of_any_shape():
+    model = tiny_model(use_cache=False, **MIXERS["both"], **PATCHING["fixed"], **SHARING["cycle"])
     graph = exported(model, "dynamo")
     for rows in (SAMPLE, *OTHERS):
         if len(rows) > 1:  # torch.export takes sizes of 1 for constants
@@ -63,6 +68,15 @@ def test_a_graph_of_onnx_takes_batches_of_any_shape(tmp_path):
     graph = ExportedModel.from_pretrained(tmp_path)
     for rows in (SAMPLE, *OTHERS):
         assert_same_logits(graph, model, rows)
+
+
+def test_executorch_has_the_logits_of_the_model():
+    model = tiny_model(use_cache=False, **MIXERS["both"])
+    ids = torch.tensor([ids_of(TEXT)[:40], ids_of(TEXT)[20:60]])
+    graph = ExecutorchExporter().export(model, {"input_ids": ids}, ExecutorchConfig())
+    ids = ids.flip(0)
+    with torch.no_grad():
+        assert_equal(graph(input_ids=ids).logits, model(ids).logits)
 
 
 class Recorder:

@@ -690,7 +690,9 @@ class STLMModel(STLMPreTrainedModel):
         if positions is not None:
             back = torch.arange(longest - 1, -1, -1, device=positions.device)
             grams = grams.masked_fill(positions[..., None] < back, 0)
-        digest = (grams[:, :, None] * self.ngram_weights).sum(-1) % NGRAM_PRIME  # (B, T, orders)
+        terms = grams[:, :, None] * self.ngram_weights  # (B, T, orders, n)
+        # ExecuTorch sums integers in float32, so exported graphs add them one by one.
+        digest = (sum(terms.unbind(-1)) if is_torchdynamo_exporting() else terms.sum(-1)) % NGRAM_PRIME
         return hidden_states + self.ngram_embed_tokens(digest % self.ngram_rows + self.ngram_offsets).sum(-2)
 
     def _rule(self) -> Rule:
