@@ -1224,7 +1224,7 @@ class STLMClassifier(STLMPreTrainedModel):
         if self.config.classifier_pooling == "last":
             time = torch.arange(hidden_states.shape[1], device=hidden_states.device)
             last = (time * (attention_mask != 0)).argmax(-1)
-            return hidden_states[torch.arange(len(last), device=last.device), last]
+            return hidden_states.take_along_dim(last[:, None, None], 1)[:, 0]
         weight = (attention_mask != 0).to(hidden_states.dtype)[..., None]
         return (hidden_states * weight).sum(1) / weight.sum(1).clamp(min=1)
 

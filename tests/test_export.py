@@ -27,7 +27,7 @@ import export_onnx
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.filterwarnings("ignore:`treespec.children_specs` is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),  # of the exporters, about names in torch
 ]
 
 SAMPLE = [ids_of(TEXT)[:31], ids_of("A short one. ")]
