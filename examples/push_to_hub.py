@@ -15,8 +15,9 @@ import tempfile
 from pathlib import Path
 
 from huggingface_hub import HfApi
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
+import modeling_stlm
 from modeling_stlm.training.model_card import build_model_card, write_model_card
 
 
@@ -28,10 +29,13 @@ def main():
     parser.add_argument("--licence", help="of the weights, as the Hub spells it, for a generated card")
     parser.add_argument("--language", help="of the training texts, as the Hub spells it, for a generated card")
     args = parser.parse_args()
+    # The class that was saved: loaded as another, it would lose its head.
+    (name,) = AutoConfig.from_pretrained(args.checkpoint).architectures
+    model_class = getattr(modeling_stlm, name)
     api = HfApi()
     repo_id = api.create_repo(args.repo_id, private=args.private, exist_ok=True).repo_id
     with tempfile.TemporaryDirectory() as folder:
-        AutoModelForCausalLM.from_pretrained(args.checkpoint).save_pretrained(folder)
+        model_class.from_pretrained(args.checkpoint).save_pretrained(folder)
         AutoTokenizer.from_pretrained(args.checkpoint).save_pretrained(folder)
         for name in ("README.md", "loss.png", "results.json"):
             if (args.checkpoint / name).is_file():
@@ -42,7 +46,9 @@ def main():
         # One commit: what is on the Hub is always the old checkpoint or the new one.
         commit = api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload checkpoint")
     print(f"published {commit.oid}")
-    print(f'AutoModelForCausalLM.from_pretrained("{repo_id}", trust_remote_code=True)')
+    print(
+        f'AutoModel{name.removeprefix("STLM").removeprefix("Model")}.from_pretrained("{repo_id}", trust_remote_code=True)'
+    )
 
 
 if __name__ == "__main__":

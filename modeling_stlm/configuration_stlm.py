@@ -93,7 +93,7 @@ class STLMConfig(PreTrainedConfig):
             times in a row (MobileLLM, arXiv:2402.14905). `"cycle"`: the stored layers run in turn, again and again.
             `"middle"`: one layer in the middle runs several times. `"ffn"`: every layer has its own attention and the
             stored feed-forward layers are shared as in `"immediate"`. Except in `"cycle"`, the first and the last
-            layer keep weights of their own.
+            layer keep weights of their own (in `"middle"` of two stored layers, the first).
         hidden_act (`str`, defaults to `"relu2"`):
             Activation of the feed-forward layers.
         rope_theta (`float`, defaults to 10000.0):

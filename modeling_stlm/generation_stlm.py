@@ -62,7 +62,9 @@ class UTF8LogitsProcessor(LogitsProcessor):
         after = self.next_state[state]  # (B, 257)
         allowed = after >= 0
         if self.max_length is not None:
-            allowed = allowed & (self.missing[after] <= self.max_length - input_ids.shape[1] - 1)
+            fits = allowed & (self.missing[after] <= self.max_length - input_ids.shape[1] - 1)
+            # A character begun by the prompt, or before a draft of an assistant, goes on even if it does not fit.
+            allowed = torch.where(fits.any(-1, keepdim=True), fits, allowed)
         special = allowed[:, 256:].expand(-1, max(0, scores.shape[1] - 256))
         allowed = torch.cat([allowed[:, :256], special], dim=1)[:, : scores.shape[1]]
         return scores.masked_fill(~allowed, -torch.inf)

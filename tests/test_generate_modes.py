@@ -450,3 +450,8 @@ def test_caches_of_generate_have_the_slots_of_the_config():
     assert type(out.past_key_values) is DynamicCache
     assert len(out.past_key_values.layers) == model.config.num_hidden_layers
     assert generate(model, inputs, False, **GREEDY, return_dict_in_generate=True).past_key_values is None
+
+
+def test_leaving_early_is_refused_in_words():
+    with pytest.raises(ValueError, match="past_key_values has slots"):
+        generate(tiny_model(), {"input_ids": PROMPT}, True, **GREEDY, assistant_early_exit=1)

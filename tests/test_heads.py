@@ -184,10 +184,12 @@ def test_a_row_is_scored_by_the_mean_or_the_last_of_its_bytes(pooling, is_causal
             assert_equal(row, model.score(states.mean(0) if pooling == "mean" else states[-1]))
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("is_causal", [True, False])
 @torch.no_grad()
-def test_padding_ids_count_for_nothing_without_a_mask():
-    model = classifier(STLMForSequenceClassification)
-    inputs = batch(ROWS, "right")
+def test_padding_ids_count_for_nothing_without_a_mask(is_causal, side):
+    model = classifier(STLMForSequenceClassification, is_causal=is_causal)
+    inputs = batch(ROWS, side)
     assert_equal(model(inputs["input_ids"]).logits, model(**inputs).logits)
 
 
@@ -283,3 +285,29 @@ def test_features_of_the_model_work_in_sentence_transformers(tmp_path):
     texts = ["a short text", "one that is a good deal longer"]
     for text, vector in zip(texts, encoder.encode(texts, convert_to_tensor=True)):
         assert_equal(vector, reference.hidden_states(model, ids_of(text)).mean(0))
+
+
+@pytest.mark.parametrize("cls", [STLMForSequenceClassification, STLMForTokenClassification])
+def test_a_micro_batch_without_labels_has_no_share_of_the_loss(cls):
+    model = classifier(cls)
+    ids = torch.tensor([ids_of("a row of bytes")])
+    labels = torch.full((1,) if cls is STLMForSequenceClassification else ids.shape, -100)
+    loss = model(ids, labels=labels, num_items_in_batch=torch.tensor(10)).loss
+    loss.backward()
+    assert loss == 0
+    assert all(p.grad is None or not p.grad.any() for p in model.parameters())
+
+
+def test_a_long_row_of_large_numbers_has_a_mean_in_float16():
+    model = classifier(STLMForSequenceClassification)
+    with torch.no_grad():
+        hidden = torch.full((1, 16000, 4), 6.0, dtype=torch.float16)
+        assert torch.equal(model.pool(hidden, None, None), hidden[:, 0])
+
+
+def test_choices_may_share_their_positions():
+    model = classifier(STLMForMultipleChoice)
+    ids = torch.tensor([[ids_of("one two"), ids_of("two one")]])
+    positions = torch.arange(ids.shape[-1])[None]
+    with torch.no_grad():
+        assert_equal(model(ids, position_ids=positions).logits, model(ids).logits)

@@ -13,10 +13,10 @@ import torch
 from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM
 
-from modeling_stlm import STLMTokenizer
+from modeling_stlm import STLMForSequenceClassification, STLMTokenizer
 
 from .hub_server import Hub, front_matter
-from .tiny import SHARING, TEXT, WITHOUT_PACKAGES, ids_of, tiny_model
+from .tiny import SHARING, TEXT, WITHOUT_PACKAGES, ids_of, tiny_config, tiny_model
 
 
 ROOT = Path(__file__).parents[1]
@@ -361,3 +361,13 @@ def test_an_upload_that_dies_leaves_the_old_revision(new_hub, variants, tmp_path
     assert (
         snapshot(new_hub, "alice/mine")["model.safetensors"] == (variants["third"] / "model.safetensors").read_bytes()
     )
+
+
+def test_the_example_publishes_a_head_as_what_it_is(new_hub, tmp_path):
+    folder = tmp_path / "head"
+    STLMForSequenceClassification(tiny_config(num_labels=3)).save_pretrained(folder)
+    STLMTokenizer().save_pretrained(folder)
+    (folder / "README.md").write_text("# my head")
+    client(new_hub, tmp_path / "one", SCRIPT, "--checkpoint", folder, "--repo_id", "alice/head", token="key")
+    config = json.loads(snapshot(new_hub, "alice/head")["config.json"])
+    assert config["architectures"] == ["STLMForSequenceClassification"] and len(config["id2label"]) == 3

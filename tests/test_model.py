@@ -261,3 +261,15 @@ def test_presets_are_up_to_two_percent_below_their_name(name):
 def test_wrong_inputs_are_named(inputs, message):
     with pytest.raises(ValueError, match=message):
         tiny_model()(**inputs)
+
+
+def test_ids_are_known_by_their_embeddings_under_autocast_and_after_resizing():
+    model = tiny_model(hidden_size=64)
+    model.resize_token_embeddings(384)  # new rows lie closer to each other than distances in float32 tell apart
+    ids = torch.tensor([[260, *ids_of("user Zoë 東京"), 330, *ids_of("a word "), 340, *range(300, 384)]])
+    embeds = model.get_input_embeddings()(ids)
+    assert torch.equal(model.model._ids_of(embeds), ids)
+    assert_equal(model(inputs_embeds=embeds).logits, model(ids).logits)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(model(inputs_embeds=embeds).logits, model(ids).logits)
+        assert torch.equal(model.model._ids_of(embeds), ids)

@@ -305,3 +305,15 @@ def test_an_adapter_folder_is_small_and_names_no_shared_layer_twice(tmp_path):
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert sum(value.numel() for value in saved.values()) == sum(value.numel() for value in trained.values())
     assert sum("trunk.feed_forward_blocks" in name for name in saved) == 2 * 2 * 3
+
+
+@pytest.mark.parametrize("options", [{"trainable_token_indices": [116]}, {"target_modules": ["embed_tokens"]}])
+def test_embeddings_of_an_adapter_are_known_for_their_ids(options):
+    model = adapted(tiny_base(), **({"target_modules": ["q_proj", "up_proj"]} | options))
+    if "trainable_token_indices" in options:
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "trainable_tokens" in name:
+                    parameter.add_(0.5)
+    embeds = model.get_input_embeddings()(IDS)
+    assert_equal(logits_of(model, None, inputs_embeds=embeds), logits_of(model))

@@ -112,3 +112,20 @@ def test_compiled_kernels_give_the_same_logits():
     parts = [model(ids[:, :50], past_key_values=cache, use_cache=True).logits]
     parts += [step(ids[:, t : t + 1], past_key_values=cache, use_cache=True).logits for t in range(50, 60)]
     assert_equal(torch.cat(parts, 1), expected)
+
+
+@torch.no_grad()
+def test_attentions_of_a_second_chunk_have_the_keys_there_are():
+    model = tiny_model(**MIXERS["both"])
+    model.set_attn_implementation("eager")
+    ids, mask = torch.tensor([ids_of(TEXT)[:12], ids_of(TEXT)[20:32]]), torch.ones(2, 4, dtype=torch.long)
+    mask[1, :2] = 0
+    found = []
+    for chunk_mask in (mask, torch.cat([torch.ones(2, 8, dtype=torch.long), mask], 1)):
+        cache = StaticCache(config=model.config, max_cache_len=12)
+        model(ids[:, :8], past_key_values=cache, use_cache=True)
+        out = model(
+            ids[:, 8:], attention_mask=chunk_mask, past_key_values=cache, use_cache=True, output_attentions=True
+        )
+        found.append(out.attentions[0])
+    assert found[0].shape[2:] == (4, 12) and torch.equal(found[0], found[1])

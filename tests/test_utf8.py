@@ -87,3 +87,41 @@ def test_the_flag_is_saved_with_the_checkpoint(tmp_path):
     loaded = type(model).from_pretrained(tmp_path)
     new = loaded.generate(torch.tensor([[65] * 3]).expand(4, -1))
     assert all(bytes(byte for byte in row.tolist() if byte < 256).decode() for row in new)
+
+
+class LikesLongCharacters:
+    """Makes `model` begin characters of four bytes whenever it may."""
+
+    def __init__(self, model):
+        bonus = torch.zeros(320)
+        bonus[0xF0:0xF5] = 15
+        model.lm_head.register_forward_hook(lambda module, args, logits: logits + bonus)
+        self.model = model
+
+
+@pytest.mark.parametrize("sampling", [False, True], ids=["greedy", "sampled"])
+def test_drafts_of_an_assistant_may_end_inside_a_character(sampling):
+    model, assistant = (LikesLongCharacters(tiny_model(use_cache=True, num_trunk_layers=n)).model for n in (2, 1))
+    options = {"max_new_tokens": 24, "do_sample": sampling, "valid_utf8": True, "eos_token_id": None}
+    for text in ("The trunk", "x", "Zo"):
+        prompt = torch.tensor([ids_of(text)])
+        found = model.generate(prompt, assistant_model=assistant, **options)[0]
+        bytes(i for i in found.tolist() if i < 256).decode()
+        if not sampling:
+            assert torch.equal(found, model.generate(prompt, **options)[0])
+
+
+def test_a_character_begun_by_the_prompt_goes_on_even_if_it_does_not_fit():
+    options = {"max_new_tokens": 1, "valid_utf8": True}
+    for sampling in (False, True):
+        found = tiny_model().generate(torch.tensor([[0x61, 0xE2]]), do_sample=sampling, **options)[0].tolist()
+        assert found[:2] == [0x61, 0xE2] and 0x80 <= found[2] < 0xC0
+
+
+def test_a_forced_end_of_text_cuts_no_character():
+    bias = [[[lead], 50.0] for lead in range(0xE1, 0xEC)]
+    options = {"forced_eos_token_id": 258, "do_sample": False, "valid_utf8": True, "sequence_bias": bias}
+    for new in (2, 3, 4, 5):
+        found = tiny_model().generate(torch.tensor([ids_of("ab ")]), max_new_tokens=new, **options)[0].tolist()
+        assert found[-1] == 258
+        bytes(i for i in found if i < 256).decode()

@@ -596,7 +596,7 @@ class STLMModel(STLMPreTrainedModel):
             self._pool_slot(past_key_values).append_history(fed_ids)
             outputs.past_key_values = past_key_values
         if layout is not None and layout.inverse is not None:
-            _restore(outputs, layout.inverse, num_past)
+            _restore(outputs, layout.inverse)
         return outputs
 
     @capture_outputs
@@ -644,12 +644,12 @@ class STLMModel(STLMPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("specify exactly one of input_ids and inputs_embeds")
         if input_ids is None:
-            width = self.embed_tokens.embedding_dim
+            width = self.config.hidden_size
             if inputs_embeds.ndim != 3 or inputs_embeds.shape[-1] != width:
                 raise ValueError(
                     f"inputs_embeds has shape {tuple(inputs_embeds.shape)}, expected (rows, bytes, {width})"
                 )
-            input_ids = self._nearest_ids(inputs_embeds)
+            input_ids = self._ids_of(inputs_embeds)
         elif input_ids.is_floating_point() or input_ids.dtype == torch.bool:
             raise ValueError(
                 f"input_ids has dtype {input_ids.dtype}, expected integers: ids of bytes and special tokens"
@@ -660,12 +660,16 @@ class STLMModel(STLMPreTrainedModel):
             )
         return input_ids.long()
 
-    def _nearest_ids(self, inputs_embeds: torch.Tensor) -> torch.Tensor:
-        """Ids (B, T) whose embeddings were passed; `SOFT_ID` where an embedding is not that of any id."""
-        table = self.embed_tokens.weight
-        # argmin |x - w|^2 = argmax x.w - |w|^2 / 2, without a (B, T, V, D) difference.
-        scores = inputs_embeds.float() @ table.float().t() - table.float().square().sum(-1) / 2
-        ids = scores.argmax(-1)
+    @torch.no_grad()
+    def _ids_of(self, inputs_embeds: torch.Tensor) -> torch.Tensor:
+        """Ids (B, T) whose embeddings were passed; `SOFT_ID` where an embedding is not that of any id.
+
+        Equality alone counts. Distances would not do: rows of a resized table lie closer together than they are precise.
+        """
+        # Called and not read, so that an adapter of the embedding takes part.
+        table = self.embed_tokens(torch.arange(self.embed_tokens.weight.shape[0], device=inputs_embeds.device))
+        some = slice(0, 8)  # numbers that tell ids apart, without a difference of shape (B, T, V, D)
+        ids = (inputs_embeds[..., None, some] == table[:, some]).all(-1).int().argmax(-1)
         return ids.masked_fill((table[ids] != inputs_embeds).any(-1), SOFT_ID)
 
     def _with_context(self, input_ids: torch.Tensor, pool) -> torch.Tensor:
@@ -860,7 +864,8 @@ class STLMModel(STLMPreTrainedModel):
             # A cache made without a config learns its slots here.
             layers.extend(DynamicCache(config=self.config).layers)
             past_key_values.layer_class_to_replicate = None
-        pool = layers[self.num_byte_layers] if len(layers) == self.config.num_hidden_layers else None
+        fits = self.num_byte_layers < len(layers) == self.config.num_hidden_layers
+        pool = layers[self.num_byte_layers] if fits else None
         if pool is None or pool._layer_type != "stlm_pool" or not pool.is_initialized:
             kinds = [layer._layer_type for layer in layers]
             if kinds != self.config.layer_types or len(kinds) <= self.num_byte_layers:
@@ -982,7 +987,7 @@ def _layout(
     return Layout(lengths, torch.zeros_like(inverse).scatter(1, inverse, time), inverse)
 
 
-def _restore(outputs: STLMModelOutput, inverse: torch.Tensor, num_past: int) -> None:
+def _restore(outputs: STLMModelOutput, inverse: torch.Tensor) -> None:
     """Move every byte-level output back to where its byte was in the input."""
     outputs.last_hidden_state = _gather_bytes(outputs.last_hidden_state, inverse)
     if outputs.boundaries is not None:
@@ -991,11 +996,12 @@ def _restore(outputs: STLMModelOutput, inverse: torch.Tensor, num_past: int) -> 
         states = (None if state is None else _gather_bytes(state, inverse) for state in outputs.hidden_states[:-1])
         outputs.hidden_states = (*states, outputs.last_hidden_state)
     if outputs.attentions is not None:
-        outputs.attentions = tuple(_restore_attention(weights, inverse, num_past) for weights in outputs.attentions)
+        outputs.attentions = tuple(_restore_attention(weights, inverse) for weights in outputs.attentions)
 
 
-def _restore_attention(weights: torch.Tensor, inverse: torch.Tensor, num_past: int) -> torch.Tensor:
+def _restore_attention(weights: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
     """`weights (B, H, T, past + T)` with queries, and keys of this call, moved back."""
+    num_past = weights.shape[3] - inverse.shape[1]
     query = inverse[:, None, :, None].expand(-1, weights.shape[1], -1, weights.shape[3])
     weights = weights.gather(2, query)
     key = inverse[:, None, None].expand(-1, weights.shape[1], weights.shape[2], -1)
@@ -1085,7 +1091,9 @@ class STLMForCausalLM(STLMPreTrainedModel, GenerationMixin):
         processors = super()._get_logits_processor(generation_config, *args, **kwargs)
         if getattr(generation_config, "valid_utf8", False):
             # First, so that top-k and top-p choose among what is allowed.
-            processors.insert(0, UTF8LogitsProcessor(generation_config.max_length))
+            # The last place may be taken by an end of text.
+            forced = generation_config.forced_eos_token_id is not None
+            processors.insert(0, UTF8LogitsProcessor(generation_config.max_length - forced))
         return processors
 
     @staticmethod
@@ -1197,7 +1205,10 @@ class STLMForMaskedLM(STLMPreTrainedModel):
 
 
 class STLMClassifier(STLMPreTrainedModel):
-    """What the classification heads share: the model, dropout, and one vector a row."""
+    """What the classification heads share: the model, dropout, and one vector a row.
+
+    Without a mask, padding ids count for nothing.
+    """
 
     def __init__(self, config: STLMConfig):
         super().__init__(config)
@@ -1208,35 +1219,37 @@ class STLMClassifier(STLMPreTrainedModel):
     def encode(self, input_ids, attention_mask, position_ids, inputs_embeds, kwargs) -> STLMModelOutput:
         """Hidden states of every byte. `num_items_in_batch` is for the loss only; a head needs no cache."""
         kwargs = {name: value for name, value in kwargs.items() if name != "num_items_in_batch"} | {"use_cache": False}
+        attention_mask = self.mask_padding(input_ids, attention_mask)
         return self.model(input_ids, attention_mask, position_ids, inputs_embeds=inputs_embeds, **kwargs)
 
     def pool(self, hidden_states: torch.Tensor, input_ids, attention_mask) -> torch.Tensor:
-        """One vector for each row (B, D) of `hidden_states (B, T, D)`: see `config.classifier_pooling`.
-
-        Without a mask, padding ids count for nothing.
-        """
+        """One vector for each row (B, D) of `hidden_states (B, T, D)`: see `config.classifier_pooling`."""
+        attention_mask = self.mask_padding(input_ids, attention_mask)
         if attention_mask is None:
-            pad_id = self.config.pad_token_id
-            if input_ids is None or pad_id is None:
-                attention_mask = hidden_states.new_ones(hidden_states.shape[:2])
-            else:
-                attention_mask = input_ids != pad_id
+            attention_mask = hidden_states.new_ones(hidden_states.shape[:2])
         if self.config.classifier_pooling == "last":
             time = torch.arange(hidden_states.shape[1], device=hidden_states.device)
             last = (time * (attention_mask != 0)).argmax(-1)
             return hidden_states.take_along_dim(last[:, None, None], 1)[:, 0]
-        weight = (attention_mask != 0).to(hidden_states.dtype)[..., None]
-        return (hidden_states * weight).sum(1) / weight.sum(1).clamp(min=1)
+        weight = (attention_mask != 0).float()[..., None]
+        mean = (hidden_states.float() * weight).sum(1) / weight.sum(1).clamp(min=1)  # a sum of bytes overflows float16
+        return mean.to(hidden_states.dtype)
+
+    def mask_padding(self, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None) -> torch.Tensor | None:
+        if attention_mask is None and input_ids is not None and self.config.pad_token_id is not None:
+            return (input_ids != self.config.pad_token_id).long()
+        return attention_mask
 
 
-def share_of_batch(loss: torch.Tensor, labels: torch.Tensor, num_items_in_batch=None, **_) -> torch.Tensor:
+def share_of_batch(loss, labels: torch.Tensor, logits: torch.Tensor, num_items_in_batch=None, **_) -> torch.Tensor:
     """A mean over the labels of this call as its share of the mean over `num_items_in_batch`, as `Trainer` counts them.
 
-    So gradient accumulation gives the gradient of the whole batch.
+    So gradient accumulation gives the gradient of the whole batch. A call without labels has no share.
     """
     if num_items_in_batch is None:
         return loss
-    return loss * (labels != -100).sum() / num_items_in_batch
+    count = (labels != -100).sum()
+    return torch.where(count > 0, loss * count, 0 * logits.float().sum()) / num_items_in_batch
 
 
 class STLMForSequenceClassification(STLMClassifier):
@@ -1270,7 +1283,7 @@ class STLMForSequenceClassification(STLMClassifier):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=self.config)
-            loss = share_of_batch(loss, labels, **kwargs)
+            loss = share_of_batch(loss, labels, logits, **kwargs)
         return SequenceClassifierOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
@@ -1305,7 +1318,7 @@ class STLMForTokenClassification(STLMClassifier):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, config=self.config)
-            loss = share_of_batch(loss, labels, **kwargs)
+            loss = share_of_batch(loss, labels, logits, **kwargs)
         return TokenClassifierOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
@@ -1376,16 +1389,17 @@ class STLMForMultipleChoice(STLMClassifier):
             labels (`torch.LongTensor` of shape `(B,)`, *optional*): which choice is right.
         """
         num_choices = (inputs_embeds if input_ids is None else input_ids).shape[1]
-        input_ids, attention_mask, position_ids, inputs_embeds = (
-            None if tensor is None else tensor.flatten(0, 1)
-            for tensor in (input_ids, attention_mask, position_ids, inputs_embeds)
+        input_ids, attention_mask, inputs_embeds = (
+            None if tensor is None else tensor.flatten(0, 1) for tensor in (input_ids, attention_mask, inputs_embeds)
         )
+        if position_ids is not None and position_ids.ndim == 3:  # or (1, T), the same for all
+            position_ids = position_ids.flatten(0, 1)
         outputs = self.encode(input_ids, attention_mask, position_ids, inputs_embeds, kwargs)
         pooled = self.pool(outputs.last_hidden_state, input_ids, attention_mask)
         logits = self.score(self.dropout(pooled)).view(-1, num_choices)
         loss = None
         if labels is not None:
-            loss = share_of_batch(F.cross_entropy(logits.float(), labels), labels, **kwargs)
+            loss = share_of_batch(F.cross_entropy(logits.float(), labels), labels, logits, **kwargs)
         return MultipleChoiceModelOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
