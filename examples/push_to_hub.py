@@ -30,8 +30,8 @@ def main():
     parser.add_argument("--language", help="of the training texts, as the Hub spells it, for a generated card")
     args = parser.parse_args()
     # The class that was saved: loaded as another, it would lose its head.
-    (name,) = AutoConfig.from_pretrained(args.checkpoint).architectures
-    model_class = getattr(modeling_stlm, name)
+    (class_name,) = AutoConfig.from_pretrained(args.checkpoint).architectures
+    model_class = getattr(modeling_stlm, class_name)
     api = HfApi()
     repo_id = api.create_repo(args.repo_id, private=args.private, exist_ok=True).repo_id
     with tempfile.TemporaryDirectory() as folder:
@@ -46,9 +46,8 @@ def main():
         # One commit: what is on the Hub is always the old checkpoint or the new one.
         commit = api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload checkpoint")
     print(f"published {commit.oid}")
-    print(
-        f'AutoModel{name.removeprefix("STLM").removeprefix("Model")}.from_pretrained("{repo_id}", trust_remote_code=True)'
-    )
+    auto_class = "AutoModel" + class_name.removeprefix("STLM").removeprefix("Model")
+    print(f'{auto_class}.from_pretrained("{repo_id}", trust_remote_code=True)')
 
 
 if __name__ == "__main__":

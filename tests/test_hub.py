@@ -368,6 +368,7 @@ def test_the_example_publishes_a_head_as_what_it_is(new_hub, tmp_path):
     STLMForSequenceClassification(tiny_config(num_labels=3)).save_pretrained(folder)
     STLMTokenizer().save_pretrained(folder)
     (folder / "README.md").write_text("# my head")
-    client(new_hub, tmp_path / "one", SCRIPT, "--checkpoint", folder, "--repo_id", "alice/head", token="key")
+    printed = client(new_hub, tmp_path / "one", SCRIPT, "--checkpoint", folder, "--repo_id", "alice/head", token="key")
+    assert 'AutoModelForSequenceClassification.from_pretrained("alice/head", trust_remote_code=True)' in printed
     config = json.loads(snapshot(new_hub, "alice/head")["config.json"])
     assert config["architectures"] == ["STLMForSequenceClassification"] and len(config["id2label"]) == 3

@@ -97,6 +97,7 @@ def compiled_step(kit: Kit) -> None:
     model, inputs = kit.model(), kit.batch(rows_of(kit)[:1])
     expected = kit.generate(model, inputs)
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     settings = CompileConfig(backend="eager", fullgraph=True, mode=None)
     settings._compile_all_devices = True
     found = kit.generate(model, inputs, cache_implementation="static", compile_config=settings)

@@ -668,7 +668,7 @@ class STLMModel(STLMPreTrainedModel):
         """
         # Called and not read, so that an adapter of the embedding takes part.
         table = self.embed_tokens(torch.arange(self.embed_tokens.weight.shape[0], device=inputs_embeds.device))
-        some = slice(0, 8)  # numbers that tell ids apart, without a difference of shape (B, T, V, D)
+        some = slice(0, 4)  # numbers that tell ids apart, without a difference of shape (B, T, V, D)
         ids = (inputs_embeds[..., None, some] == table[:, some]).all(-1).int().argmax(-1)
         return ids.masked_fill((table[ids] != inputs_embeds).any(-1), SOFT_ID)
 
@@ -1216,15 +1216,16 @@ class STLMClassifier(STLMPreTrainedModel):
         self.model = STLMModel(config)
         self.dropout = nn.Dropout(config.classifier_dropout)
 
-    def encode(self, input_ids, attention_mask, position_ids, inputs_embeds, kwargs) -> STLMModelOutput:
-        """Hidden states of every byte. `num_items_in_batch` is for the loss only; a head needs no cache."""
+    def encode(self, input_ids, attention_mask, position_ids, inputs_embeds, kwargs):
+        """Hidden states of every byte, and the mask used. `num_items_in_batch` is for the loss; a head needs no cache."""
         kwargs = {name: value for name, value in kwargs.items() if name != "num_items_in_batch"} | {"use_cache": False}
-        attention_mask = self.mask_padding(input_ids, attention_mask)
-        return self.model(input_ids, attention_mask, position_ids, inputs_embeds=inputs_embeds, **kwargs)
+        if attention_mask is None and input_ids is not None and self.config.pad_token_id is not None:
+            attention_mask = (input_ids != self.config.pad_token_id).long()
+        outputs = self.model(input_ids, attention_mask, position_ids, inputs_embeds=inputs_embeds, **kwargs)
+        return outputs, attention_mask
 
-    def pool(self, hidden_states: torch.Tensor, input_ids, attention_mask) -> torch.Tensor:
+    def pool(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
         """One vector for each row (B, D) of `hidden_states (B, T, D)`: see `config.classifier_pooling`."""
-        attention_mask = self.mask_padding(input_ids, attention_mask)
         if attention_mask is None:
             attention_mask = hidden_states.new_ones(hidden_states.shape[:2])
         if self.config.classifier_pooling == "last":
@@ -1234,11 +1235,6 @@ class STLMClassifier(STLMPreTrainedModel):
         weight = (attention_mask != 0).float()[..., None]
         mean = (hidden_states.float() * weight).sum(1) / weight.sum(1).clamp(min=1)  # a sum of bytes overflows float16
         return mean.to(hidden_states.dtype)
-
-    def mask_padding(self, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None) -> torch.Tensor | None:
-        if attention_mask is None and input_ids is not None and self.config.pad_token_id is not None:
-            return (input_ids != self.config.pad_token_id).long()
-        return attention_mask
 
 
 def share_of_batch(loss, labels: torch.Tensor, logits: torch.Tensor, num_items_in_batch=None, **_) -> torch.Tensor:
@@ -1277,8 +1273,8 @@ class STLMForSequenceClassification(STLMClassifier):
             labels (`torch.Tensor` of shape `(B,)` or `(B, num_labels)`, *optional*):
                 Classes, or values if `num_labels` is 1; floats of shape `(B, num_labels)` for several labels at once.
         """
-        outputs = self.encode(input_ids, attention_mask, position_ids, inputs_embeds, kwargs)
-        pooled = self.pool(outputs.last_hidden_state, input_ids, attention_mask)
+        outputs, attention_mask = self.encode(input_ids, attention_mask, position_ids, inputs_embeds, kwargs)
+        pooled = self.pool(outputs.last_hidden_state, attention_mask)
         logits = self.score(self.dropout(pooled))
         loss = None
         if labels is not None:
@@ -1313,7 +1309,7 @@ class STLMForTokenClassification(STLMClassifier):
         Args:
             labels (`torch.LongTensor` of shape `(B, T)`, *optional*): class of every byte; -100 is left out.
         """
-        outputs = self.encode(input_ids, attention_mask, position_ids, inputs_embeds, kwargs)
+        outputs, _ = self.encode(input_ids, attention_mask, position_ids, inputs_embeds, kwargs)
         logits = self.score(self.dropout(outputs.last_hidden_state))
         loss = None
         if labels is not None:
@@ -1350,7 +1346,7 @@ class STLMForQuestionAnswering(STLMClassifier):
             start_positions, end_positions (`torch.LongTensor` of shape `(B,)`, *optional*):
                 First and last byte of the answer; positions past the input are left out.
         """
-        outputs = self.encode(input_ids, attention_mask, position_ids, inputs_embeds, kwargs)
+        outputs, _ = self.encode(input_ids, attention_mask, position_ids, inputs_embeds, kwargs)
         start_logits, end_logits = self.qa_outputs(self.dropout(outputs.last_hidden_state)).unbind(-1)
         loss = None
         if start_positions is not None and end_positions is not None:
@@ -1394,8 +1390,8 @@ class STLMForMultipleChoice(STLMClassifier):
         )
         if position_ids is not None and position_ids.ndim == 3:  # or (1, T), the same for all
             position_ids = position_ids.flatten(0, 1)
-        outputs = self.encode(input_ids, attention_mask, position_ids, inputs_embeds, kwargs)
-        pooled = self.pool(outputs.last_hidden_state, input_ids, attention_mask)
+        outputs, attention_mask = self.encode(input_ids, attention_mask, position_ids, inputs_embeds, kwargs)
+        pooled = self.pool(outputs.last_hidden_state, attention_mask)
         logits = self.score(self.dropout(pooled)).view(-1, num_choices)
         loss = None
         if labels is not None:
