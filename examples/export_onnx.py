@@ -6,7 +6,7 @@
 
 The folder has a graph for the prompt and one for a single byte, both for any number of rows. They keep a static cache
 of `--max_length` bytes, because the sizes of a graph cannot follow from a text; so the trunk runs for every byte and
-not only for the last of each patch, which makes them slower than PyTorch.
+not only for the last of each patch.
 """
 
 import argparse
