@@ -20,7 +20,8 @@ from pathlib import Path
 
 import torch
 from controls import bpe_llama, flat_byte_llama
-from pretrain import run_info
+from costs import bytes_per_patch, effective_parameters, flops_per_byte
+from provenance import run_info
 from transformers import AutoModelForCausalLM, LogitsProcessor, LogitsProcessorList
 
 from modeling_stlm import STLMConfig, STLMTokenizer
@@ -171,20 +172,12 @@ def main():
     table = {}
     for name, (model, tokenizer) in models.items():
         sample = text[:100_000].decode()
-        bytes_per_token = len(sample) / len(tokenizer(sample)["input_ids"])
-        row = {"stored": model.num_parameters()}
+        row = {"stored": model.num_parameters(), "effective": effective_parameters(model)}
         if name == "stlm":
-            ids = ids_of(tokenizer, rows_of(text, 8, 1024))
-            with torch.no_grad():
-                boundaries = model.model(ids, output_boundaries=True, use_cache=False).boundaries
-            bytes_per_patch = ids.numel() / int(boundaries.sum())
-            row["bytes per patch"] = round(bytes_per_patch, 2)
-            row["effective"] = model.parameter_budget()["effective"]["total"]
-            row["MFLOP/byte"] = model.flops_per_byte(bytes_per_patch, 1024) / 1e6
+            unit, length = "patch", bytes_per_patch(model, ids_of(tokenizer, rows_of(text, 8, 1024)))
         else:
-            row["effective"] = model.num_parameters() + model.lm_head.weight.numel()
-            row["MFLOP/byte"] = llama_flops_per_token(model, 1024 / bytes_per_token) / bytes_per_token / 1e6
-            row["bytes per token"] = round(bytes_per_token, 2)
+            unit, length = "token", len(sample) / len(tokenizer(sample)["input_ids"])
+        row |= {f"bytes per {unit}": round(length, 2), "MFLOP/byte": flops_per_byte(model, length) / 1e6}
         table[name] = row | {measure: summary(values) for measure, values in results[name].items()}
         table[name] |= peak_memory_mb(name, args)
 
@@ -197,13 +190,6 @@ def main():
         ratios = (f"{m} {table['stlm'][m]['median'] / table[name][m]['median']:.2f}x" for m in measures)
         print(f"stlm / {name}: " + ", ".join(ratios))
     print(json.dumps({"table": table, "arguments": {k: str(v) for k, v in vars(args).items()}} | info))
-
-
-def llama_flops_per_token(model, context_tokens: float) -> float:
-    config = model.config
-    matrices = sum(p.numel() for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name)
-    attention = 4 * context_tokens / 2 * config.num_attention_heads * config.head_dim * config.num_hidden_layers
-    return 2 * (matrices + config.vocab_size * config.hidden_size) + attention
 
 
 def summary(values: list[float]) -> dict[str, float]:

@@ -15,7 +15,8 @@ import tempfile
 from pathlib import Path
 
 import torch
-from pretrain import documents, run_info
+from pretrain import documents
+from provenance import run_info
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
 from modeling_stlm import STLMTokenizer

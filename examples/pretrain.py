@@ -10,34 +10,35 @@ the same command is given again. At the end the output folder holds the checkpoi
 `history.json`, `loss.png` and `results.json`.
 
 `--model llama-bytes` and `--model llama-bpe` train the controls of `controls.py` the same way, at the stored size of
-`--like`.
+`--like`. The budget is time, steps, bytes or floating-point operations; evaluation does not count.
 """
 
 import argparse
 import json
 import os
-import platform
-import subprocess
 import time
 from collections.abc import Iterable
 from glob import glob
-from importlib.metadata import version
 from pathlib import Path
 
 import matplotlib
 import torch
-from controls import bpe_llama, flat_byte_llama
+from controls import llama_config, train_bpe
+from costs import bytes_per_patch, effective_parameters, flops_per_byte
 from datasets import load_dataset
+from provenance import run_info
 from transformers import (
     AutoModelForCausalLM,
     GenerationConfig,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
     Trainer,
     TrainingArguments,
     set_seed,
 )
 
-from modeling_stlm import STLMConfig, STLMTokenizer
+from modeling_stlm import STLMConfig, STLMForCausalLM, STLMTokenizer
 from modeling_stlm.training.bits_per_byte import BitsPerByteEvaluator
 from modeling_stlm.training.corpus import PackedWindows, write_corpus
 from modeling_stlm.training.optimizer import MuonRecipe
@@ -48,26 +49,31 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--train", nargs="+", required=True, help="files or patterns")
     parser.add_argument("--validation", nargs="+", required=True, help="files or patterns")
     parser.add_argument("--test", nargs="+", default=[], help="files or patterns, evaluated once at the end")
     parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--data", type=Path, help="where the corpora lie in ids; by default beside the output")
     parser.add_argument("--model", default="stlm-3m", help="a preset, a config folder, llama-bytes or llama-bpe")
+    parser.add_argument("--set", nargs="*", default=[], metavar="FIELD=VALUE", help="changes to the preset, as JSON")
     parser.add_argument("--like", default="stlm-3m", help="preset whose stored size the controls take")
     parser.add_argument("--vocab_size", type=int, default=4096, help="of llama-bpe")
     budget = parser.add_mutually_exclusive_group(required=True)
     budget.add_argument("--max_minutes", type=float)
     budget.add_argument("--max_steps", type=int)
+    budget.add_argument("--max_bytes", type=float, help="bytes seen")
+    budget.add_argument("--max_flops", type=float, help="operations, of forward and backward pass")
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="what --max_minutes counts")
     parser.add_argument("--block_bytes", type=int, default=1024)
     parser.add_argument("--batch_size", type=int, default=8, help="windows a step")
     parser.add_argument("--muon_lr", type=float, default=0.02)
-    parser.add_argument("--adamw_lr", type=float, default=3e-3)
-    parser.add_argument("--eval_steps", type=int, default=500)
+    parser.add_argument("--adamw_lr", type=float, default=4e-3)
+    parser.add_argument("--eval_steps", type=int, default=500, help="steps between checkpoints, which are evaluated")
+    parser.add_argument("--eval_at_end", action="store_true", help="evaluate only the last one")
     parser.add_argument("--seed", type=int, default=1)
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
 def documents(patterns: list[str]) -> Iterable[str | bytes]:
@@ -91,19 +97,6 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
     return torch.tensor([0 if i in special else len(piece) for i, piece in enumerate(pieces)])
 
 
-def run_info() -> dict[str, str]:
-    """Where a number comes from."""
-    git = ["git", "-C", str(Path(__file__).parent)]
-    commit = subprocess.run([*git, "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
-    cpu = next(
-        (line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")),
-        platform.processor(),
-    )
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{cpu}, {torch.get_num_threads()} threads"
-    versions = {name: version(name) for name in ("torch", "transformers", "accelerate")}
-    return {"commit": commit, "device": device, "python": platform.python_version()} | versions
-
-
 def last_checkpoint(output: Path) -> str | None:
     """The newest complete checkpoint: its trainer state is written last."""
     states = output.glob("checkpoint-*/trainer_state.json")
@@ -121,49 +114,79 @@ def write_curve(history: list[dict], path: Path, title: str) -> None:
     figure.savefig(path, dpi=120)
 
 
+def load_tokenizer(args: argparse.Namespace, folder: Path) -> PreTrainedTokenizerBase:
+    """That of the bytes, or a BPE, which is trained once."""
+    if args.model != "llama-bpe":
+        return STLMTokenizer()
+    path = folder / "tokenizer"
+    if not path.is_dir():
+        train_bpe(documents(args.train), args.vocab_size).save_pretrained(path)
+    return PreTrainedTokenizerFast.from_pretrained(path)
+
+
+def prepare(args: argparse.Namespace) -> tuple[PreTrainedTokenizerBase, dict[str, Path]]:
+    """The tokenizer and, by split, the corpora in its ids. What is there already is not made again."""
+    name = f"bpe-{args.vocab_size}" if args.model == "llama-bpe" else "bytes"
+    folder = (args.data or args.output / "data") / name
+    corpora = {split: folder / f"{split}.bin" for split in ("train", "validation", "test") if getattr(args, split)}
+    for split, path in corpora.items():
+        patterns, sources = getattr(args, split), path.with_suffix(".json")
+        if path.is_file() and json.loads(sources.read_text()) != patterns:
+            raise SystemExit(f"{path} was made from {sources.read_text()}, not {patterns}: give another --data")
+    tokenizer = load_tokenizer(args, folder)
+    for split, path in corpora.items():
+        if not path.is_file():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.with_suffix(".json").write_text(json.dumps(getattr(args, split)))
+            write_corpus(path, documents(getattr(args, split)), tokenizer)
+    return tokenizer, corpora
+
+
+def build_model(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    if args.model.startswith("llama-"):
+        with torch.device("meta"):
+            stored = AutoModelForCausalLM.from_config(STLMConfig.from_preset(args.like)).num_parameters()
+        return AutoModelForCausalLM.from_config(llama_config(tokenizer, stored))
+    changes = {}
+    for change in args.set:
+        name, _, value = change.partition("=")
+        changes[name] = json.loads(value)
+    if unknown := sorted(set(changes) - set(STLMConfig().to_dict())):
+        raise SystemExit(f"--set {unknown}: not a field of STLMConfig")
+    if Path(args.model).is_dir():
+        return AutoModelForCausalLM.from_config(STLMConfig.from_pretrained(args.model, **changes))
+    return AutoModelForCausalLM.from_config(STLMConfig.from_preset(args.model, **changes))
+
+
 def main():
     args = parse_arguments()
     set_seed(args.seed)
-    if args.model.startswith("llama-"):
-        stored = AutoModelForCausalLM.from_config(STLMConfig.from_preset(args.like)).num_parameters()
-        if args.model == "llama-bytes":
-            config, tokenizer = flat_byte_llama(stored)
-        else:
-            config, tokenizer = bpe_llama(stored, args.vocab_size, documents(args.train))
-    else:
-        config = (
-            STLMConfig.from_pretrained(args.model) if Path(args.model).is_dir() else STLMConfig.from_preset(args.model)
-        )
-        tokenizer = STLMTokenizer()
-    model = AutoModelForCausalLM.from_config(config)
+    tokenizer, corpora = prepare(args)
+    model = build_model(args, tokenizer)
     print(f"{args.model}: {model.num_parameters():,} stored parameters, {model.device}, {model.dtype}")
 
-    corpora = {}
-    for split in ("train", "validation", "test"):
-        patterns = getattr(args, split)
-        path = args.output / "data" / f"{split}.bin"
-        sources = path.with_suffix(".json")
-        if patterns and not path.is_file():
-            write_corpus(path, documents(patterns), tokenizer)
-            sources.write_text(json.dumps(patterns))
-        elif patterns and json.loads(sources.read_text()) != patterns:
-            raise SystemExit(f"{path} was made from {sources.read_text()}, not {patterns}: give another --output")
-        corpora[split] = path
     sizes = token_bytes(tokenizer)
     bytes_per_token = 1.0
     if not isinstance(tokenizer, STLMTokenizer):
-        sample = PackedWindows(corpora["validation"], tokenizer, 1024)
-        ids = torch.from_numpy(sample.ids.astype("int64"))
+        ids = torch.from_numpy(PackedWindows(corpora["validation"], tokenizer, 1024).ids.astype("int64"))
         bytes_per_token = float(sizes[ids].sum() / len(ids))
     block_size = round(args.block_bytes / bytes_per_token)
-    sets = {
-        split: PackedWindows(path, tokenizer, block_size) for split, path in corpora.items() if getattr(args, split)
-    }
-    print(f"{len(sets['train']):,} windows of {block_size} ids, {bytes_per_token:.2f} bytes an id")
+    sets = {split: PackedWindows(path, tokenizer, block_size) for split, path in corpora.items()}
+    windows = sets["validation"]
+    sample = torch.stack([windows[i]["input_ids"] for i in range(0, len(windows), -(-len(windows) // 16))])
+    length = bytes_per_patch(model, sample) if isinstance(model, STLMForCausalLM) else bytes_per_token
+    flops = flops_per_byte(model, length, args.block_bytes)
+    print(
+        f"{len(sets['train']):,} windows of {block_size} ids, {length:.2f} bytes a patch or token, "
+        f"{flops / 1e6:.2f} MFLOP a byte"
+    )
 
-    evaluator = BitsPerByteEvaluator(sizes)
     timed = args.max_minutes is not None
-    steps = 10**9 if timed else args.max_steps
+    step_bytes = args.batch_size * block_size * bytes_per_token
+    if args.max_flops is not None:
+        args.max_bytes = args.max_flops / (3 * flops)
+    steps = 10**9 if timed else args.max_steps or max(1, round(args.max_bytes / step_bytes))
+    evaluator = BitsPerByteEvaluator(sizes)
     training_args = TrainingArguments(
         output_dir=str(args.output),
         max_steps=steps,
@@ -172,7 +195,7 @@ def main():
         warmup_steps=0 if timed else max(1, int(0.02 * steps)),
         per_device_train_batch_size=args.batch_size,
         per_device_eval_batch_size=args.batch_size,
-        eval_strategy="steps",
+        eval_strategy="no" if args.eval_at_end else "steps",
         eval_steps=args.eval_steps,
         save_steps=args.eval_steps,
         save_total_limit=1,
@@ -185,40 +208,47 @@ def main():
         use_cpu=not torch.cuda.is_available(),
         bf16=torch.cuda.is_available(),
     )
-    budget = TimeBudget(args.max_minutes, clock=args.clock) if timed else None
     trainer = Trainer(
         model=model,
         args=training_args,
         train_dataset=sets["train"],
-        eval_dataset=sets["validation"],
+        eval_dataset=windows,
         processing_class=tokenizer,
         compute_metrics=evaluator,
         preprocess_logits_for_metrics=evaluator.nats,
         optimizer_cls_and_kwargs=(MuonRecipe, {"muon_lr": args.muon_lr, "adamw_lr": args.adamw_lr}),
-        callbacks=[budget] if timed else None,
+        callbacks=[TimeBudget(args.max_minutes, clock=args.clock)] if timed else None,
     )
-    started = time.monotonic()
+    started, cpu_started = time.monotonic(), time.process_time()
     trainer.train(resume_from_checkpoint=last_checkpoint(args.output))
 
-    seconds = time.monotonic() - started
+    seconds, cpu_seconds = time.monotonic() - started, time.process_time() - cpu_started
     final = {
         split: trainer.evaluate(sets[split], metric_key_prefix=split)[f"{split}_bits_per_byte"]
         for split in ("validation", "test")
         if split in sets
     }
     # Names alone: results are published, and folders of the machine that trained say nothing to anybody.
-    names = {split: " ".join(Path(file).name for file in getattr(args, split)) for split in ("train", *sets)}
+    names = {split: " ".join(Path(file).name for file in getattr(args, split)) for split in sets}
+    names |= {"output": args.output.name, "data": None}
+    bytes_seen = round(trainer.state.global_step * step_bytes)
     results = {
         "model": args.model,
         "stored_parameters": model.num_parameters(),
+        "effective_parameters": effective_parameters(model),
+        "bytes_per_patch_or_token": round(length, 3),
+        "flops_per_byte": round(flops),
         "steps": trainer.state.global_step,
-        "bytes_seen": round(trainer.state.global_step * args.batch_size * block_size * bytes_per_token),
+        "bytes_seen": bytes_seen,
+        "training_flops": 3 * flops * bytes_seen,
         "wall_seconds_of_last_run": round(seconds),
-        "budget": {"minutes": args.max_minutes, "clock": args.clock} if timed else {"steps": args.max_steps},
+        "cpu_seconds_of_last_run": round(cpu_seconds),
+        "budget": {"minutes": args.max_minutes, "clock": args.clock} if timed else {"steps": steps},
         "bits_per_byte": final,
-        "arguments": {name: str(value) for name, value in (vars(args) | names | {"output": args.output.name}).items()},
+        "arguments": {name: str(value) for name, value in (vars(args) | names).items()},
+        "config": {name: value for name, value in model.config.to_diff_dict().items() if name != "auto_map"},
     } | run_info()
-    if isinstance(config, STLMConfig):
+    if isinstance(model, STLMForCausalLM):
         model.config.use_cache = True  # Trainer turns it off, and would save it so
     model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
@@ -232,7 +262,9 @@ def main():
     trainer.save_model()
     (args.output / "history.json").write_text(json.dumps(trainer.state.log_history, indent=1) + "\n")
     (args.output / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-    write_curve(trainer.state.log_history, args.output / "loss.png", f"{args.model}, {results['bytes_seen']:,} bytes")
+    if not args.eval_at_end:
+        title = f"{args.model}, {results['bytes_seen']:,} bytes"
+        write_curve(trainer.state.log_history, args.output / "loss.png", title)
     print(json.dumps(results, indent=1))
 
 

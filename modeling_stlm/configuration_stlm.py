@@ -18,6 +18,7 @@ PRESETS = Path(__file__).with_name("presets")
 PATCHING_RULES = ("spacelike", "fixed")
 LAYER_SHARING = ("none", "immediate", "cycle", "middle", "ffn")
 BYTE_MIXERS = ("conv", "attention")
+NORM_TYPES = ("layer_norm", "rms_norm")
 CLASSIFIER_POOLING = ("mean", "last")
 # STLMForCausalLM and so on, each with the Auto class of the same ending.
 HEADS = (
@@ -98,8 +99,11 @@ class STLMConfig(PreTrainedConfig):
             Activation of the feed-forward layers.
         rope_theta (`float`, defaults to 10000.0):
             Base of the rotary embedding over the patch index and, in `"attention"` mixers, over the byte index.
-        rms_norm_eps (`float`, defaults to 1e-06):
-            Added to the mean square in every norm.
+        norm_type (`str`, defaults to `"layer_norm"`):
+            `"layer_norm"` (with a scale and without a bias: one kernel everywhere) or `"rms_norm"` (several kernels on a
+            CPU, three to four times as slow there).
+        norm_eps (`float`, defaults to 1e-06):
+            Added to the variance, or mean square, in every norm.
         initializer_range (`float`, defaults to 0.02):
             Standard deviation of the embeddings at the start. Linear layers start at `1 / sqrt(fan_in)`, output
             projections at zero.
@@ -177,7 +181,8 @@ class STLMConfig(PreTrainedConfig):
     layer_sharing: str = "none"
     hidden_act: str = "relu2"
     rope_theta: float | int = 10000.0
-    rms_norm_eps: float = 1e-6
+    norm_type: str = "layer_norm"
+    norm_eps: float = 1e-6
     initializer_range: float = 0.02
     hidden_dropout: float | int = 0.0
     attention_dropout: float | int = 0.0
@@ -282,6 +287,8 @@ class STLMConfig(PreTrainedConfig):
             raise ValueError(
                 f"num_front_layers={self.num_front_layers} and num_back_layers={self.num_back_layers} must be at least 1"
             )
+        if self.norm_type not in NORM_TYPES:
+            raise ValueError(f"norm_type={self.norm_type!r} is not known: choose one of {NORM_TYPES}")
         if len(self.byte_mixers) != self.num_byte_layers:
             raise ValueError(
                 f"byte_mixers has {len(self.byte_mixers)} entries for {self.num_byte_layers} byte layers "

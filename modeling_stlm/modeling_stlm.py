@@ -142,6 +142,13 @@ def rotary_embedding(
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
+def make_norm(config: STLMConfig, width: int) -> nn.Module:
+    """Norm with a scale and without a bias."""
+    if config.norm_type == "rms_norm":
+        return nn.RMSNorm(width, eps=config.norm_eps)
+    return nn.LayerNorm(width, eps=config.norm_eps, bias=False)
+
+
 class STLMAttention(nn.Module):
     """Grouped-query attention with QK-norm; the projections serve both levels, `forward` is that of the trunk."""
 
@@ -156,8 +163,8 @@ class STLMAttention(nn.Module):
         self.k_proj = nn.Linear(width, num_key_value_heads * head_dim, bias=False)
         self.v_proj = nn.Linear(width, num_key_value_heads * head_dim, bias=False)
         self.o_proj = nn.Linear(num_heads * head_dim, width, bias=False)
-        self.q_norm = nn.RMSNorm(head_dim, eps=config.rms_norm_eps)
-        self.k_norm = nn.RMSNorm(head_dim, eps=config.rms_norm_eps)
+        self.q_norm = make_norm(config, head_dim)
+        self.k_norm = make_norm(config, head_dim)
 
     def project(self, hidden_states: torch.Tensor, rotary) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Queries, keys and values of shape (B, T, H, K), queries and keys normed and turned."""
@@ -295,15 +302,30 @@ class STLMShortConv(nn.Module):
             output = (inputs * taps).sum(1, keepdim=True)
         elif rows.positions is None and (self.num_after == 0 or rows.lengths is None):
             output = self.conv(inputs.transpose(1, 2)).transpose(1, 2)
+        elif self.num_after == 0 and not is_tracing():
+            output = self.conv(inputs.transpose(1, 2)).transpose(1, 2)
+            output = self._stop_at_documents(output, inputs, taps, rows.positions)
         else:
-            # The same as a sum of shifted products, each of which stays inside the document.
-            output = inputs[:, keep : keep + num_bytes] * taps[keep]
-            for offset in [*range(-keep, 0), *range(1, self.num_after + 1)]:
-                tap, counts = taps[keep + offset], rows.positions if offset < 0 else rows.ahead
-                if counts is not None:
-                    tap = tap * (counts >= abs(offset))[..., None]
-                output = torch.addcmul(output, inputs[:, keep + offset : keep + offset + num_bytes], tap)
+            output = self._shifted_products(inputs, taps, rows, keep, num_bytes)
         return self.out_proj(gate_out * output)
+
+    def _shifted_products(self, inputs, taps, rows: Rows, keep: int, num_bytes: int) -> torch.Tensor:
+        """The convolution as a sum of shifted products, each of which stays inside the document."""
+        output = inputs[:, keep : keep + num_bytes] * taps[keep]
+        for offset in [*range(-keep, 0), *range(1, self.num_after + 1)]:
+            tap, counts = taps[keep + offset], rows.positions if offset < 0 else rows.ahead
+            if counts is not None:
+                tap = tap * (counts >= abs(offset))[..., None]
+            output = torch.addcmul(output, inputs[:, keep + offset : keep + offset + num_bytes], tap)
+        return output
+
+    def _stop_at_documents(self, output, inputs, taps, positions) -> torch.Tensor:
+        """`output (B, T, D)`, with the few bytes that saw an earlier document computed again without it."""
+        row, time = (positions < self.kernel_size - 1).nonzero(as_tuple=True)  # (n,)
+        tap = torch.arange(self.kernel_size, device=time.device)  # (N,), oldest byte first
+        seen = inputs[row[:, None], time[:, None] + tap]  # (n, N, D)
+        inside = positions[row, time][:, None] >= self.kernel_size - 1 - tap  # (n, N)
+        return output.index_put((row, time), (seen * taps * inside[..., None]).sum(1))
 
 
 def dropout(states: torch.Tensor, probability: float, training: bool) -> torch.Tensor:
@@ -327,9 +349,9 @@ class STLMByteLayer(GradientCheckpointingLayer):
     def __init__(self, config: STLMConfig, slot: int):
         super().__init__()
         self.slot = slot
-        self.mixer_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mixer_norm = make_norm(config, config.hidden_size)
         self.mixer = STLMShortConv(config) if config.byte_mixers[slot] == "conv" else STLMWindowAttention(config)
-        self.feed_forward_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.feed_forward_norm = make_norm(config, config.hidden_size)
         self.feed_forward = STLMFeedForward(config.hidden_size, config.intermediate_size, config.hidden_act)
         self.dropout = config.hidden_dropout
         self.has_attention = config.byte_mixers[slot] == "attention"
@@ -354,7 +376,7 @@ class STLMByteLayer(GradientCheckpointingLayer):
 class STLMTrunkAttentionBlock(GradientCheckpointingLayer):
     def __init__(self, config: STLMConfig):
         super().__init__()
-        self.norm = nn.RMSNorm(config.trunk_hidden_size, eps=config.rms_norm_eps)
+        self.norm = make_norm(config, config.trunk_hidden_size)
         self.attention = STLMAttention(
             config,
             config.trunk_hidden_size,
@@ -372,7 +394,7 @@ class STLMTrunkAttentionBlock(GradientCheckpointingLayer):
 class STLMTrunkFeedForwardBlock(GradientCheckpointingLayer):
     def __init__(self, config: STLMConfig):
         super().__init__()
-        self.norm = nn.RMSNorm(config.trunk_hidden_size, eps=config.rms_norm_eps)
+        self.norm = make_norm(config, config.trunk_hidden_size)
         self.feed_forward = STLMFeedForward(
             config.trunk_hidden_size, config.trunk_intermediate_size, config.hidden_act
         )
@@ -393,7 +415,7 @@ class STLMTrunk(nn.Module):
         num_attention, num_feed_forward = (1 + max(indices) for indices in zip(*self.schedule))
         self.attention_blocks = nn.ModuleList(STLMTrunkAttentionBlock(config) for _ in range(num_attention))
         self.feed_forward_blocks = nn.ModuleList(STLMTrunkFeedForwardBlock(config) for _ in range(num_feed_forward))
-        self.norm = nn.RMSNorm(config.trunk_hidden_size, eps=config.rms_norm_eps)
+        self.norm = make_norm(config, config.trunk_hidden_size)
 
     def forward(
         self,
@@ -499,7 +521,7 @@ class STLMModel(STLMPreTrainedModel):
         self.back_layers = nn.ModuleList(
             STLMByteLayer(config, i) for i in range(config.num_front_layers, config.num_byte_layers)
         )
-        self.norm = nn.RMSNorm(width, eps=config.rms_norm_eps)
+        self.norm = make_norm(config, width)
         for name, table in self.tables(config).items():
             self.register_buffer(name, table, persistent=False)
         # Copies: reading a field of a config costs microseconds, and a byte must not cost many.

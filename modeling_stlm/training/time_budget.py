@@ -12,7 +12,7 @@ class TimeBudget(TrainerCallback, ExportableState):
 
     Linear warm-up, then constant, then linear decay to zero at the end of the budget. Use with
     `lr_scheduler_type="constant"` and, so that a resumed run goes on where it was cut and with the budget it was started
-    with, `restore_callback_states_from_checkpoint=True`. Evaluation and saving count.
+    with, `restore_callback_states_from_checkpoint=True`. Evaluation and saving do not count.
 
     Args:
         minutes (`float`): length of the training.
@@ -62,9 +62,13 @@ class TimeBudget(TrainerCallback, ExportableState):
         if self._tick() >= 1:
             control.should_training_stop = True
 
+    def on_evaluate(self, args, state, control, **kwargs):
+        self._last = self._now()
+
+    def on_save(self, args, state, control, **kwargs):
+        self._last = self._now()
+
     def state(self) -> dict:
-        if self._last is not None:
-            self._tick()
         return {
             "args": {"minutes": self.minutes, "warmup": self.warmup, "decay": self.decay, "clock": self.clock},
             "attributes": {"elapsed_seconds": self.elapsed_seconds},

@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compare designs: train a list of configurations under the same budget, with the same data order and seeds.
+
+    python examples/ablate.py examples/ablations/3m.json --output runs/ablations \
+        --train 'corpus/train/*.jsonl.gz' --validation corpus/validation.jsonl.gz
+
+The list is a JSON file: `arguments` of `pretrain.py` that all runs share, and `runs` by name with what is different
+(`set` holds fields of the config; `seeds` makes several runs of one). Each run is a process of one thread, `--jobs` of
+them at a time. Runs that are done are not repeated, one that was cut goes on where it was, and every finished run leaves
+one JSON beside the list, in a folder of its name. `--report` only writes the table and the plots from these.
+"""
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import matplotlib
+
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+
+HERE = Path(__file__).parent
+PLOTS = {
+    "stored_parameters": "stored parameters",
+    "flops_per_byte": "FLOPs a byte (forward)",
+    "bytes_seen": "bytes seen",
+    "cpu_seconds_of_last_run": "CPU seconds",
+}
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("list", type=Path, help="JSON file")
+    parser.add_argument("--train", nargs="+", help="files or patterns")
+    parser.add_argument("--validation", nargs="+", help="files or patterns")
+    parser.add_argument("--output", type=Path, help="folder of the runs")
+    parser.add_argument("--only", nargs="*", help="names of runs")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
+    parser.add_argument("--report", action="store_true", help="train nothing")
+    args = parser.parse_args()
+    if not args.report and not (args.train and args.validation and args.output):
+        parser.error("give --train, --validation and --output, or --report")
+    return args
+
+
+def expand(path: Path, only: list[str] | None = None) -> dict[str, dict]:
+    """Arguments of every run, by name; the seed is part of the name."""
+    listed = json.loads(path.read_text(encoding="utf-8"))
+    if only and (unknown := sorted(set(only) - set(listed["runs"]))):
+        raise SystemExit(f"{path} has no runs {unknown}, but {sorted(listed['runs'])}")
+    runs = {}
+    for name, changes in listed["runs"].items():
+        if not only or name in only:
+            for seed in changes.get("seeds", [1]):
+                own = {key: value for key, value in changes.items() if key != "seeds"}
+                runs[f"{name}-s{seed}"] = listed["arguments"] | own | {"seed": seed}
+    return runs
+
+
+def command(arguments: dict, args: argparse.Namespace, output: Path) -> list[str]:
+    words = [sys.executable, str(HERE / "pretrain.py"), "--eval_at_end"]
+    words += ["--train", *args.train, "--validation", *args.validation]
+    words += ["--output", str(output), "--data", str(args.output / "data")]
+    for name, value in arguments.items():
+        if name == "set":
+            words += ["--set", *(f"{field}={json.dumps(change)}" for field, change in value.items())]
+        else:
+            words += [f"--{name}", str(value)]
+    return words
+
+
+def train(name: str, arguments: dict, args: argparse.Namespace, results: Path) -> str:
+    """One run in a process of its own; returns a line about it."""
+    folder = args.output / name
+    folder.mkdir(parents=True, exist_ok=True)
+    note = folder / "arguments.json"
+    if note.is_file() and json.loads(note.read_text()) != arguments:
+        raise SystemExit(f"{folder} holds a run with other arguments: {note.read_text()}. Rename the run or remove it")
+    note.write_text(json.dumps(arguments))
+    with (folder / "log.txt").open("a") as log:
+        words = command(arguments, args, folder)
+        code = subprocess.run(words, stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode
+    if code:
+        return f"{name} failed with status {code}: see {folder / 'log.txt'}"
+    shutil.copy(folder / "results.json", results / f"{name}.json")
+    for checkpoint in folder.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    bits = json.loads((folder / "results.json").read_text())["bits_per_byte"]["validation"]
+    return f"{name}: {bits:.4f} bits per byte"
+
+
+def prepare(arguments: dict, args: argparse.Namespace) -> None:
+    """Tokenizers and corpora, so that runs side by side need not make the same ones."""
+    import pretrain
+
+    words = command(arguments, args, args.output / "none")[2:]
+    pretrain.prepare(pretrain.parse_arguments(words))
+
+
+def watch(folder: Path, running: set[str], stop: threading.Event) -> None:
+    """A line about every run at work, now and then."""
+    while not stop.wait(60):
+        for name in sorted(running):
+            log = (folder / name / "log.txt").read_text(errors="replace")
+            losses = re.findall(r"'loss': '?([\d.]+)", log)
+            steps = re.findall(r"\b(\d+)/\d+ \[", log)
+            print(f"  {name}: step {steps[-1] if steps else '?'}, loss {losses[-1] if losses else '?'}", flush=True)
+
+
+def table(results: dict[str, dict]) -> str:
+    """Best first."""
+    lines = [
+        "| run | bits per byte | stored | effective | MFLOP a byte | MB seen | training PFLOP | CPU s | commit |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, run in sorted(results.items(), key=lambda item: item[1]["bits_per_byte"]["validation"]):
+        lines.append(
+            f"| {name} | {run['bits_per_byte']['validation']:.4f} | {run['stored_parameters']:,} | "
+            f"{run['effective_parameters']:,} | {run['flops_per_byte'] / 1e6:.2f} | {run['bytes_seen'] / 1e6:.2f} | "
+            f"{run['training_flops'] / 1e15:.4f} | {run['cpu_seconds_of_last_run']} | {run['commit']} |"
+        )
+    return "\n".join(lines)
+
+
+def plot(results: dict[str, dict], path: Path) -> None:
+    figure, axes = plt.subplots(2, 2, figsize=(12, 9), sharey=True)
+    for (field, label), axis in zip(PLOTS.items(), axes.flat):
+        for name, run in results.items():
+            style = {"marker": "s", "color": "tab:orange"} if name.startswith("llama") else {"color": "tab:blue"}
+            point = (run[field], run["bits_per_byte"]["validation"])
+            axis.scatter(*point, s=14, **style)
+            axis.annotate(name, point, fontsize=5, xytext=(3, 2), textcoords="offset points")
+        axis.set(xlabel=label, xscale="log" if field in ("flops_per_byte", "bytes_seen") else "linear")
+        axis.grid(alpha=0.3)
+    for axis in axes[:, 0]:
+        axis.set_ylabel("bits per byte (validation)")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def report(folder: Path) -> None:
+    results = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+    if results:
+        (folder / "README.md").write_text(f"# {folder.name}\n\n{table(results)}\n\n![bits per byte](plots.png)\n")
+        plot(results, folder / "plots.png")
+        print(table(results))
+
+
+def main():
+    args = parse_arguments()
+    results = args.list.with_suffix("")
+    results.mkdir(exist_ok=True)
+    if not args.report:
+        runs = expand(args.list, args.only)
+        left = {name: arguments for name, arguments in runs.items() if not (results / f"{name}.json").is_file()}
+        print(f"{len(runs)} runs, {len(left)} to do, {args.jobs} at a time", flush=True)
+        for arguments in {
+            run.get("model", "") + str(run.get("vocab_size", "")): run for run in left.values()
+        }.values():
+            prepare(arguments, args)
+        running, stop, started = set(), threading.Event(), time.monotonic()
+
+        def work(name: str) -> None:
+            running.add(name)
+            line = train(name, left[name], args, results)
+            running.discard(name)
+            print(f"[{(time.monotonic() - started) / 60:.0f} min] {line}", flush=True)
+
+        threading.Thread(target=watch, args=(args.output, running, stop), daemon=True).start()
+        with ThreadPoolExecutor(args.jobs) as pool:
+            done = [pool.submit(work, name) for name in left]
+        stop.set()
+        for future in done:
+            future.result()
+    report(results)
+
+
+if __name__ == "__main__":
+    main()
