@@ -16,33 +16,42 @@ Every text stands behind `<bos>`, as documents do in training: the harness sets 
 import argparse
 import json
 from collections import defaultdict
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from lm_eval import evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
+from provenance import run_info
 
 import modeling_stlm  # noqa: F401  (registers the Auto classes)
 
 
 HERE = Path(__file__).parent
+TASKS = {
+    "blimp": "sentence_good, sentence_bad, UID, field",
+    "hellaswag": "activity_label, ctx_a, ctx_b, endings, label",
+    "arc_easy": "query, choices, gold",
+    "arc_challenge": "query, choices, gold",
+    "openbookqa": "query, choices, gold",
+    "copa": "query, choices, gold",
+    "piqa": "goal, sol1, sol2, label",
+}
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", default=str(HERE / "checkpoints" / "stlm-3m"), help="folder or Hub id")
-    parser.add_argument("--blimp", help="JSON lines with sentence_good, sentence_bad, UID, field")
-    parser.add_argument("--hellaswag", help="JSON lines with activity_label, ctx_a, ctx_b, endings, label")
+    for task, fields in TASKS.items():
+        parser.add_argument(f"--{task}", help=f"JSON lines with {fields}")
     parser.add_argument("--limit", type=int, help="only the first rows of each file")
     parser.add_argument("--batch_size", type=int, default=64, help="texts; they are sorted by length")
     parser.add_argument("--no_bos", action="store_true", help="no <bos> before contexts")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path, help="scores as JSON")
     args = parser.parse_args()
-    if not args.blimp and not args.hellaswag:
-        parser.error("give --blimp, --hellaswag or both")
+    if not any(getattr(args, task) for task in TASKS):
+        parser.error(f"give at least one of {', '.join(f'--{task}' for task in TASKS)}")
     return args
 
 
@@ -93,18 +102,17 @@ def main():
         add_bos_token=not args.no_bos,
     )
     print(f"{args.checkpoint}: {lm.model.num_parameters():,} parameters, {lm.model.device}, {lm.model.dtype}")
-    files = {"blimp_file": args.blimp, "hellaswag_file": args.hellaswag}
+    files = {f"{task}_file": getattr(args, task) for task in TASKS}
     scores = score(lm, {task: file for task, file in files.items() if file}, args.limit)
     print(table(scores))
     if args.output:
-        versions = {name: version(name) for name in ("torch", "transformers", "lm_eval")}
         about = {
             "checkpoint": Path(args.checkpoint).name,
             "add_bos_token": not args.no_bos,
             "batch_size": args.batch_size,
         }
         args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(about | versions | {"scores": scores}, indent=1) + "\n")
+        args.output.write_text(json.dumps(about | run_info("lm_eval") | {"scores": scores}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -11,17 +11,15 @@ rounded weights are evaluated anew, so the card says what the files score and no
 import argparse
 import json
 import shutil
-import tempfile
 from pathlib import Path
 
 import torch
 from pretrain import documents
 from provenance import run_info
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
+from scoring import bits_of_documents
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from modeling_stlm import STLMTokenizer
-from modeling_stlm.training.bits_per_byte import BitsPerByteEvaluator
-from modeling_stlm.training.corpus import PackedWindows, write_corpus
 from modeling_stlm.training.model_card import build_model_card, write_model_card
 
 
@@ -37,23 +35,6 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def evaluate(model, tokenizer, patterns: list[str], block_bytes: int) -> dict[str, float]:
-    evaluator = BitsPerByteEvaluator()
-    with tempfile.TemporaryDirectory() as folder:
-        path = write_corpus(Path(folder) / "text.bin", documents(patterns), tokenizer)
-        trainer = Trainer(
-            model=model,
-            args=TrainingArguments(
-                output_dir=folder, batch_eval_metrics=True, report_to="none", use_cpu=not torch.cuda.is_available()
-            ),
-            eval_dataset=PackedWindows(path, tokenizer, block_bytes),
-            compute_metrics=evaluator,
-            preprocess_logits_for_metrics=evaluator.nats,
-        )
-        metrics = trainer.evaluate()
-    return {"bits_per_byte": metrics["eval_bits_per_byte"], "bytes": metrics["eval_bytes"]}
-
-
 def main():
     args = parse_arguments()
     results = json.loads((args.run / "results.json").read_text())
@@ -67,7 +48,10 @@ def main():
 
     model = AutoModelForCausalLM.from_pretrained(args.output, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(args.output)
-    scores = {split: evaluate(model, tokenizer, getattr(args, split), block_bytes) for split in ("validation", "test")}
+    scores = {
+        split: bits_of_documents(model, tokenizer, documents(getattr(args, split)), block_bytes)
+        for split in ("validation", "test")
+    }
     shutil.copy(args.run / "loss.png", args.output / "loss.png")
     exported = {"dtype": "bfloat16", "scores": scores} | run_info()
     (args.output / "results.json").write_text(json.dumps(results | {"exported": exported}, indent=1) + "\n")

@@ -27,6 +27,7 @@ from controls import llama_config, train_bpe
 from costs import bytes_per_patch, effective_parameters, flops_per_byte
 from datasets import load_dataset
 from provenance import run_info
+from scoring import bytes_per_token, token_bytes
 from transformers import (
     AutoModelForCausalLM,
     GenerationConfig,
@@ -87,14 +88,6 @@ def documents(patterns: list[str]) -> Iterable[str | bytes]:
             yield Path(file).read_bytes()
         else:
             yield from load_dataset(kind, data_files=file, split="train")["text"]
-
-
-def token_bytes(tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
-    """Bytes behind each id, 0 for special tokens."""
-    # A byte-level vocabulary writes each byte as one character.
-    pieces = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
-    special = set(tokenizer.added_tokens_decoder) | set(tokenizer.all_special_ids)
-    return torch.tensor([0 if i in special else len(piece) for i, piece in enumerate(pieces)])
 
 
 def last_checkpoint(output: Path) -> str | None:
@@ -166,15 +159,13 @@ def main():
     print(f"{args.model}: {model.num_parameters():,} stored parameters, {model.device}, {model.dtype}")
 
     sizes = token_bytes(tokenizer)
-    bytes_per_token = 1.0
-    if not isinstance(tokenizer, STLMTokenizer):
-        ids = torch.from_numpy(PackedWindows(corpora["validation"], tokenizer, 1024).ids.astype("int64"))
-        bytes_per_token = float(sizes[ids].sum() / len(ids))
-    block_size = round(args.block_bytes / bytes_per_token)
+    ids = torch.from_numpy(PackedWindows(corpora["validation"], tokenizer, 1).ids.astype("int64"))
+    id_bytes = bytes_per_token(ids, sizes)
+    block_size = round(args.block_bytes / id_bytes)
     sets = {split: PackedWindows(path, tokenizer, block_size) for split, path in corpora.items()}
     windows = sets["validation"]
     sample = torch.stack([windows[i]["input_ids"] for i in range(0, len(windows), -(-len(windows) // 16))])
-    length = bytes_per_patch(model, sample) if isinstance(model, STLMForCausalLM) else bytes_per_token
+    length = bytes_per_patch(model, sample) if isinstance(model, STLMForCausalLM) else id_bytes
     flops = flops_per_byte(model, length, args.block_bytes)
     print(
         f"{len(sets['train']):,} windows of {block_size} ids, {length:.2f} bytes a patch or token, "
@@ -182,7 +173,7 @@ def main():
     )
 
     timed = args.max_minutes is not None
-    step_bytes = args.batch_size * block_size * bytes_per_token
+    step_bytes = args.batch_size * block_size * id_bytes
     if args.max_flops is not None:
         args.max_bytes = args.max_flops / (3 * flops)
     steps = 10**9 if timed else args.max_steps or max(1, round(args.max_bytes / step_bytes))

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 
 
-def run_info() -> dict[str, str]:
-    """Commit, device and versions, to be stored beside every number."""
+def run_info(*packages: str) -> dict[str, str]:
+    """Commit, device and versions, to be stored beside every number; those of `packages` too."""
     git = ["git", "-C", str(Path(__file__).parent)]
     commit = subprocess.run([*git, "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
     cpu = next(
@@ -18,5 +18,5 @@ def run_info() -> dict[str, str]:
         platform.processor(),
     )
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{cpu}, {torch.get_num_threads()} threads"
-    versions = {name: version(name) for name in ("torch", "transformers", "accelerate")}
+    versions = {name: version(name) for name in ("torch", "transformers", "accelerate", *packages)}
     return {"commit": commit, "device": device, "python": platform.python_version()} | versions

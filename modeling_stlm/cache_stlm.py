@@ -136,40 +136,47 @@ class STLMPoolCacheLayer(STLMCacheLayer):
     """Byte history, rule state, open patch and what the trunk said of each completed patch.
 
     `history` (B, seen) holds the id of every position fed, -1 at padding, -2 where an embedding stood for no id;
-    `context` (B, C) the last valid ids; `keys` (B, D) the sum over the open patch; `values` (B, P, D) the patches as
-    bytes see them; `visible` (B, D) the last of them, or the start vector; `num_bytes`, `num_patches`, `open_bytes`, `open_characters` (B,) counts of valid bytes.
+    `context` (B, C) the last valid ids; `keys` (B, S) the sum over the open patch; `values` (B, P, D) the patches as
+    bytes see them; `visible` (B, D) the last of them, or the start vector; `num_bytes`, `num_patches` (B,) counts of
+    valid bytes and patches; `open_bytes`, `memory` (B,) the state of the rule.
     """
 
     _layer_type = "stlm_pool"
     row_tensors = (
         *("keys", "values", "visible", "history", "context"),
-        *("num_bytes", "num_patches", "open_bytes", "open_characters"),
+        *("num_bytes", "num_patches", "open_bytes", "memory"),
     )
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
         self.visible = self.history = self.context = self.num_bytes = self.num_patches = None
-        self.open_bytes = self.open_characters = None
+        self.open_bytes = self.memory = None
         self.seen_bytes = 0
         self.is_stale = False  # after `crop`: everything but history and values must be made again
 
     def get_seq_length(self) -> int:
         return self.seen_bytes
 
-    def start(self, num_rows: int, num_context: int, first: torch.Tensor) -> None:
-        """Empty state for `num_rows` rows; `first (D,)` is what bytes see before any patch is complete."""
+    def start(self, num_rows: int, num_context: int, num_terms: int, first: torch.Tensor) -> None:
+        """Empty state for `num_rows` rows.
+
+        Args:
+            num_context (`int`): C.
+            num_terms (`int`): S.
+            first (`torch.Tensor` of shape `(D,)`): what bytes see before any patch is complete.
+        """
         self.lazy_initialization(first)
         self.values = first.new_zeros(num_rows, 0, len(first))
         self.history = torch.empty(num_rows, 0, dtype=torch.int32, device=first.device)
-        self.clear(num_context, first)
+        self.clear(num_context, num_terms, first)
 
-    def clear(self, num_context: int, first: torch.Tensor) -> None:
+    def clear(self, num_context: int, num_terms: int, first: torch.Tensor) -> None:
         """Forget all but the byte history and the patches."""
         num_rows = self.values.shape[0]  # `len` would fix it in an exported graph
         counts = torch.zeros(num_rows, dtype=torch.long, device=first.device)
-        self.num_bytes, self.num_patches, self.open_bytes, self.open_characters = (counts.clone() for _ in range(4))
+        self.num_bytes, self.num_patches, self.open_bytes, self.memory = (counts.clone() for _ in range(4))
         self.context = counts.new_full((num_rows, num_context), -1)
-        self.keys = first.new_zeros(num_rows, len(first), dtype=torch.float32)
+        self.keys = first.new_zeros(num_rows, num_terms, dtype=torch.float32)
         self.visible = first.expand(num_rows, -1)
         self.is_stale = False
 
@@ -301,10 +308,10 @@ class STLMStaticPoolCacheLayer(STLMStaticMixin, STLMPoolCacheLayer, StaticLayer)
 
     _layer_type = "stlm_pool"
 
-    def start(self, num_rows: int, num_context: int, first: torch.Tensor) -> None:
+    def start(self, num_rows: int, num_context: int, num_terms: int, first: torch.Tensor) -> None:
         self.lazy_initialization(first)
         self.values = first.new_zeros(num_rows, self.max_cache_len, len(first))
-        self.clear(num_context, first)
+        self.clear(num_context, num_terms, first)
 
     def check_room(self, num_bytes: int) -> None:
         if int(self.cumulative_length) + num_bytes > self.max_cache_len:

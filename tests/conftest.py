@@ -3,6 +3,7 @@ import os
 
 import pytest
 import torch
+from hypothesis import settings
 
 
 # Tiny models run several times faster on one thread. Subprocesses inherit it.
@@ -29,6 +30,8 @@ MARKERS_OF_TRANSFORMERS = (
 
 
 def pytest_configure(config):
+    settings.register_profile("busy machines", deadline=None)
+    settings.load_profile("busy machines")
     for marker in MARKERS_OF_TRANSFORMERS:
         config.addinivalue_line("markers", f"{marker}: used by the testers of transformers")
 

@@ -24,16 +24,35 @@ def completes_character(ids: list[int], t: int) -> bool:
     return False
 
 
-def boundaries(ids: list[int], config) -> list[bool]:
+def piece_boundaries(ids: list[int], config) -> list[bool]:
+    """A patch ends at the byte with which what was read since is the start of no piece."""
+    longest = config.max_patch_bytes - 1
+    known = {piece[:n] for piece in config.pieces for n in range(1, longest + 1)} | {bytes([b]) for b in range(256)}
+    ends, read = [], b""
+    for byte in ids:
+        more = read + bytes([byte]) if byte < 256 else None
+        ends.append(more not in known)
+        read = more if more in known else bytes([byte]) if byte < 256 else b""
+    return ends
+
+
+def boundaries(ids: list[int], config, surprise: list[bool] | None = None) -> list[bool]:
     if not config.is_causal:
-        ids = [ord("x") if byte == config.mask_token_id else byte for byte in ids]
+        ids = [ord("a") if byte == config.mask_token_id else byte for byte in ids]
+    if config.patching == "vocabulary":
+        ends = piece_boundaries(ids, config)
+        return ends if config.is_causal else [*ends[:-1], True]
     ends, characters, since_anchor = [], 0, 0
     for t, byte in enumerate(ids):
         since_anchor += 1
         anchor = kind(byte) == "special"
-        cap = config.patch_bytes
+        cap = config.patch_bytes if config.patching == "fixed" else config.max_patch_bytes
+        if config.patching == "entropy":
+            digest = 0
+            for back in range(config.entropy_order):
+                digest = digest * 65599 + (ids[t - back] + 1 if t - back >= 0 else 0)
+            anchor = anchor or surprise[digest % (2**31 - 1) % config.entropy_rows]
         if config.patching == "spacelike":
-            cap = config.max_patch_bytes
             word_ends = kind(byte) == "space" and t > 0 and kind(ids[t - 1]) == "word"
             anchor = anchor or word_ends
             if anchor:
@@ -124,6 +143,16 @@ def byte_layer(layer, x: torch.Tensor, is_causal: bool) -> torch.Tensor:
     return x + layer.feed_forward(layer.feed_forward_norm(x))
 
 
+def pool(model, x: torch.Tensor) -> torch.Tensor:
+    """Vector of one patch x (T, D)."""
+    how, heads = model.config.patch_pooling, model.config.num_attention_heads
+    if how == "attention":
+        scores = 10 * torch.tanh(model.pool_scores(x) / 10)
+        parts = [scores[:, h].softmax(0) @ part for h, part in enumerate(x.chunk(heads, dim=-1))]
+        return torch.cat(parts)
+    return {"mean": x.mean(0), "last": x[-1], "mean_last": torch.cat([x.mean(0), x[-1]])}[how]
+
+
 def hidden_states(model, ids: list[int]) -> torch.Tensor:
     """Last hidden state (T, D) of `STLMModel` for one document."""
     config = model.config
@@ -134,10 +163,13 @@ def hidden_states(model, ids: list[int]) -> torch.Tensor:
         )
     for layer in model.front_layers:
         x = byte_layer(layer, x, config.is_causal)
-    done = patches(boundaries(ids, config))
+    surprise = None
+    if config.patching == "entropy":
+        surprise = (model.entropy_table.float() / 32 > config.entropy_threshold).tolist()
+    done = patches(boundaries(ids, config, surprise))
     seen = [model.start] * len(ids)
     if done:
-        pooled = torch.stack([torch.cat([x[patch].mean(0), x[patch[-1]]]) for patch in done])
+        pooled = torch.stack([pool(model, x[patch]) for patch in done])
         out = model.unpool_proj(model.trunk(model.pool_proj(pooled)[None], None))[0]  # (P, D)
         for t in range(len(ids)):
             if config.is_causal:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from transformers import DynamicCache, LlamaConfig, StaticCache
 
 from .test_model import ALL, ROWS
-from .tiny import MIXERS, RTOL, SHARING, TEXT, assert_equal, batch, ids_of, tiny_config, tiny_model
+from .tiny import MIXERS, PATCHING, POOLING, RTOL, SHARING, TEXT, assert_equal, batch, ids_of, tiny_config, tiny_model
 
 
 IDS = torch.tensor([ids_of(TEXT)])
@@ -77,12 +77,12 @@ def test_ragged_rows_in_a_cache_equal_the_rows_alone(options, side):
 chunks = st.lists(st.integers(1, 9), min_size=1, max_size=4)
 
 
-@given(chunks, st.lists(st.integers(0, 40), min_size=1, max_size=4), st.sampled_from(["spacelike", "fixed"]))
-@settings(deadline=None, max_examples=25)
+@given(chunks, st.lists(st.integers(0, 40), min_size=1, max_size=4), st.sampled_from(sorted(PATCHING)))
+@settings(max_examples=25)
 @torch.no_grad()
 def test_cropping_leaves_the_cache_of_the_shorter_text(sizes, crops, patching):
-    for options in (MIXERS["both"], SHARING["middle"]):
-        model = tiny_model(patching=patching, **options)
+    for options in (MIXERS["both"] | POOLING["attention"], SHARING["middle"]):
+        model = tiny_model(**PATCHING[patching], **options)
         expected = model(IDS, use_cache=False).logits
         _, cache = feed(model, IDS, sizes=sizes)
         for crop in crops:

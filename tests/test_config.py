@@ -75,11 +75,25 @@ def test_layer_sharing_schedules(sharing, depth, unique, expected):
         ({"attention_window_bytes": 0}, "attention_window_bytes=0 must be at least 1"),
         ({"num_attention_heads": 0}, "num_attention_heads=0 must be at least 1"),
         ({"ngram_orders": [1, 2]}, "must all be at least 2"),
+        ({"norm_type": "batch_norm"}, "choose one of .*rms_norm"),
+        ({"patch_pooling": "max"}, "choose one of .*mean_last"),
+        (
+            {"patch_pooling": "attention", "num_attention_heads": 3, "head_dim": 4, "num_key_value_heads": 3},
+            "multiple",
+        ),
+        ({"patching": "vocabulary"}, "needs patch_vocabulary"),
+        ({"patching": "vocabulary", "patch_vocabulary": "a b", "max_patch_bytes": 1}, "must be at least 2"),
+        ({"entropy_order": 0}, "entropy_order=0 must be at least 1"),
     ],
 )
 def test_contradictions_are_named(fields, message):
     with pytest.raises(StrictDataclassClassValidationError, match=message):
         tiny_config(**fields)
+
+
+def test_pieces_of_a_vocabulary_are_bytes():
+    config = tiny_config(patching="vocabulary", patch_vocabulary="<pad> Ġthe æĿ± Ċ")
+    assert config.pieces == [b"<pad>", b" the", "東".encode(), b"\n"]
 
 
 def test_the_number_of_cache_slots_follows_the_depth():

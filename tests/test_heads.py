@@ -29,7 +29,19 @@ from modeling_stlm import (
 from modeling_stlm.configuration_stlm import HEADS
 
 from . import reference
-from .tiny import MIXERS, PATCHING, SHARING, TEXT, assert_equal, batch, ids_of, randomize, tiny_config, tiny_model
+from .tiny import (
+    MIXERS,
+    PATCHING,
+    POOLING,
+    SHARING,
+    TEXT,
+    assert_equal,
+    batch,
+    ids_of,
+    randomize,
+    tiny_config,
+    tiny_model,
+)
 
 
 MASK = 259
@@ -54,7 +66,7 @@ def masked_lm(**options) -> STLMForMaskedLM:
 # Looking both ways
 
 
-@pytest.mark.parametrize("options", cases(PATCHING, MIXERS, SHARING))
+@pytest.mark.parametrize("options", cases(PATCHING, POOLING, MIXERS, SHARING))
 @torch.no_grad()
 def test_masked_logits_equal_the_slow_reference_padded_packed_and_alone(options):
     model = masked_lm(**options)

@@ -7,14 +7,19 @@ import torch
 from modeling_stlm import STLMConfig, STLMForCausalLM
 
 from . import reference
-from .tiny import MIXERS, PATCHING, SHARING, TEXT, assert_equal, batch, ids_of, tiny_config, tiny_model
+from .tiny import MIXERS, PATCHING, POOLING, SHARING, TEXT, assert_equal, batch, ids_of, tiny_config, tiny_model
 
 
 def cases(*tables):
     return [pytest.param(options, id=name) for table in tables for name, options in table.items()]
 
 
-ALL = cases(PATCHING, MIXERS, SHARING, {"bigrams": {"ngram_orders": [2]}, "no n-grams": {"ngram_orders": []}})
+OTHERS = {
+    "bigrams": {"ngram_orders": [2]},
+    "no n-grams": {"ngram_orders": []},
+    "rms norm": {"norm_type": "rms_norm"},
+}
+ALL = cases(PATCHING, POOLING, MIXERS, SHARING, OTHERS)
 ROWS = [ids_of(TEXT), ids_of("A short one. "), ids_of("x"), ids_of("Ends mid wor"), [258, *ids_of("ab cd"), 258]]
 
 
@@ -26,7 +31,7 @@ def test_logits_equal_the_slow_reference(options):
         assert_equal(model(torch.tensor([ids])).logits[0], reference.logits(model, ids))
 
 
-@pytest.mark.parametrize("options", cases(PATCHING, MIXERS))
+@pytest.mark.parametrize("options", cases(PATCHING, POOLING, MIXERS))
 def test_future_bytes_do_not_change_past_logits(options):
     model = tiny_model(**options)
     ids = torch.tensor([ids_of(TEXT)])

@@ -3,7 +3,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from modeling_stlm.patching_stlm import (
@@ -12,8 +12,10 @@ from modeling_stlm.patching_stlm import (
     byte_events,
     byte_kinds,
     find_boundaries,
+    hash_weights,
     index_patches,
     pool_patches,
+    prefix_edges,
     step_boundary,
     unpool_patches,
 )
@@ -35,18 +37,39 @@ documents = (
 )
 rules = st.fixed_dictionaries(
     {
-        "patching": st.sampled_from(["spacelike", "fixed"]),
+        "patching": st.sampled_from(["spacelike", "fixed", "vocabulary", "entropy"]),
+        "patch_vocabulary": st.just("word ord Ġa aĠ xxxxxx xx æĿ± ðŁĺĢ ĠĠĠ Ċ <pad>"),
+        "entropy_order": st.integers(1, 4),
+        "entropy_rows": st.integers(1, 40),
         "patch_bytes": st.integers(1, 7),
-        "max_patch_bytes": st.integers(1, 9),
+        "max_patch_bytes": st.integers(2, 9),
         "max_patch_characters": st.integers(1, 3),
     }
 )
 
 
+def surprise_of(config) -> list[bool]:
+    return [row % 3 == 1 for row in range(config.entropy_rows)]
+
+
 def rule_of(config) -> Rule:
-    spaces = config.patching == "spacelike"
-    cap_bytes = config.max_patch_bytes if spaces else config.patch_bytes
-    return Rule(byte_kinds(), byte_events(), spaces, cap_bytes, config.max_patch_characters)
+    cap_bytes = config.patch_bytes if config.patching == "fixed" else config.max_patch_bytes
+    options = (config.patching == "spacelike", cap_bytes, config.max_patch_characters)
+    if config.patching == "vocabulary":
+        options = (*options, prefix_edges(config.pieces, config.max_patch_bytes - 1))
+    elif config.patching == "entropy":
+        options = (*options, None, torch.tensor(surprise_of(config)), torch.tensor(hash_weights(config.entropy_order)))
+    return Rule(byte_kinds(), byte_events(), *options)
+
+
+def expected_boundaries(ids, config) -> list[bool]:
+    return reference.boundaries(ids, config, surprise_of(config))
+
+
+def pool(states, index) -> torch.Tensor:
+    """Mean and last byte of every patch (B, P, 2 D)."""
+    sums, last = pool_patches(states, states, index)
+    return torch.cat([sums / index.num_bytes.clamp(min=1)[..., None], last], -1)
 
 
 def find(config, context, num_bytes, state, lengths=None, positions=None):
@@ -69,7 +92,7 @@ def whole(config, ids):
 def test_boundaries_equal_a_state_machine(ids, rule):
     config = tiny_config(**rule)
     found = whole(config, ids)
-    assert found.boundary[0].tolist() == reference.boundaries(ids, config)
+    assert found.boundary[0].tolist() == expected_boundaries(ids, config)
     sizes = [t - max((e for e in range(t) if found.boundary[0, e]), default=-1) for t in range(len(ids))]
     assert found.patch_bytes[0].tolist() == sizes
 
@@ -126,19 +149,18 @@ def test_rows_of_different_lengths_do_not_touch(rows, rule):
 
 
 @given(st.lists(documents, min_size=1, max_size=4), rules)
-@settings(deadline=None)
 def test_packed_documents_are_patched_and_pooled_apart(rows, rule):
     config = tiny_config(**rule)
     ids = [i for row in rows for i in row]
     positions = torch.tensor([[t for row in rows for t in range(len(row))]])
     found = find(config, with_context([ids]), len(ids), empty(1), positions=positions)
-    assert found.boundary[0].tolist() == [end for row in rows for end in reference.boundaries(row, config)]
+    assert found.boundary[0].tolist() == [end for row in rows for end in expected_boundaries(row, config)]
 
     states = torch.randn(1, len(ids), 3)
-    pooled = pool_patches(states, index_patches(found))
+    pooled = pool(states, index_patches(found))
     expected, start = [], 0
     for row in rows:
-        for patch in reference.patches(reference.boundaries(row, config)):
+        for patch in reference.patches(expected_boundaries(row, config)):
             inside = states[0, start + patch[0] : start + patch[-1] + 1]
             expected.append(torch.cat([inside.mean(0), inside[-1]]))
         start += len(row)
@@ -152,13 +174,13 @@ def test_pooling_has_the_gradient_of_a_loop():
     states = torch.randn(1, len(ids), 4, dtype=torch.float32, requires_grad=True)
     weight = None
     found = whole(config, ids)
-    pooled = pool_patches(states, index_patches(found))
+    pooled = pool(states, index_patches(found))
     weight = torch.randn_like(pooled)
     (gradient,) = torch.autograd.grad((pooled * weight).sum(), states)
     loop = torch.stack(
         [
             torch.cat([states[0, patch].mean(0), states[0, patch[-1]]])
-            for patch in reference.patches(reference.boundaries(ids, config))
+            for patch in reference.patches(expected_boundaries(ids, config))
         ]
     )
     (expected,) = torch.autograd.grad((loop * weight[0]).sum(), states)
@@ -187,6 +209,13 @@ def test_unpooling_gives_each_byte_its_patch_or_the_start():
 def test_spacelike_patches_are_words_with_what_follows(text, expected):
     boundary = whole(tiny_config(), ids_of(text)).boundary[0].tolist()
     assert "".join(c + "|" * end for c, end in zip(text, boundary)) == expected
+
+
+def test_patches_of_a_vocabulary_end_with_the_byte_that_proves_the_end_of_a_piece():
+    config = tiny_config(patching="vocabulary", patch_vocabulary="The Ġtrunk Ġrun s Ġonce .")
+    text = "The trunk runs once."
+    boundary = whole(config, ids_of(text)).boundary[0].tolist()
+    assert "".join(c + "|" * end for c, end in zip(text, boundary)) == "The |trunk |runs| |once.|"
 
 
 def test_chinese_patches_are_whole_characters():

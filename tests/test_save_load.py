@@ -16,7 +16,7 @@ import modeling_stlm
 from modeling_stlm import STLMForCausalLM, STLMModel, STLMTokenizer
 from modeling_stlm.configuration_stlm import HEADS
 
-from .tiny import MIXERS, SHARING, TEXT, WITHOUT_PACKAGES, ids_of, tiny_model
+from .tiny import MIXERS, PATCHING, POOLING, SHARING, TEXT, WITHOUT_PACKAGES, ids_of, tiny_model
 
 
 IDS = torch.tensor([ids_of(TEXT)])
@@ -79,7 +79,11 @@ def test_a_checkpoint_holds_code_weights_once_and_every_auto_class(tmp_path):
     assert sum(stored.values()) == model.num_parameters()
 
 
-@pytest.mark.parametrize("options", [*SHARING.values(), MIXERS["both"]], ids=[*SHARING, "both"])
+@pytest.mark.parametrize(
+    "options",
+    [*SHARING.values(), *PATCHING.values(), MIXERS["both"] | POOLING["attention"]],
+    ids=[*SHARING, *PATCHING, "both, attention"],
+)
 def test_reloading_keeps_logits_and_ties(options, tmp_path):
     model = tiny_model(**options)
     model.save_pretrained(tmp_path)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers import DynamicCache, StaticCache
 
-from .tiny import MIXERS, PATCHING, SHARING, TEXT, assert_equal, batch, ids_of, tiny_model
+from .tiny import MIXERS, PATCHING, POOLING, SHARING, TEXT, assert_equal, batch, ids_of, tiny_model
 
 
 ROWS = [ids_of(TEXT), ids_of("A short one. "), ids_of("x"), ids_of("Ends mid wor"), [258, *ids_of("ab cd"), 258]]
@@ -20,7 +20,7 @@ def generate(model, inputs, **options):
     return model.generate(**inputs, **(settings | options))
 
 
-@pytest.mark.parametrize("options", cases(PATCHING, MIXERS, SHARING))
+@pytest.mark.parametrize("options", cases(PATCHING, POOLING, MIXERS, SHARING))
 def test_a_static_cache_generates_the_same_bytes(options):
     model = tiny_model(use_cache=True, **options)
     inputs = batch(ROWS, "left")

@@ -31,7 +31,21 @@ SHARING = {
     "middle": {"layer_sharing": "middle", "num_trunk_layers": 5, "num_unique_trunk_layers": 3},
     "ffn": {"layer_sharing": "ffn", "num_trunk_layers": 4, "num_unique_trunk_layers": 3},
 }
-PATCHING = {"spacelike": {}, "fixed": {"patching": "fixed", "patch_bytes": 5}}
+PATCHING = {
+    "spacelike": {},
+    "fixed": {"patching": "fixed", "patch_bytes": 5},
+    "vocabulary": {
+        "patching": "vocabulary",
+        "patch_vocabulary": "the Ġtrunk Ġrun Ġper al ong ord æĿ±äº¬ Word ĊĊ <pad>",
+    },
+    "entropy": {"patching": "entropy", "entropy_order": 3, "entropy_rows": 64},
+}
+POOLING = {
+    "mean and last": {},
+    "mean": {"patch_pooling": "mean"},
+    "last": {"patch_pooling": "last"},
+    "attention": {"patch_pooling": "attention"},
+}
 MIXERS = {
     "conv": {},
     "attention": {"byte_mixers": ["attention"] * 3, "attention_window_bytes": 6},
@@ -65,6 +79,9 @@ def randomize(model: torch.nn.Module) -> torch.nn.Module:
         for parameter in model.parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.copy_(noise * (0.3 if parameter.ndim > 1 else 0.1) + (parameter.ndim == 1))
+        for name, table in model.named_buffers():
+            if name.endswith("entropy_table"):  # a patch ends after a quarter of all n-grams
+                table.copy_(torch.randint(0, 86, table.shape, generator=generator))
     return model.eval()
 
 

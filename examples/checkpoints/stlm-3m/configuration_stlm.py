@@ -15,7 +15,8 @@ from transformers import PreTrainedConfig
 
 
 PRESETS = Path(__file__).with_name("presets")
-PATCHING_RULES = ("spacelike", "fixed")
+PATCHING_RULES = ("spacelike", "fixed", "vocabulary", "entropy")
+PATCH_POOLING = ("mean_last", "mean", "last", "attention")
 LAYER_SHARING = ("none", "immediate", "cycle", "middle", "ffn")
 BYTE_MIXERS = ("conv", "attention")
 NORM_TYPES = ("layer_norm", "rms_norm")
@@ -68,13 +69,28 @@ class STLMConfig(PreTrainedConfig):
         patching (`str`, defaults to `"spacelike"`):
             Where patches end. `"spacelike"`: at the first byte after a word that is neither letter, digit nor part of
             a multi-byte character (SpaceByte, arXiv:2404.14408). `"fixed"`: every `patch_bytes` bytes (MegaByte).
+            `"vocabulary"`: at the byte that proves that a piece of `patch_vocabulary` has ended (the pooling by a BPE
+            tokenizer of arXiv:2405.14159, made causal). `"entropy"`: after bytes whose next one a table of byte n-grams
+            finds hard to guess (BLT); the table is filled by `modeling_stlm.training.entropy_table`.
         patch_bytes (`int`, defaults to 6):
             Length of a patch under `patching="fixed"`.
         max_patch_bytes (`int`, defaults to 16):
-            Longest patch under `patching="spacelike"`.
+            Longest patch of every rule but `"fixed"`; longer pieces of a vocabulary are cut to one byte less.
         max_patch_characters (`int`, defaults to 3):
             Under `patching="spacelike"`, complete UTF-8 characters of three or more bytes after which a patch ends
             (scripts such as Chinese, Japanese or Thai have no spaces).
+        patch_vocabulary (`str`, *optional*):
+            Pieces of `patching="vocabulary"` in the alphabet of byte-level BPE, with spaces between them:
+            `" ".join(tokenizer.get_vocab())`.
+        entropy_order (`int`, defaults to 4):
+            Under `patching="entropy"`, bytes from which the table guesses the next.
+        entropy_rows (`int`, defaults to 65536):
+            Rows of that table, into which byte n-grams are hashed.
+        entropy_threshold (`float`, defaults to 2.0):
+            Entropy in bits from which on a patch ends.
+        patch_pooling (`str`, defaults to `"mean_last"`):
+            What the trunk reads of a patch: the `"mean"` over its bytes, the `"last"` byte, both (`"mean_last"`), or an
+            `"attention"` of `num_attention_heads` learned queries over its bytes.
         trunk_hidden_size (`int`, defaults to 384):
             Width of the trunk.
         trunk_intermediate_size (`int`, defaults to 1248):
@@ -171,6 +187,11 @@ class STLMConfig(PreTrainedConfig):
     patch_bytes: int = 6
     max_patch_bytes: int = 16
     max_patch_characters: int = 3
+    patch_vocabulary: str | None = None
+    entropy_order: int = 4
+    entropy_rows: int = 65536
+    entropy_threshold: float | int = 2.0
+    patch_pooling: str = "mean_last"
     trunk_hidden_size: int = 384
     trunk_intermediate_size: int = 1248
     trunk_num_attention_heads: int = 6
@@ -243,6 +264,15 @@ class STLMConfig(PreTrainedConfig):
         return self.num_front_layers + self.num_back_layers
 
     @property
+    def pieces(self) -> list[bytes]:
+        """Pieces of `patch_vocabulary` as bytes."""
+        from transformers.convert_slow_tokenizer import bytes_to_unicode  # slow to import, and rarely needed
+
+        byte_of = {character: byte for byte, character in bytes_to_unicode().items()}
+        words = (self.patch_vocabulary or "").split(" ")
+        return [bytes(byte_of[c] for c in word) for word in words if word and all(c in byte_of for c in word)]
+
+    @property
     def layer_types(self) -> list[str]:
         """Kind of each cache slot, from which the library builds caches (`cache_stlm.py` registers the kinds)."""
         # Not a field: a serialized list of our own kinds would fail the validation of a process without this code.
@@ -271,8 +301,23 @@ class STLMConfig(PreTrainedConfig):
     def validate_patching(self):
         if self.patching not in PATCHING_RULES:
             raise ValueError(f"patching={self.patching!r} is not known: choose one of {PATCHING_RULES}")
+        if self.patch_pooling not in PATCH_POOLING:
+            raise ValueError(f"patch_pooling={self.patch_pooling!r} is not known: choose one of {PATCH_POOLING}")
+        if self.patching == "vocabulary" and not self.patch_vocabulary:
+            raise ValueError(
+                "patching='vocabulary' needs patch_vocabulary: pieces in the alphabet of byte-level BPE with spaces "
+                "between them, as in ' '.join(tokenizer.get_vocab())"
+            )
+        if self.patching == "vocabulary" and self.max_patch_bytes < 2:
+            raise ValueError(f"max_patch_bytes={self.max_patch_bytes} must be at least 2 under patching='vocabulary'")
+        if self.patch_pooling == "attention" and self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size={self.hidden_size} must be a multiple of num_attention_heads={self.num_attention_heads} "
+                "under patch_pooling='attention'"
+            )
         for name in (
             *("patch_bytes", "max_patch_bytes", "max_patch_characters", "ngram_rows"),
+            *("entropy_order", "entropy_rows"),
             *("conv_kernel_size", "attention_window_bytes", "hidden_size", "trunk_hidden_size"),
             *("num_attention_heads", "num_key_value_heads"),
             *("trunk_num_attention_heads", "trunk_num_key_value_heads"),

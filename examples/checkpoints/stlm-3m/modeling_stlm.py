@@ -47,6 +47,7 @@ from .cache_stlm import STLMPoolCacheLayer
 from .configuration_stlm import STLMConfig
 from .generation_stlm import UTF8LogitsProcessor
 from .patching_stlm import (
+    HASH_PRIME,
     RULE_CONTEXT_BYTES,
     PatchIndex,
     PatchState,
@@ -55,15 +56,18 @@ from .patching_stlm import (
     byte_kinds,
     close_patches,
     find_boundaries,
+    hash_weights,
     index_patches,
     pool_patches,
+    prefix_edges,
     step_boundary,
     sum_patches,
     unpool_patches,
 )
 
 
-NGRAM_PRIME = 2**31 - 1
+ENTROPY_STEPS = 32  # of the entropy table in a bit
+POOL_SCORE_CAP = 10.0
 SOFT_ID = -2  # in the byte history: an embedding that stands for no id
 
 
@@ -485,8 +489,12 @@ class STLMPreTrainedModel(PreTrainedModel, BudgetMixin):
         elif isinstance(module, STLMFeedForward):
             init.zeros_(module.down_proj.weight)
         elif isinstance(module, STLMModel):
+            if module.pool_scores is not None:
+                init.zeros_(module.pool_scores.weight)
             if module.start is not None:
                 init.normal_(module.start, std=self.config.initializer_range)
+            if module.patching == "entropy":
+                init.zeros_(module.entropy_table)
             for name, table in module.tables(self.config).items():
                 init.copy_(getattr(module, name), table)
 
@@ -513,7 +521,16 @@ class STLMModel(STLMPreTrainedModel):
         num_ngrams = config.ngram_rows * len(config.ngram_orders)
         self.ngram_embed_tokens = nn.Embedding(num_ngrams, width) if num_ngrams else nn.Identity()
         self.front_layers = nn.ModuleList(STLMByteLayer(config, i) for i in range(config.num_front_layers))
-        self.pool_proj = nn.Linear(2 * width, trunk_width, bias=False)
+        self.pooling, self.num_pool_heads = config.patch_pooling, config.num_attention_heads
+        # Scores of the bytes of a patch; they start at zero, which makes a mean.
+        self.pool_scores = nn.Linear(width, self.num_pool_heads, bias=False) if self.pooling == "attention" else None
+        num_pooled, self.num_pool_terms = {
+            "mean": (width, width),
+            "last": (width, 0),
+            "mean_last": (2 * width, width),
+            "attention": (width, width + self.num_pool_heads),
+        }[self.pooling]
+        self.pool_proj = nn.Linear(num_pooled, trunk_width, bias=False)
         self.trunk = STLMTrunk(config)
         self.unpool_proj = nn.Linear(trunk_width, width, bias=False)
         # What bytes see before the first patch is complete.
@@ -524,14 +541,16 @@ class STLMModel(STLMPreTrainedModel):
         self.norm = make_norm(config, width)
         for name, table in self.tables(config).items():
             self.register_buffer(name, table, persistent=False)
+        if config.patching == "entropy":
+            # Filled by `training/entropy_table.py`. Without, all that is not a special token is unsurprising.
+            self.register_buffer("entropy_table", torch.zeros(config.entropy_rows, dtype=torch.uint8))
         # Copies: reading a field of a config costs microseconds, and a byte must not cost many.
         self.num_byte_layers, self.has_attention = config.num_byte_layers, "attention" in config.byte_mixers
-        self.num_context = max([RULE_CONTEXT_BYTES, *(order - 1 for order in config.ngram_orders)])
+        self.num_context = max([RULE_CONTEXT_BYTES, config.entropy_order - 1, *(n - 1 for n in config.ngram_orders)])
         self.ngram_rows, self.is_causal = config.ngram_rows, config.is_causal
-        if config.patching == "spacelike":
-            self.rule_options = (True, config.max_patch_bytes, config.max_patch_characters)
-        else:
-            self.rule_options = (False, config.patch_bytes, 1)
+        cap_bytes = config.patch_bytes if config.patching == "fixed" else config.max_patch_bytes
+        self.patching, self.entropy_steps = config.patching, ENTROPY_STEPS * config.entropy_threshold
+        self.rule_options = (config.patching == "spacelike", cap_bytes, config.max_patch_characters)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -539,15 +558,17 @@ class STLMModel(STLMPreTrainedModel):
     def tables(config: STLMConfig) -> dict[str, torch.Tensor]:
         """Constant buffers. They are not saved; loading fills them again."""
         orders = config.ngram_orders
-        # An n-gram hashes to sum(byte[back] * 65599**(n - 1 - back)) mod 2^31 - 1. Columns: oldest byte first.
-        weights = [
-            [pow(65599, n - 1 - back, NGRAM_PRIME) * (back < n) for back in range(max(orders, default=0))][::-1]
-            for n in orders
-        ]
-        return {
+        longest = max(orders, default=0)
+        weights = [[0] * (longest - n) + hash_weights(n) for n in orders]  # columns: oldest byte first
+        rules = {}
+        if config.patching == "vocabulary":
+            rules["piece_edges"] = prefix_edges(config.pieces, config.max_patch_bytes - 1)
+        elif config.patching == "entropy":
+            rules["entropy_weights"] = torch.tensor(hash_weights(config.entropy_order))
+        return rules | {
             "byte_kinds": byte_kinds(),
             "byte_events": byte_events(),
-            "ngram_weights": torch.tensor(weights, dtype=torch.long).reshape(len(orders), max(orders, default=0)),
+            "ngram_weights": torch.tensor(weights, dtype=torch.long).reshape(len(orders), longest),
             "ngram_offsets": torch.arange(len(orders)) * config.ngram_rows,
         }
 
@@ -718,11 +739,39 @@ class STLMModel(STLMPreTrainedModel):
             grams = grams.masked_fill(positions[..., None] < back, 0)
         terms = grams[:, :, None] * self.ngram_weights  # (B, T, orders, n)
         # ExecuTorch sums integers in float32, so exported graphs add them one by one.
-        digest = (sum(terms.unbind(-1)) if is_torchdynamo_exporting() else terms.sum(-1)) % NGRAM_PRIME
+        digest = (sum(terms.unbind(-1)) if is_torchdynamo_exporting() else terms.sum(-1)) % HASH_PRIME
         return hidden_states + self.ngram_embed_tokens(digest % self.ngram_rows + self.ngram_offsets).sum(-2)
 
     def _rule(self) -> Rule:
+        if self.patching == "vocabulary":
+            return Rule(self.byte_kinds, self.byte_events, *self.rule_options, edges=self.piece_edges)
+        if self.patching == "entropy":
+            surprise = self.entropy_table > self.entropy_steps
+            return Rule(self.byte_kinds, self.byte_events, *self.rule_options, None, surprise, self.entropy_weights)
         return Rule(self.byte_kinds, self.byte_events, *self.rule_options)
+
+    def _pool_terms(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """What is summed over the bytes of a patch: `hidden_states (..., D)` to (..., S)."""
+        if self.pooling == "last":
+            return hidden_states[..., :0]
+        if self.pooling != "attention":
+            return hidden_states
+        # Capped scores need no running maximum: a sum can be continued byte by byte.
+        scores = POOL_SCORE_CAP * torch.tanh(self.pool_scores(hidden_states).float() / POOL_SCORE_CAP)
+        weights = scores.exp()  # (..., H)
+        weighted = hidden_states.unflatten(-1, (self.num_pool_heads, -1)) * weights[..., None]
+        return torch.cat([weighted.flatten(-2), weights], dim=-1)
+
+    def _pooled(self, sums: torch.Tensor, num_bytes: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
+        """Patches (..., G) before the trunk, from their sums (..., S), numbers of bytes (...) and last bytes (..., D)."""
+        if self.pooling == "attention":
+            weighted, weights = sums[..., : last.shape[-1]], sums[..., last.shape[-1] :]
+            mean = weighted.unflatten(-1, (self.num_pool_heads, -1)) / weights.clamp(min=1e-6)[..., None]
+            return self.pool_proj(mean.flatten(-2).to(last.dtype))
+        if self.pooling == "last":
+            return self.pool_proj(last)
+        mean = (sums / num_bytes.clamp(min=1)[..., None]).to(last.dtype)
+        return self.pool_proj(mean if self.pooling == "mean" else torch.cat([mean, last], dim=-1))
 
     def _rows(self, num_bytes, lengths, positions, pool, input_ids, like, output_attentions=False) -> Rows:
         ahead = None if self.is_causal else _bytes_ahead(input_ids, lengths, positions)
@@ -754,7 +803,8 @@ class STLMModel(STLMPreTrainedModel):
         # Patches past a row's count come last: they are causally invisible. The trunk runs even if no row completed a
         # patch, so that every rank of a distributed training runs, and synchronises, the same modules.
         allowed = self._allowed_patches(index, positions)
-        patches = self.unpool_proj(self.trunk(self.pool_proj(pool_patches(hidden_states, index)), allowed))
+        sums, last = pool_patches(hidden_states, self._pool_terms(hidden_states), index)
+        patches = self.unpool_proj(self.trunk(self._pooled(sums, index.num_bytes, last), allowed))
         if not self.is_causal:
             # Padding sees the row's last patch, so that nothing in a row depends on the other rows.
             own = index.patch_of.minimum((index.counts - 1).clamp(min=0)[:, None])
@@ -785,35 +835,37 @@ class STLMModel(STLMPreTrainedModel):
     def _see_patches_with_cache(self, hidden_states, context, lengths, past_key_values):
         """Any number of bytes after those in the cache."""
         pool, num_bytes = self._pool_slot(past_key_values), hidden_states.shape[1]
-        state = PatchState(pool.open_bytes, pool.open_characters)
+        state = PatchState(pool.open_bytes, pool.memory)
         found = find_boundaries(self._rule(), context, num_bytes, state, lengths)
         traced = self._is_traced(past_key_values)
         index = index_patches(found, num_bytes if traced else None)
         start = pool.num_patches
         rows = None if traced else index.counts.nonzero()[:, 0]
+        terms = self._pool_terms(hidden_states)
         if rows is None or len(rows):
-            self._append_patches(past_key_values, pool_patches(hidden_states, index, pool.keys), rows)
+            sums, last = pool_patches(hidden_states, terms, index, pool.keys)
+            self._append_patches(past_key_values, self._pooled(sums, index.num_bytes, last), rows)
         ended = found.boundary.cumsum(1)
         visible = self._look_up(pool, start[:, None] + ended - 1)
 
         is_open = (ended == index.counts[:, None]) & ~found.boundary
         if lengths is not None:
             is_open = is_open & (torch.arange(num_bytes, device=is_open.device) < lengths[:, None])
-        pool.keys = sum_patches(hidden_states, (~is_open).long(), 1)[:, 0] + pool.keys * (index.counts == 0)[:, None]
+        pool.keys = sum_patches(terms, (~is_open).long(), 1)[:, 0] + pool.keys * (index.counts == 0)[:, None]
         pool.num_patches = start + index.counts
-        pool.open_bytes, pool.open_characters = found.state
+        pool.open_bytes, pool.memory = found.state
         self._note_bytes(pool, context, lengths)
         return visible, found.boundary
 
     def _see_patches_of_one_byte(self, hidden_states, context, past_key_values):
         """One byte in every row: the step of generation, in as few operations as will do."""
         pool = self._pool_slot(past_key_values)
-        boundary, state = step_boundary(self._rule(), context, PatchState(pool.open_bytes, pool.open_characters))
-        sums = pool.keys + hidden_states[:, 0]
+        boundary, state = step_boundary(self._rule(), context, PatchState(pool.open_bytes, pool.memory))
+        last = hidden_states[:, 0]
+        sums = pool.keys + self._pool_terms(last)
         rows = None if self._is_traced(past_key_values) else boundary.nonzero()[:, 0]
         if rows is None or len(rows):
-            mean = (sums / (pool.open_bytes + 1)[:, None]).to(hidden_states.dtype)
-            pooled = torch.cat([mean, hidden_states[:, 0]], -1)[:, None]
+            pooled = self._pooled(sums, pool.open_bytes + 1, last)[:, None]
             patches = self._append_patches(past_key_values, pooled, rows)[:, 0].to(pool.visible.dtype)
             if rows is None:
                 pool.visible = torch.where(boundary[:, None], patches, pool.visible)
@@ -822,13 +874,13 @@ class STLMModel(STLMPreTrainedModel):
             pool.num_patches = pool.num_patches + boundary
             sums = sums.masked_fill(boundary[:, None], 0)
         pool.keys = sums
-        pool.open_bytes, pool.open_characters = state
+        pool.open_bytes, pool.memory = state
         pool.context = context[:, 1:].clone()
         pool.num_bytes = pool.num_bytes + 1
         return pool.visible[:, None], boundary[:, None]
 
     def _append_patches(self, past_key_values: Cache, pooled: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
-        """Run the trunk on the new patches `pooled (B, P, 2 * D)` of `rows (R,)`, and store them: (R, P, D).
+        """Run the trunk on the new patches `pooled (B, P, G)` of `rows (R,)`, and store them: (R, P, D).
 
         Entries past what a row completed are stored too: the row's next patches go over them, and nobody reads them
         before.
@@ -850,7 +902,7 @@ class STLMModel(STLMPreTrainedModel):
             patch = start[:, None] + torch.arange(num_new, device=start.device)  # (R, P)
             allowed = (torch.arange(end, device=start.device) <= patch[..., None])[:, None]
         where = {"rows": rows, "start": start, "end": end}
-        patches = self.trunk(self.pool_proj(pooled), allowed, past_key_values, {"num_rows": num_rows, **where})
+        patches = self.trunk(pooled, allowed, past_key_values, {"num_rows": num_rows, **where})
         patches = self.unpool_proj(patches)
         past_key_values.update(pool.keys, patches, self.num_byte_layers, **where)
         return patches
@@ -895,7 +947,7 @@ class STLMModel(STLMPreTrainedModel):
                     f"past_key_values has slots {kinds}, but this model needs {self.config.layer_types}: "
                     "make it with DynamicCache(config=model.config)"
                 )
-            pool.start(input_ids.shape[0], self.num_context, self.start)
+            pool.start(input_ids.shape[0], self.num_context, self.num_pool_terms, self.start)
         if pool.num_patches.shape[0] != input_ids.shape[0]:
             raise ValueError(
                 f"past_key_values holds {pool.num_patches.shape[0]} rows, but the input has {input_ids.shape[0]}"
@@ -925,7 +977,7 @@ class STLMModel(STLMPreTrainedModel):
         """
         pool, config = self._pool_slot(past_key_values), self.config
         history = pool.history.long()
-        pool.clear(self.num_context, self.start)
+        pool.clear(self.num_context, self.num_pool_terms, self.start)
         if history.shape[1] == 0:
             return
         layout = _layout((history != -1).long(), 0, history)
@@ -933,7 +985,7 @@ class STLMModel(STLMPreTrainedModel):
         if layout is not None:
             ids = history if layout.order is None else history.gather(1, layout.order)
             lengths = layout.lengths
-        state = PatchState(pool.open_bytes, pool.open_characters)
+        state = PatchState(pool.open_bytes, pool.memory)
         found = find_boundaries(self._rule(), self._with_context(ids, pool), ids.shape[1], state, lengths)
 
         # The last bytes of each row, enough for the front layers to be exact on the open patch and on all that the
@@ -967,12 +1019,12 @@ class STLMModel(STLMPreTrainedModel):
             hidden_states = layer(hidden_states, rows, past_key_values=past_key_values)
         # Open bytes are those after the last boundary of the whole row.
         is_open = valid & (ended.gather(1, at) == ended[:, -1:]) & ~boundary.gather(1, at)
-        pool.keys = sum_patches(hidden_states, (~is_open).long(), 1)[:, 0]
+        pool.keys = sum_patches(self._pool_terms(hidden_states), (~is_open).long(), 1)[:, 0]
         hidden_states = hidden_states + self._look_up(pool, ended.gather(1, at) - 1)
         for layer in self.back_layers:
             hidden_states = layer(hidden_states, rows, past_key_values=past_key_values)
         pool.num_patches = ended[:, -1]
-        pool.open_bytes, pool.open_characters = found.state
+        pool.open_bytes, pool.memory = found.state
         self._note_bytes(pool, context, lengths)
 
 

@@ -17,6 +17,7 @@ import torch
 # Kinds of bytes. Kinds WORD to LEAD4 make up words.
 SPACE, WORD, CONTINUATION, LEAD3, LEAD4, SPECIAL, MISSING = range(7)
 NUM_KINDS = 7
+HASH_BASE, HASH_PRIME = 65599, 2**31 - 1
 # What a byte does, seen from its kind and those of the bytes before it.
 NOTHING, ENDS_WORD, IS_SPECIAL, ENDS_CHARACTER = range(4)
 RULE_CONTEXT_BYTES = 3  # a rule looks this far back to see whether a multi-byte character is complete
@@ -54,21 +55,51 @@ def byte_events() -> torch.Tensor:
     return events
 
 
+def hash_weights(order: int) -> list[int]:
+    """Weights (n,) of the n bytes of an n-gram, oldest first: it hashes to their sum with `byte + 1`, modulo the prime."""
+    return [pow(HASH_BASE, i, HASH_PRIME) for i in range(order)]
+
+
+def prefix_edges(pieces: list[bytes], longest: int) -> torch.Tensor:
+    """Trie of all prefixes of up to `longest` bytes of `pieces`, as one sorted vector (E,) of `node * 256 + byte`.
+
+    The root is node 0, and edge i leads to node i + 1: nodes are numbered level by level. All single bytes are in it.
+    """
+    level = [(0, {bytes([byte]) for byte in range(256)} | {piece[:longest] for piece in pieces if piece})]
+    edges = []
+    while level:
+        following = []
+        for node, rests in level:
+            children = {}
+            for rest in rests:
+                children.setdefault(rest[0], set()).add(rest[1:])
+            for byte in sorted(children):
+                edges.append(node * 256 + byte)
+                if rests := children[byte] - {b""}:
+                    following.append((len(edges), rests))
+        level = following
+    return torch.tensor(edges)
+
+
 class Rule(NamedTuple):
     """Where patches end. The tables are `byte_kinds()` and `byte_events()`, on the device of the ids."""
 
     kinds: torch.Tensor
     events: torch.Tensor
-    spaces_end_patches: bool  # "spacelike"; otherwise only special tokens and the cap do ("fixed")
+    spaces_end_patches: bool  # "spacelike"; otherwise special tokens, the cap and what follows here do
     cap_bytes: int
     cap_characters: int
+    edges: torch.Tensor | None = None  # "vocabulary": `prefix_edges`
+    surprise: torch.Tensor | None = None  # "entropy": (rows,) bool, whether a patch ends after these bytes
+    surprise_weights: torch.Tensor | None = None  # "entropy": (n,), of the bytes that are hashed, oldest first
 
 
 class PatchState(NamedTuple):
     """What a rule remembers of the bytes before this call; both (B,), int64."""
 
     open_bytes: torch.Tensor  # bytes since the last boundary
-    open_characters: torch.Tensor  # complete characters of three or more bytes since the last word ended
+    # "spacelike": complete characters of three or more bytes since the last word ended; "vocabulary": node of the trie
+    memory: torch.Tensor
 
 
 class Boundaries(NamedTuple):
@@ -107,7 +138,8 @@ def find_boundaries(
     """Ends of patches among the last `num_bytes` ids of `context`.
 
     Three levels, each of which depends only on the ones above, so that nothing is sequential: (1) special tokens and,
-    under `"spacelike"`, the first space-like byte after a word (SpaceByte, arXiv:2404.14408, section 3); (2) every
+    under `"spacelike"`, the first space-like byte after a word (SpaceByte, arXiv:2404.14408, section 3), under
+    `"entropy"`, bytes after which the next one is hard to guess (BLT, arXiv:2412.09871, section 2.3); (2) every
     `cap_characters`-th complete character of three or more bytes since (1); (3) every `cap_bytes`-th byte since (2).
 
     Args:
@@ -118,6 +150,8 @@ def find_boundaries(
         positions (`torch.LongTensor` of shape `(B, T)`, *optional*): bytes since the document's start, where a row
             holds several documents.
     """
+    if rule.edges is not None:
+        return _find_pieces(rule, context, num_bytes, state, lengths, positions)
     time = torch.arange(num_bytes, device=context.device)
     near = context[:, -(num_bytes + RULE_CONTEXT_BYTES) :].clamp(max=256)
     code = torch.zeros_like(near[:, RULE_CONTEXT_BYTES:])
@@ -130,7 +164,7 @@ def find_boundaries(
         level1 = level1 | (event == ENDS_WORD)
         complete = event == ENDS_CHARACTER
         seen = complete.cumsum(1)  # (B, T) complete characters up to and including t
-        seen_at_anchor = _last_before(seen.masked_fill(~level1, -rule.cap_characters), -state.open_characters)
+        seen_at_anchor = _last_before(seen.masked_fill(~level1, -rule.cap_characters), -state.memory)
         if positions is not None:
             first = (seen - complete.long()).masked_fill(positions != 0, -rule.cap_characters).cummax(1)[0]
             seen_at_anchor = torch.maximum(seen_at_anchor, first)
@@ -138,6 +172,8 @@ def find_boundaries(
         level2 = level1 | (complete & (characters % rule.cap_characters == 0))
         open_characters = (characters % rule.cap_characters).masked_fill(level1, 0)
     else:
+        if rule.surprise is not None:
+            level1 = level1 | rule.surprise[_digest(rule, context, num_bytes, positions)]
         level2 = level1
         open_characters = torch.zeros_like(event)
 
@@ -150,10 +186,91 @@ def find_boundaries(
 
     new_state = PatchState(
         _at_end(state.open_bytes, patch_bytes.masked_fill(boundary, 0), lengths),
-        _at_end(state.open_characters, open_characters, lengths),
+        _at_end(state.memory, open_characters, lengths),
     )
     if lengths is not None:
         boundary = boundary & (time < lengths[:, None])
+    return Boundaries(boundary, patch_bytes, new_state)
+
+
+def _digest(rule: Rule, context: torch.Tensor, num_bytes: int, positions: torch.Tensor | None) -> torch.Tensor:
+    """Row (B, T) of the table of surprises for the bytes up to each byte."""
+    order = len(rule.surprise_weights)
+    digest = torch.zeros_like(context[:, -num_bytes:])
+    for back in range(order):
+        digest = digest + (shifted(context, num_bytes, back, positions) + 1) * rule.surprise_weights[order - 1 - back]
+    return digest % HASH_PRIME % len(rule.surprise)
+
+
+def _child(rule: Rule, node: torch.Tensor, byte: torch.Tensor) -> torch.Tensor:
+    """Node behind the edge `byte` of `node`; -1 if there is none."""
+    edge = node * 256 + byte
+    at = torch.searchsorted(rule.edges, edge).clamp(max=len(rule.edges) - 1)
+    found = (rule.edges[at] == edge) & (byte >= 0) & (byte < 256)
+    return (at + 1).masked_fill(~found, -1)
+
+
+def _find_pieces(rule: Rule, context, num_bytes: int, state: PatchState, lengths, positions) -> Boundaries:
+    """`find_boundaries` under `"vocabulary"`.
+
+    A walk through the trie of pieces fails at the byte that proves that the piece has ended: the patch ends there, and
+    the next walk starts with that byte (behind it, if no piece can start with it). Where the walk from each byte fails
+    does not depend on the other walks; which walks take place is found by following them in doubling jumps.
+
+    Columns: 0 is the walk that came into this call, 1 + t the walk from byte t, T + 1 the end.
+    """
+    num_rows, device = context.shape[0], context.device
+    ids = context[:, context.shape[1] - num_bytes :]
+    time = torch.arange(num_bytes, device=device)
+    padded = torch.cat([ids, ids.new_full((num_rows, 1), -1)], 1)  # (B, T + 1)
+    column = torch.arange(-1, num_bytes + 1, device=device)  # byte from which the walk of each column starts
+    if positions is None:
+        stop = column.new_full((num_rows, num_bytes + 2), num_bytes)
+    else:
+        # A walk stops at the start of the next document.
+        start = torch.where(positions == 0, time, num_bytes)
+        upcoming = start.flip(1).cummin(1)[0].flip(1)  # (B, T) first start at or after t
+        stop = torch.cat([upcoming, upcoming.new_full((num_rows, 2), num_bytes)], 1)
+    node = torch.zeros_like(stop)
+    node[:, 0] = state.memory
+    at = column.clamp(min=0).expand(num_rows, -1).clone()  # (B, T + 2) next byte of each walk
+    for _ in range(rule.cap_bytes):
+        child = _child(rule, node, padded.gather(1, at.clamp(max=num_bytes)))
+        goes_on = (child >= 0) & (at < stop)
+        node, at = torch.where(goes_on, child, node), at + goes_on
+    # What follows: byte `at`, which fails, ends a patch, unless a document starts there or the call ends.
+    fails = at < stop
+    restarts = _child(rule, torch.zeros_like(node), padded.gather(1, at.clamp(max=num_bytes))) >= 0
+    following = (torch.where(fails & ~restarts, at + 1, at) + 1).clamp(max=num_bytes + 1)
+    following[:, -1] = num_bytes + 1
+
+    taken = torch.zeros_like(fails)
+    taken[:, 0] = True
+    jump = following
+    for _ in range((num_bytes + 2).bit_length()):
+        taken = taken | torch.zeros_like(taken, dtype=torch.int32).scatter_add_(1, jump, taken.int()).bool()
+        jump = jump.gather(1, jump)
+    ends = (taken & fails).int()
+    boundary = torch.zeros(num_rows, num_bytes + 1, dtype=torch.int32, device=device)
+    boundary = boundary.scatter_add_(1, at.clamp(max=num_bytes), ends)[:, :num_bytes].bool()
+
+    last_end = _last_before(torch.where(boundary, time, -1 - rule.cap_bytes), -1 - state.open_bytes)
+    if positions is not None:
+        last_end = torch.maximum(last_end, time - positions - 1)
+    patch_bytes = time - last_end
+
+    # The walk that leaves this call, from the last start on. Only with the row's last byte can it fail.
+    length = lengths if lengths is not None else ids.new_full((num_rows,), num_bytes)
+    start = torch.where(taken & (column < length[:, None]), column, -1).amax(1)  # (B,); -1: still the first walk
+    node = torch.where(start < 0, state.memory, 0)
+    at = start.clamp(min=0)
+    for _ in range(rule.cap_bytes):
+        inside = at < length
+        child = _child(rule, node, padded.gather(1, at.clamp(max=num_bytes)[:, None])[:, 0])
+        node, at = torch.where(inside, child.clamp(min=0), node), at + inside
+    new_state = PatchState(_at_end(state.open_bytes, patch_bytes.masked_fill(boundary, 0), lengths), node)
+    if lengths is not None:
+        boundary = boundary & (time < length[:, None])
     return Boundaries(boundary, patch_bytes, new_state)
 
 
@@ -167,6 +284,11 @@ def close_patches(boundaries: Boundaries, ahead: torch.Tensor, lengths: torch.Te
 
 def step_boundary(rule: Rule, context: torch.Tensor, state: PatchState) -> tuple[torch.Tensor, PatchState]:
     """`find_boundaries` for one byte, the last of `context`, in a tenth of the operations: boundary (B,) and state."""
+    if rule.edges is not None:
+        child, root = _child(rule, state.memory, context[:, -1]), torch.zeros_like(state.memory)
+        boundary = child < 0
+        node = torch.where(boundary, _child(rule, root, context[:, -1]).clamp(min=0), child)
+        return boundary, PatchState((state.open_bytes + 1).masked_fill(boundary, 0), node)
     kind = rule.kinds[context[:, -1 - RULE_CONTEXT_BYTES :].clamp(max=256)]
     code = kind[:, 0]
     for i in range(1, RULE_CONTEXT_BYTES + 1):
@@ -174,13 +296,15 @@ def step_boundary(rule: Rule, context: torch.Tensor, state: PatchState) -> tuple
     event = rule.events[code]
     open_bytes = state.open_bytes + 1
     boundary = (event == IS_SPECIAL) | (open_bytes == rule.cap_bytes)
-    open_characters = state.open_characters
+    open_characters = state.memory
     if rule.spaces_end_patches:
         characters = open_characters + (event == ENDS_CHARACTER)
         full = characters == rule.cap_characters
         ends_word = (event == ENDS_WORD) | (event == IS_SPECIAL)
         boundary = boundary | ends_word | full
         open_characters = characters.masked_fill(ends_word | full, 0)
+    elif rule.surprise is not None:
+        boundary = boundary | rule.surprise[_digest(rule, context, 1, None)[:, 0]]
     return boundary, PatchState(open_bytes.masked_fill(boundary, 0), open_characters)
 
 
@@ -225,27 +349,23 @@ def sum_patches(hidden_states: torch.Tensor, patch_of: torch.Tensor, num_patches
 
 
 def pool_patches(
-    hidden_states: torch.Tensor, index: PatchIndex, open_sum: torch.Tensor | None = None
+    hidden_states: torch.Tensor, terms: torch.Tensor, index: PatchIndex, open_sum: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and last byte of every patch that ends here.
-
-    Mean pooling beats sub-sampling (dynamic pooling, arXiv:2211.09761, table 3); the last byte beside it gains another
-    percent in our trials.
+    """Sum over the bytes of every patch that ends here, and its last byte.
 
     Args:
         hidden_states (`torch.Tensor` of shape `(B, T, D)`): front output.
-        open_sum (`torch.Tensor` of shape `(B, D)`, *optional*): sum over the bytes of the open patch before this call.
+        terms (`torch.Tensor` of shape `(B, T, S)`): what is summed.
+        open_sum (`torch.Tensor` of shape `(B, S)`, *optional*): sum over the bytes of the open patch before this call.
 
     Returns:
-        The pooled patches, shape `(B, P, 2 * D)`.
+        Sums `(B, P, S)` in float32 and last bytes `(B, P, D)`.
     """
-    num_patches = index.ends.shape[1]
-    sums = sum_patches(hidden_states, index.patch_of, num_patches)  # (B, P, D)
+    sums = sum_patches(terms, index.patch_of, index.ends.shape[1])
     if open_sum is not None:
         sums = torch.cat([sums[:, :1] + open_sum[:, None], sums[:, 1:]], dim=1)
-    mean = sums / index.num_bytes.clamp(min=1)[..., None]
     last = hidden_states.gather(1, index.ends[..., None].expand(-1, -1, hidden_states.shape[-1]))
-    return torch.cat([mean.to(hidden_states.dtype), last], dim=-1)
+    return sums, last
 
 
 def unpool_patches(patches: torch.Tensor, patch_seen: torch.Tensor, start: torch.Tensor | None = None) -> torch.Tensor:
