@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: help quickstart test test-fast check style benchmark conformance build clean
+.PHONY: help quickstart test test-fast check style benchmark report conformance build clean
 
 help: ## show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -39,6 +39,9 @@ style: $(VENV)/ready ## lint and format, with changes
 benchmark: $(VENV)/ready ## speed and memory beside two Llamas
 	OMP_NUM_THREADS=1 $(BIN)/python examples/benchmark.py --preset stlm-3m
 	OMP_NUM_THREADS=1 $(BIN)/python examples/benchmark.py --preset stlm-10m
+
+report: $(VENV)/ready ## RESULTS.md from the measurements in examples/results
+	$(BIN)/python examples/report.py write
 
 conformance: $(VENV)/ready ## the README's table beside BLT, ByT5 and Llama
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.conformance.table

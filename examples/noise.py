@@ -5,7 +5,7 @@ import random
 
 
 # Latin letters and Cyrillic or Greek ones that look the same.
-HOMOGLYPHS = dict(zip("aceiopsxyABEHIKMNOPTXYZ", "асеіорѕхуАВЕНІКМΝОРТΧΥΖ"))
+HOMOGLYPHS = dict(zip("aceiopsxyABEHIKMNOPTXYZ", "асеіорѕхуАВЕНІКМΝОРТΧΥΖ"))  # noqa: RUF001
 
 
 def _drop(text: str, i: int) -> tuple[str, int]:

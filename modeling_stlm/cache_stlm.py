@@ -138,18 +138,18 @@ class STLMPoolCacheLayer(STLMCacheLayer):
     `history` (B, seen) holds the id of every position fed, -1 at padding, -2 where an embedding stood for no id;
     `context` (B, C) the last valid ids; `keys` (B, S) the sum over the open patch; `values` (B, P, D) the patches as
     bytes see them; `visible` (B, D) the last of them, or the start vector; `num_bytes`, `num_patches` (B,) counts of
-    valid bytes and patches; `open_bytes`, `memory` (B,) the state of the rule.
+    valid bytes and patches; `open_bytes`, `memory` (B,) the state of the rule; `routed` (B, R) the last byte a router saw.
     """
 
     _layer_type = "stlm_pool"
     row_tensors = (
-        *("keys", "values", "visible", "history", "context"),
+        *("keys", "values", "visible", "history", "context", "routed"),
         *("num_bytes", "num_patches", "open_bytes", "memory"),
     )
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
-        self.visible = self.history = self.context = self.num_bytes = self.num_patches = None
+        self.visible = self.history = self.context = self.routed = self.num_bytes = self.num_patches = None
         self.open_bytes = self.memory = None
         self.seen_bytes = 0
         self.is_stale = False  # after `crop`: everything but history and values must be made again
@@ -157,26 +157,27 @@ class STLMPoolCacheLayer(STLMCacheLayer):
     def get_seq_length(self) -> int:
         return self.seen_bytes
 
-    def start(self, num_rows: int, num_context: int, num_terms: int, first: torch.Tensor) -> None:
+    def start(self, num_rows: int, sizes: tuple[int, int, int], first: torch.Tensor) -> None:
         """Empty state for `num_rows` rows.
 
         Args:
-            num_context (`int`): C.
-            num_terms (`int`): S.
+            sizes (`tuple[int, int, int]`): C, S and R.
             first (`torch.Tensor` of shape `(D,)`): what bytes see before any patch is complete.
         """
         self.lazy_initialization(first)
         self.values = first.new_zeros(num_rows, 0, len(first))
         self.history = torch.empty(num_rows, 0, dtype=torch.int32, device=first.device)
-        self.clear(num_context, num_terms, first)
+        self.clear(sizes, first)
 
-    def clear(self, num_context: int, num_terms: int, first: torch.Tensor) -> None:
+    def clear(self, sizes: tuple[int, int, int], first: torch.Tensor) -> None:
         """Forget all but the byte history and the patches."""
+        num_context, num_terms, num_routed = sizes
         num_rows = self.values.shape[0]  # `len` would fix it in an exported graph
         counts = torch.zeros(num_rows, dtype=torch.long, device=first.device)
         self.num_bytes, self.num_patches, self.open_bytes, self.memory = (counts.clone() for _ in range(4))
         self.context = counts.new_full((num_rows, num_context), -1)
         self.keys = first.new_zeros(num_rows, num_terms, dtype=torch.float32)
+        self.routed = first.new_zeros(num_rows, num_routed)
         self.visible = first.expand(num_rows, -1)
         self.is_stale = False
 
@@ -308,10 +309,10 @@ class STLMStaticPoolCacheLayer(STLMStaticMixin, STLMPoolCacheLayer, StaticLayer)
 
     _layer_type = "stlm_pool"
 
-    def start(self, num_rows: int, num_context: int, num_terms: int, first: torch.Tensor) -> None:
+    def start(self, num_rows: int, sizes: tuple[int, int, int], first: torch.Tensor) -> None:
         self.lazy_initialization(first)
         self.values = first.new_zeros(num_rows, self.max_cache_len, len(first))
-        self.clear(num_context, num_terms, first)
+        self.clear(sizes, first)
 
     def check_room(self, num_bytes: int) -> None:
         if int(self.cumulative_length) + num_bytes > self.max_cache_len:

@@ -36,7 +36,10 @@ def piece_boundaries(ids: list[int], config) -> list[bool]:
     return ends
 
 
-def boundaries(ids: list[int], config, surprise: list[bool] | None = None) -> list[bool]:
+def boundaries(
+    ids: list[int], config, surprise: list[bool] | None = None, routed: list[bool] | None = None
+) -> list[bool]:
+    """`surprise` is the table of "entropy", `routed` what the router of "learned" wants."""
     if not config.is_causal:
         ids = [ord("a") if byte == config.mask_token_id else byte for byte in ids]
     if config.patching == "vocabulary":
@@ -52,6 +55,8 @@ def boundaries(ids: list[int], config, surprise: list[bool] | None = None) -> li
             for back in range(config.entropy_order):
                 digest = digest * 65599 + (ids[t - back] + 1 if t - back >= 0 else 0)
             anchor = anchor or surprise[digest % (2**31 - 1) % config.entropy_rows]
+        if config.patching == "learned":
+            anchor = anchor or routed[t]
         if config.patching == "spacelike":
             word_ends = kind(byte) == "space" and t > 0 and kind(ids[t - 1]) == "word"
             anchor = anchor or word_ends
@@ -153,6 +158,15 @@ def pool(model, x: torch.Tensor) -> torch.Tensor:
     return {"mean": x.mean(0), "last": x[-1], "mean_last": torch.cat([x.mean(0), x[-1]])}[how]
 
 
+def router(module, x: torch.Tensor) -> list[float]:
+    """How unlike each byte of x (T, D) is to the one before it: 0 the same direction, 1 the opposite one."""
+    sure = [0.5]
+    for t in range(1, len(x)):
+        query, key = module.q_proj(x[t]), module.k_proj(x[t - 1])
+        sure.append(float(1 - query @ key / query.norm() / key.norm()) / 2)
+    return sure
+
+
 def hidden_states(model, ids: list[int]) -> torch.Tensor:
     """Last hidden state (T, D) of `STLMModel` for one document."""
     config = model.config
@@ -166,11 +180,17 @@ def hidden_states(model, ids: list[int]) -> torch.Tensor:
     surprise = None
     if config.patching == "entropy":
         surprise = (model.entropy_table.float() / 32 > config.entropy_threshold).tolist()
-    done = patches(boundaries(ids, config, surprise))
+    sure = router(model.router, x) if config.patching == "learned" else None
+    done = patches(boundaries(ids, config, surprise, sure and [p >= 0.5 for p in sure]))
     seen = [model.start] * len(ids)
     if done:
         pooled = torch.stack([pool(model, x[patch]) for patch in done])
         out = model.unpool_proj(model.trunk(model.pool_proj(pooled)[None], None))[0]  # (P, D)
+        if sure:
+            for p in range(1, len(done)):
+                share = sure[done[p][-1]]
+                if share >= 0.5:  # an end that the cap or a special token made is taken whole
+                    out[p] = share * out[p] + (1 - share) * out[p - 1]
         for t in range(len(ids)):
             if config.is_causal:
                 complete = [p for p, patch in enumerate(done) if patch[-1] <= t]

@@ -71,7 +71,7 @@ def test_greedy_generation_of_ragged_rows_equals_each_row_uncached(options):
 @pytest.mark.parametrize(
     ("patching", "sharing"),
     [(patching, sharing) for patching in PATCHING for sharing in SHARING if patching in ("spacelike", "fixed")]
-    + [("vocabulary", "middle"), ("entropy", "middle")],
+    + [(patching, "middle") for patching in ("vocabulary", "entropy", "learned")],
 )
 @torch.no_grad()
 def test_512_greedy_bytes_of_eight_ragged_rows_equal_each_row_uncached(patching, sharing, capsys):

@@ -278,3 +278,31 @@ def test_ids_are_known_by_their_embeddings_under_autocast_and_after_resizing():
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(model(inputs_embeds=embeds).logits, model(ids).logits)
         assert torch.equal(model.model._ids_of(embeds), ids)
+
+
+@pytest.mark.parametrize("loaded", [False, True], ids=["fresh", "with a new head"])
+def test_fresh_weights_are_those_of_the_table(loaded, tmp_path):
+    config = tiny_config(
+        hidden_size=64,
+        trunk_hidden_size=96,
+        patching="learned",
+        patch_pooling="attention",
+        ngram_rows=512,
+        **MIXERS["both"],
+    )
+    model = STLMForCausalLM(config)
+    if loaded:  # of a checkpoint without the trunk
+        weights = {name: weight for name, weight in model.state_dict().items() if "trunk" not in name}
+        model.save_pretrained(tmp_path, state_dict=weights)
+        model = STLMForCausalLM.from_pretrained(tmp_path)
+    for name, weight in model.named_parameters():
+        if name.endswith(("o_proj.weight", "out_proj.weight", "down_proj.weight", "pool_scores.weight")):
+            assert not weight.any(), name
+        elif "router" in name:
+            assert torch.equal(weight, torch.eye(64)), name
+        elif "norm" in name:
+            assert torch.equal(weight, torch.ones_like(weight)), name
+        else:
+            kernel = name.endswith("conv.weight")
+            expected = 0.02 if "embed" in name or name.endswith("start") else weight[0].numel() ** -0.5
+            assert weight.std().item() == pytest.approx(expected, rel=0.3 if kernel or weight.ndim == 1 else 0.1), name

@@ -39,6 +39,7 @@ PATCHING = {
         "patch_vocabulary": "the Ġtrunk Ġrun Ġper al ong ord æĿ±äº¬ Word ĊĊ <pad>",
     },
     "entropy": {"patching": "entropy", "entropy_order": 3, "entropy_rows": 64},
+    "learned": {"patching": "learned"},
 }
 POOLING = {
     "mean and last": {},

@@ -18,7 +18,7 @@ class BudgetMixin:
             "byte embedding": [base.embed_tokens],
             "n-gram embedding": [base.ngram_embed_tokens],
             "front layers": [base.front_layers],
-            "pooling": [base.pool_proj, base.unpool_proj, *([base.pool_scores] if base.pool_scores else [])],
+            "pooling": [base.pool_proj, base.unpool_proj, *filter(None, [base.pool_scores, base.router])],
             "trunk": [base.trunk],
             "back layers": [base.back_layers, base.norm],
         }
@@ -56,8 +56,8 @@ class BudgetMixin:
         per_byte += 2 * config.conv_kernel_size * config.hidden_size * config.byte_mixers.count("conv")
         window = min(config.attention_window_bytes, context_bytes)
         per_byte += 4 * window * config.num_attention_heads * config.head_dim * config.byte_mixers.count("attention")
-        if base.pool_scores is not None:
-            per_byte += 2 * _matmul_parameters(base.pool_scores)
+        for module in filter(None, [base.pool_scores, base.router]):
+            per_byte += 2 * _matmul_parameters(module)
         head = self.get_output_embeddings()
         if head is not None:
             per_byte += 2 * head.weight.numel()

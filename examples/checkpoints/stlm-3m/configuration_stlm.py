@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig
 
 
 PRESETS = Path(__file__).with_name("presets")
-PATCHING_RULES = ("spacelike", "fixed", "vocabulary", "entropy")
+PATCHING_RULES = ("spacelike", "fixed", "vocabulary", "entropy", "learned")
 PATCH_POOLING = ("mean_last", "mean", "last", "attention")
 LAYER_SHARING = ("none", "immediate", "cycle", "middle", "ffn")
 BYTE_MIXERS = ("conv", "attention")
@@ -71,9 +71,10 @@ class STLMConfig(PreTrainedConfig):
             a multi-byte character (SpaceByte, arXiv:2404.14408). `"fixed"`: every `patch_bytes` bytes (MegaByte).
             `"vocabulary"`: at the byte that proves that a piece of `patch_vocabulary` has ended (the pooling by a BPE
             tokenizer of arXiv:2405.14159, made causal). `"entropy"`: after bytes whose next one a table of byte n-grams
-            finds hard to guess (BLT); the table is filled by `modeling_stlm.training.entropy_table`.
+            finds hard to guess (BLT); the table is filled by `modeling_stlm.training.entropy_table`. `"learned"`: where
+            a router finds a byte unlike the one before it (H-Net, arXiv:2507.07955).
         patch_bytes (`int`, defaults to 6):
-            Length of a patch under `patching="fixed"`.
+            Length of a patch under `patching="fixed"`; average length to train for under `"learned"`, from 2 on.
         max_patch_bytes (`int`, defaults to 16):
             Longest patch of every rule but `"fixed"`; longer pieces of a vocabulary are cut to one byte less.
         max_patch_characters (`int`, defaults to 3):
@@ -88,6 +89,8 @@ class STLMConfig(PreTrainedConfig):
             Rows of that table, into which byte n-grams are hashed.
         entropy_threshold (`float`, defaults to 2.0):
             Entropy in bits from which on a patch ends.
+        ratio_loss_weight (`float`, defaults to 0.03):
+            Weight of the loss that holds the patches of `patching="learned"` near `patch_bytes`.
         patch_pooling (`str`, defaults to `"mean_last"`):
             What the trunk reads of a patch: the `"mean"` over its bytes, the `"last"` byte, both (`"mean_last"`), or an
             `"attention"` of `num_attention_heads` learned queries over its bytes.
@@ -191,6 +194,7 @@ class STLMConfig(PreTrainedConfig):
     entropy_order: int = 4
     entropy_rows: int = 65536
     entropy_threshold: float | int = 2.0
+    ratio_loss_weight: float | int = 0.03
     patch_pooling: str = "mean_last"
     trunk_hidden_size: int = 384
     trunk_intermediate_size: int = 1248
@@ -310,6 +314,8 @@ class STLMConfig(PreTrainedConfig):
             )
         if self.patching == "vocabulary" and self.max_patch_bytes < 2:
             raise ValueError(f"max_patch_bytes={self.max_patch_bytes} must be at least 2 under patching='vocabulary'")
+        if self.patching == "learned" and self.patch_bytes < 2:
+            raise ValueError(f"patch_bytes={self.patch_bytes} must be at least 2 under patching='learned'")
         if self.patch_pooling == "attention" and self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size={self.hidden_size} must be a multiple of num_attention_heads={self.num_attention_heads} "

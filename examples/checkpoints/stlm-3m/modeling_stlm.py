@@ -60,6 +60,7 @@ from .patching_stlm import (
     index_patches,
     pool_patches,
     prefix_edges,
+    smooth_patches,
     step_boundary,
     sum_patches,
     unpool_patches,
@@ -106,6 +107,8 @@ class STLMModelOutput(ModelOutput):
         patch_attentions (`tuple(torch.FloatTensor)`, *optional*): `(B, trunk_num_attention_heads, P, P)` for each pass;
             with `output_patch_attentions=True`.
         boundaries (`torch.BoolTensor` of shape `(B, T)`, *optional*): where patches end; with `output_boundaries=True`.
+        ratio_loss (`torch.FloatTensor` of shape `()`, *optional*):
+            With `patching="learned"`, in training: see [`STLMRouter`].
     """
 
     last_hidden_state: torch.FloatTensor | None = None
@@ -115,6 +118,7 @@ class STLMModelOutput(ModelOutput):
     patch_hidden_states: tuple[torch.FloatTensor, ...] | None = None
     patch_attentions: tuple[torch.FloatTensor, ...] | None = None
     boundaries: torch.BoolTensor | None = None
+    ratio_loss: torch.FloatTensor | None = None
 
 
 @dataclass
@@ -347,6 +351,56 @@ class STLMFeedForward(nn.Module):
         return self.down_proj(self.activation(self.up_proj(hidden_states)))
 
 
+class STLMRouter(nn.Module):
+    """Learned ends of patches: dynamic chunking of H-Net (arXiv:2507.07955, section 2.2).
+
+    A patch ends where a byte is unlike the byte before it. What the trunk says is smoothed over patches by how sure
+    their ends are, and gradients reach the router through that and through a straight-through estimator. The ratio loss
+    holds the average length near `patch_bytes`, which may change while training (`PatchLengthCurriculum`).
+    """
+
+    def __init__(self, config: STLMConfig):
+        super().__init__()
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.patch_bytes = float(config.patch_bytes)
+
+    def forward(
+        self, hidden_states: torch.Tensor, before: torch.Tensor | None, positions: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Probability (B, T), float32, that a patch ends at each byte of `hidden_states (B, T, D)`.
+
+        `before (B, D)` is the byte before the first, zero or `None` where there is none. Without a byte before it, a
+        byte has probability 0.5, which ends a patch.
+        """
+        before = torch.zeros_like(hidden_states[:, 0]) if before is None else before.to(hidden_states.dtype)
+        previous = torch.cat([before[:, None], hidden_states[:, :-1]], dim=1)
+        if positions is not None:
+            previous = previous.masked_fill((positions == 0)[..., None], 0)
+        query, key = self.q_proj(hidden_states).float(), self.k_proj(previous).float()
+        return 0.5 - 0.5 * F.cosine_similarity(query, key, dim=-1)
+
+    def shares(self, probability: torch.Tensor, ends: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
+        """How much of each patch (B, P) is new: its probability, one for the first and for ends the router did not ask for."""
+        share = probability.gather(1, ends)
+        return share.masked_fill((share < 0.5) | first, 1)
+
+    @staticmethod
+    def straight_through(probability: torch.Tensor, boundary: torch.Tensor) -> torch.Tensor:
+        """Ones (B, T, 1) with the gradient of how sure the router was of its decision."""
+        confidence = torch.where(boundary, probability, 1 - probability)[..., None]
+        return confidence + (1 - confidence).detach()
+
+    def ratio_loss(self, probability: torch.Tensor, boundary: torch.Tensor, lengths: torch.Tensor | None):
+        """Least when one byte in `patch_bytes` ends a patch, 1 there (H-Net, eq. 10)."""
+        valid = torch.ones_like(boundary)
+        if lengths is not None:
+            valid = torch.arange(boundary.shape[1], device=boundary.device) < lengths[:, None]
+        share = (boundary & valid).sum() / valid.sum()
+        mean, n = (probability * valid).sum() / valid.sum(), self.patch_bytes
+        return n / (n - 1) * ((n - 1) * share * mean + (1 - share) * (1 - mean))
+
+
 class STLMByteLayer(GradientCheckpointingLayer):
     """Mixer and feed-forward layer at the byte level. Its cost does not depend on the context."""
 
@@ -481,22 +535,31 @@ class STLMPreTrainedModel(PreTrainedModel, BudgetMixin):
         super()._init_weights(module)
         if isinstance(module, nn.Linear):
             init.normal_(module.weight, std=module.in_features**-0.5)
-        elif isinstance(module, STLMShortConv):
-            init.normal_(module.conv.weight, std=module.kernel_size**-0.5)
-            init.zeros_(module.out_proj.weight)
-        elif isinstance(module, STLMAttention):
-            init.zeros_(module.o_proj.weight)
-        elif isinstance(module, STLMFeedForward):
-            init.zeros_(module.down_proj.weight)
         elif isinstance(module, STLMModel):
-            if module.pool_scores is not None:
-                init.zeros_(module.pool_scores.weight)
+            # From here, after their parts: of classes outside itself the library skips modules without own parameters.
+            for part in module.modules():
+                self._init_part(part)
             if module.start is not None:
                 init.normal_(module.start, std=self.config.initializer_range)
             if module.patching == "entropy":
                 init.zeros_(module.entropy_table)
             for name, table in module.tables(self.config).items():
                 init.copy_(getattr(module, name), table)
+
+    @staticmethod
+    def _init_part(part: nn.Module):
+        if isinstance(part, STLMShortConv):
+            init.normal_(part.conv.weight, std=part.kernel_size**-0.5)
+            init.zeros_(part.out_proj.weight)
+        elif isinstance(part, STLMAttention):
+            init.zeros_(part.o_proj.weight)
+        elif isinstance(part, STLMFeedForward):
+            init.zeros_(part.down_proj.weight)
+        elif isinstance(part, STLMRouter):
+            init.eye_(part.q_proj.weight)
+            init.eye_(part.k_proj.weight)
+        elif isinstance(part, STLMModel) and part.pool_scores is not None:
+            init.zeros_(part.pool_scores.weight)
 
 
 class STLMModel(STLMPreTrainedModel):
@@ -533,6 +596,7 @@ class STLMModel(STLMPreTrainedModel):
         self.pool_proj = nn.Linear(num_pooled, trunk_width, bias=False)
         self.trunk = STLMTrunk(config)
         self.unpool_proj = nn.Linear(trunk_width, width, bias=False)
+        self.router = STLMRouter(config) if config.patching == "learned" else None
         # What bytes see before the first patch is complete.
         self.start = nn.Parameter(torch.empty(width)) if config.is_causal else None
         self.back_layers = nn.ModuleList(
@@ -547,6 +611,7 @@ class STLMModel(STLMPreTrainedModel):
         # Copies: reading a field of a config costs microseconds, and a byte must not cost many.
         self.num_byte_layers, self.has_attention = config.num_byte_layers, "attention" in config.byte_mixers
         self.num_context = max([RULE_CONTEXT_BYTES, config.entropy_order - 1, *(n - 1 for n in config.ngram_orders)])
+        self.pool_sizes = (self.num_context, self.num_pool_terms, width if self.router is not None else 0)
         self.ngram_rows, self.is_causal = config.ngram_rows, config.is_causal
         cap_bytes = config.patch_bytes if config.patching == "fixed" else config.max_patch_bytes
         self.patching, self.entropy_steps = config.patching, ENTROPY_STEPS * config.entropy_threshold
@@ -665,8 +730,9 @@ class STLMModel(STLMPreTrainedModel):
             hidden_states = layer(
                 hidden_states, rows, past_key_values=past_key_values, output_attentions=output_attentions
             )
+        ratio_loss = None
         if pool is None:
-            visible, boundary = self._see_patches(hidden_states, context, rows)
+            visible, boundary, ratio_loss = self._see_patches(hidden_states, context, rows)
         elif num_bytes == 1 and lengths is None:
             visible, boundary = self._see_patches_of_one_byte(hidden_states, context, past_key_values)
         else:
@@ -677,7 +743,9 @@ class STLMModel(STLMPreTrainedModel):
                 hidden_states, rows, past_key_values=past_key_values, output_attentions=output_attentions
             )
         return STLMModelOutput(
-            last_hidden_state=self.norm(hidden_states), boundaries=boundary if output_boundaries else None
+            last_hidden_state=self.norm(hidden_states),
+            boundaries=boundary if output_boundaries else None,
+            ratio_loss=ratio_loss,
         )
 
     # Bytes
@@ -789,14 +857,20 @@ class STLMModel(STLMPreTrainedModel):
 
     # Patches: from the front output of the bytes (B, T, D) to what each byte sees of the trunk (B, T, D)
 
-    def _see_patches(self, hidden_states, context, rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
-        """Without a cache."""
+    def _see_patches(self, hidden_states, context, rows: Rows):
+        """Without a cache. Also returns the ratio loss of a router in training."""
         lengths, positions = rows.lengths, rows.positions
         zero = torch.zeros_like(context[:, 0])
         state, num_bytes = PatchState(zero, zero), hidden_states.shape[1]
         if not self.is_causal and self.config.mask_token_id is not None:
             context = context.masked_fill(context == self.config.mask_token_id, ord("a"))
-        found = find_boundaries(self._rule(), context, num_bytes, state, lengths, positions)
+        probability = routed = ratio_loss = None
+        if self.router is not None:
+            probability = self.router(hidden_states, None, positions)
+            routed = probability >= 0.5
+        found = find_boundaries(self._rule(), context, num_bytes, state, lengths, positions, routed)
+        if self.router is not None and self.training:
+            ratio_loss = self.router.ratio_loss(probability, found.boundary, lengths)
         if not self.is_causal:
             found = close_patches(found, rows.ahead, lengths)
         index = index_patches(found, num_bytes if self._is_traced() else None)
@@ -805,14 +879,25 @@ class STLMModel(STLMPreTrainedModel):
         allowed = self._allowed_patches(index, positions)
         sums, last = pool_patches(hidden_states, self._pool_terms(hidden_states), index)
         patches = self.unpool_proj(self.trunk(self._pooled(sums, index.num_bytes, last), allowed))
-        if not self.is_causal:
+        if self.router is not None:
+            first = torch.zeros_like(index.ends, dtype=torch.bool)
+            first[:, 0] = True
+            if positions is not None:
+                document = index.ends - positions.gather(1, index.ends)
+                first[:, 1:] |= document[:, 1:] != document[:, :-1]
+            patches = smooth_patches(patches, self.router.shares(probability, index.ends, first))
+        if self.is_causal:
+            patch_seen = found.boundary.cumsum(1) - 1  # (B, T)
+            if positions is not None:
+                patch_seen = patch_seen.masked_fill(_no_patch_yet(found.boundary, positions), -1)
+            visible = unpool_patches(patches, patch_seen, self.start)
+        else:
             # Padding sees the row's last patch, so that nothing in a row depends on the other rows.
             own = index.patch_of.minimum((index.counts - 1).clamp(min=0)[:, None])
-            return unpool_patches(patches, own), found.boundary
-        patch_seen = found.boundary.cumsum(1) - 1  # (B, T)
-        if positions is not None:
-            patch_seen = patch_seen.masked_fill(_no_patch_yet(found.boundary, positions), -1)
-        return unpool_patches(patches, patch_seen, self.start), found.boundary
+            visible = unpool_patches(patches, own)
+        if probability is not None and torch.is_grad_enabled():
+            visible = visible * self.router.straight_through(probability, found.boundary).to(visible.dtype)
+        return visible, found.boundary, ratio_loss
 
     def _allowed_patches(self, index: PatchIndex, positions: torch.Tensor | None) -> torch.Tensor | None:
         """Which patches each patch may see (B, 1, P, P); `None` if the trunk needs no mask."""
@@ -836,7 +921,8 @@ class STLMModel(STLMPreTrainedModel):
         """Any number of bytes after those in the cache."""
         pool, num_bytes = self._pool_slot(past_key_values), hidden_states.shape[1]
         state = PatchState(pool.open_bytes, pool.memory)
-        found = find_boundaries(self._rule(), context, num_bytes, state, lengths)
+        probability, routed = self._route(pool, hidden_states, lengths)
+        found = find_boundaries(self._rule(), context, num_bytes, state, lengths, routed=routed)
         traced = self._is_traced(past_key_values)
         index = index_patches(found, num_bytes if traced else None)
         start = pool.num_patches
@@ -844,7 +930,8 @@ class STLMModel(STLMPreTrainedModel):
         terms = self._pool_terms(hidden_states)
         if rows is None or len(rows):
             sums, last = pool_patches(hidden_states, terms, index, pool.keys)
-            self._append_patches(past_key_values, self._pooled(sums, index.num_bytes, last), rows)
+            pooled = self._pooled(sums, index.num_bytes, last)
+            self._append_patches(past_key_values, pooled, rows, self._shares(pool, probability, index.ends))
         ended = found.boundary.cumsum(1)
         visible = self._look_up(pool, start[:, None] + ended - 1)
 
@@ -860,13 +947,16 @@ class STLMModel(STLMPreTrainedModel):
     def _see_patches_of_one_byte(self, hidden_states, context, past_key_values):
         """One byte in every row: the step of generation, in as few operations as will do."""
         pool = self._pool_slot(past_key_values)
-        boundary, state = step_boundary(self._rule(), context, PatchState(pool.open_bytes, pool.memory))
+        probability, routed = self._route(pool, hidden_states, None)
+        state = PatchState(pool.open_bytes, pool.memory)
+        boundary, state = step_boundary(self._rule(), context, state, None if routed is None else routed[:, 0])
         last = hidden_states[:, 0]
         sums = pool.keys + self._pool_terms(last)
         rows = None if self._is_traced(past_key_values) else boundary.nonzero()[:, 0]
         if rows is None or len(rows):
             pooled = self._pooled(sums, pool.open_bytes + 1, last)[:, None]
-            patches = self._append_patches(past_key_values, pooled, rows)[:, 0].to(pool.visible.dtype)
+            shares = self._shares(pool, probability, torch.zeros_like(pool.num_bytes)[:, None])
+            patches = self._append_patches(past_key_values, pooled, rows, shares)[:, 0].to(pool.visible.dtype)
             if rows is None:
                 pool.visible = torch.where(boundary[:, None], patches, pool.visible)
             else:
@@ -879,7 +969,28 @@ class STLMModel(STLMPreTrainedModel):
         pool.num_bytes = pool.num_bytes + 1
         return pool.visible[:, None], boundary[:, None]
 
-    def _append_patches(self, past_key_values: Cache, pooled: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
+    def _route(self, pool, hidden_states: torch.Tensor, lengths: torch.Tensor | None):
+        """With a cache: probabilities (B, T) of a router and where it ends patches, `None` without a router."""
+        if self.router is None:
+            return None, None
+        probability = self.router(hidden_states, pool.routed, None)
+        last = hidden_states[:, -1]
+        if lengths is not None:
+            both = torch.cat([pool.routed.to(hidden_states.dtype)[:, None], hidden_states], dim=1)
+            last = both.take_along_dim(lengths[:, None, None], 1)[:, 0]
+        pool.routed = last.clone()
+        return probability, probability >= 0.5
+
+    def _shares(self, pool, probability: torch.Tensor | None, ends: torch.Tensor) -> torch.Tensor | None:
+        """With a cache: how much of each patch (B, P) that ends at `ends (B, P)` is new."""
+        if probability is None:
+            return None
+        is_first = (torch.arange(ends.shape[1], device=ends.device) == 0) & (pool.num_patches == 0)[:, None]
+        return self.router.shares(probability, ends, is_first)
+
+    def _append_patches(
+        self, past_key_values: Cache, pooled: torch.Tensor, rows: torch.Tensor | None, shares: torch.Tensor | None
+    ) -> torch.Tensor:
         """Run the trunk on the new patches `pooled (B, P, G)` of `rows (R,)`, and store them: (R, P, D).
 
         Entries past what a row completed are stored too: the row's next patches go over them, and nobody reads them
@@ -904,6 +1015,11 @@ class STLMModel(STLMPreTrainedModel):
         where = {"rows": rows, "start": start, "end": end}
         patches = self.trunk(pooled, allowed, past_key_values, {"num_rows": num_rows, **where})
         patches = self.unpool_proj(patches)
+        if shares is not None:
+            before = pool.visible
+            if rows is not None:
+                shares, before = shares[rows], before[rows]
+            patches = smooth_patches(patches, shares, before)
         past_key_values.update(pool.keys, patches, self.num_byte_layers, **where)
         return patches
 
@@ -947,7 +1063,7 @@ class STLMModel(STLMPreTrainedModel):
                     f"past_key_values has slots {kinds}, but this model needs {self.config.layer_types}: "
                     "make it with DynamicCache(config=model.config)"
                 )
-            pool.start(input_ids.shape[0], self.num_context, self.num_pool_terms, self.start)
+            pool.start(input_ids.shape[0], self.pool_sizes, self.start)
         if pool.num_patches.shape[0] != input_ids.shape[0]:
             raise ValueError(
                 f"past_key_values holds {pool.num_patches.shape[0]} rows, but the input has {input_ids.shape[0]}"
@@ -972,12 +1088,13 @@ class STLMModel(STLMPreTrainedModel):
     def _replay(self, past_key_values: Cache) -> None:
         """After a crop: make the small states again from the byte history.
 
-        Patch counts and rule state follow from the ids alone. The inputs that byte layers keep depend on a bounded
-        number of bytes, which are run again; what the trunk said of the patches they see is still stored.
+        Patch counts and rule state follow from the ids alone, unless a router makes them: then all bytes are run again.
+        The inputs that byte layers keep depend on a bounded number of bytes, which are run again; what the trunk said of
+        the patches they see is still stored.
         """
         pool, config = self._pool_slot(past_key_values), self.config
         history = pool.history.long()
-        pool.clear(self.num_context, self.num_pool_terms, self.start)
+        pool.clear(self.pool_sizes, self.start)
         if history.shape[1] == 0:
             return
         layout = _layout((history != -1).long(), 0, history)
@@ -985,8 +1102,7 @@ class STLMModel(STLMPreTrainedModel):
         if layout is not None:
             ids = history if layout.order is None else history.gather(1, layout.order)
             lengths = layout.lengths
-        state = PatchState(pool.open_bytes, pool.memory)
-        found = find_boundaries(self._rule(), self._with_context(ids, pool), ids.shape[1], state, lengths)
+        state, whole = PatchState(pool.open_bytes, pool.memory), self._with_context(ids, pool)
 
         # The last bytes of each row, enough for the front layers to be exact on the open patch and on all that the
         # back layers look at.
@@ -996,12 +1112,14 @@ class STLMModel(STLMPreTrainedModel):
         ]
         front, back = sum(reach[: config.num_front_layers]), sum(reach[config.num_front_layers :])
         num_replayed = min(ids.shape[1], front + max(back, self._rule().cap_bytes))
+        if self.router is not None:
+            num_replayed = ids.shape[1]
         first = (lengths - num_replayed).clamp(min=0)  # (B,)
         at = first[:, None] + torch.arange(num_replayed, device=ids.device)  # (B, R)
         before = at[:, :1] - torch.arange(self.num_context, 0, -1, device=ids.device)  # (B, C)
         pool.context = ids.gather(1, before.clamp(min=0)).masked_fill(before < 0, -1)
         pool.num_bytes = first
-        lengths = lengths - first
+        whole_lengths, lengths = lengths, lengths - first
         valid = torch.arange(num_replayed, device=ids.device) < lengths[:, None]
         at = at.clamp(max=ids.shape[1] - 1)
         replayed = ids.gather(1, at)
@@ -1010,13 +1128,15 @@ class STLMModel(STLMPreTrainedModel):
                 f"cannot crop the cache to within {num_replayed} bytes of embeddings that stand for no byte "
                 "(soft prompts): they are not kept"
             )
-        boundary = found.boundary
-        ended = boundary.cumsum(1)  # (B, T)
         context = self._with_context(replayed, pool)
         rows = self._rows(num_replayed, lengths, None, pool, replayed, None)
         hidden_states = self._embed(context, replayed.clamp(min=0), None, None)
         for layer in self.front_layers:
             hidden_states = layer(hidden_states, rows, past_key_values=past_key_values)
+        _, routed = self._route(pool, hidden_states, lengths)
+        found = find_boundaries(self._rule(), whole, ids.shape[1], state, whole_lengths, routed=routed)
+        boundary = found.boundary
+        ended = boundary.cumsum(1)  # (B, T)
         # Open bytes are those after the last boundary of the whole row.
         is_open = valid & (ended.gather(1, at) == ended[:, -1:]) & ~boundary.gather(1, at)
         pool.keys = sum_patches(self._pool_terms(hidden_states), (~is_open).long(), 1)[:, 0]
@@ -1211,6 +1331,9 @@ class STLMForCausalLM(STLMPreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+            if outputs.ratio_loss is not None:
+                ratio_loss = share_of_batch(outputs.ratio_loss, labels[:, 1:], logits, **kwargs)
+                loss = loss + self.config.ratio_loss_weight * ratio_loss
         return STLMCausalLMOutput(
             loss=loss,
             logits=logits,
@@ -1273,6 +1396,10 @@ class STLMForMaskedLM(STLMPreTrainedModel):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+            if outputs.ratio_loss is not None:
+                loss = loss + self.config.ratio_loss_weight * share_of_batch(
+                    outputs.ratio_loss, labels, logits, **kwargs
+                )
         return MaskedLMOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )

@@ -134,6 +134,7 @@ def find_boundaries(
     state: PatchState,
     lengths: torch.Tensor | None = None,
     positions: torch.Tensor | None = None,
+    routed: torch.Tensor | None = None,
 ) -> Boundaries:
     """Ends of patches among the last `num_bytes` ids of `context`.
 
@@ -149,6 +150,7 @@ def find_boundaries(
         lengths (`torch.LongTensor` of shape `(B,)`, *optional*): valid bytes of each row; all T if left out.
         positions (`torch.LongTensor` of shape `(B, T)`, *optional*): bytes since the document's start, where a row
             holds several documents.
+        routed (`torch.BoolTensor` of shape `(B, T)`, *optional*): more ends on level (1), those of a router.
     """
     if rule.edges is not None:
         return _find_pieces(rule, context, num_bytes, state, lengths, positions)
@@ -160,6 +162,8 @@ def find_boundaries(
     event = rule.events[code]  # (B, T)
 
     level1 = event == IS_SPECIAL
+    if routed is not None:
+        level1 = level1 | routed
     if rule.spaces_end_patches:
         level1 = level1 | (event == ENDS_WORD)
         complete = event == ENDS_CHARACTER
@@ -282,7 +286,9 @@ def close_patches(boundaries: Boundaries, ahead: torch.Tensor, lengths: torch.Te
     return boundaries._replace(boundary=boundaries.boundary | last)
 
 
-def step_boundary(rule: Rule, context: torch.Tensor, state: PatchState) -> tuple[torch.Tensor, PatchState]:
+def step_boundary(
+    rule: Rule, context: torch.Tensor, state: PatchState, routed: torch.Tensor | None = None
+) -> tuple[torch.Tensor, PatchState]:
     """`find_boundaries` for one byte, the last of `context`, in a tenth of the operations: boundary (B,) and state."""
     if rule.edges is not None:
         child, root = _child(rule, state.memory, context[:, -1]), torch.zeros_like(state.memory)
@@ -296,6 +302,8 @@ def step_boundary(rule: Rule, context: torch.Tensor, state: PatchState) -> tuple
     event = rule.events[code]
     open_bytes = state.open_bytes + 1
     boundary = (event == IS_SPECIAL) | (open_bytes == rule.cap_bytes)
+    if routed is not None:
+        boundary = boundary | routed
     open_characters = state.memory
     if rule.spaces_end_patches:
         characters = open_characters + (event == ENDS_CHARACTER)
@@ -373,3 +381,24 @@ def unpool_patches(patches: torch.Tensor, patch_seen: torch.Tensor, start: torch
     index = patch_seen.clamp(min=0)[..., None].expand(-1, -1, patches.shape[-1])
     visible = patches.gather(1, index)
     return visible if start is None else torch.where((patch_seen >= 0)[..., None], visible, start)
+
+
+def smooth_patches(patches: torch.Tensor, share: torch.Tensor, before: torch.Tensor | None = None) -> torch.Tensor:
+    """Moving average `y[p] = share[p] * patches[p] + (1 - share[p]) * y[p - 1]` (H-Net, arXiv:2507.07955, eq. 5).
+
+    In doubling steps, so that nothing is sequential and a share of one forgets exactly.
+
+    Args:
+        patches (`torch.Tensor` of shape `(B, P, D)`).
+        share (`torch.Tensor` of shape `(B, P)`).
+        before (`torch.Tensor` of shape `(B, D)`, *optional*): what stands for `y[-1]`; zero if left out.
+    """
+    keep, sums = (1 - share)[..., None], share[..., None] * patches
+    if before is not None:
+        sums = torch.cat([sums[:, :1] + keep[:, :1] * before[:, None], sums[:, 1:]], dim=1)
+    back = 1
+    while back < patches.shape[1]:
+        sums = torch.cat([sums[:, :back], sums[:, back:] + keep[:, back:] * sums[:, :-back]], dim=1)
+        keep = torch.cat([keep[:, :back], keep[:, back:] * keep[:, :-back]], dim=1)
+        back *= 2
+    return sums.to(patches.dtype)

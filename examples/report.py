@@ -1,0 +1,229 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Measure checkpoints on held-out text, noised text and tasks, and write RESULTS.md.
+
+    python examples/report.py measure runs/stlm-10m --name stlm-10m --validation validation.jsonl.gz \
+        --test test.jsonl.gz --blimp blimp.jsonl.gz --arc_easy arc_easy.jsonl.gz
+    python examples/report.py write
+
+`measure` takes a checkpoint folder of any causal language model with its tokenizer and leaves one JSON file in
+`examples/results`; `write` makes tables of all that lie there. Held-out files are JSON lines with `text` and, for a
+table by source, `source`. Noise goes into a tenth of the letters of the first 200 kB of the validation text and of
+every tenth pair of BLiMP, the same noise for every model.
+"""
+
+import argparse
+import json
+import tempfile
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+from costs import effective_parameters
+from datasets import load_dataset
+from evaluate_lm import TASKS, score
+from lm_eval.models.huggingface import HFLM
+from noise import KINDS, add_noise
+from provenance import run_info
+from scoring import bits_of_documents, bytes_per_token, token_bytes
+from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+
+import modeling_stlm  # noqa: F401  (registers the Auto classes)
+
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results"
+NOISE_RATE, NOISE_BYTES, WINDOW_BYTES = 0.1, 200_000, 1024
+PROMPTS = ("The history of the", "In this chapter, you will", '"I do not know," said the old man, ')
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    measure = commands.add_parser("measure", help="one checkpoint")
+    measure.add_argument("checkpoint", help="folder or Hub id")
+    measure.add_argument("--name", required=True, help="in the tables")
+    measure.add_argument("--validation", required=True, help="JSON lines with text and source")
+    measure.add_argument("--test", required=True, help="JSON lines with text and source")
+    for task, fields in TASKS.items():
+        measure.add_argument(f"--{task}", help=f"JSON lines with {fields}")
+    measure.add_argument("--limit", type=int, help="only the first rows of each task")
+    write = commands.add_parser("write", help="RESULTS.md from all measurements")
+    for command in (measure, write):
+        command.add_argument("--results", type=Path, default=RESULTS)
+    write.add_argument("--output", type=Path, default=HERE.parent / "RESULTS.md")
+    return parser.parse_args()
+
+
+def rows_of(path: str) -> list[dict]:
+    return load_dataset("json", data_files=path, split="train").to_list()
+
+
+def publisher(row: dict) -> str:
+    return row.get("source", "all").split("/")[0]
+
+
+def held_out(model, tokenizer, path: str, token_length: float) -> dict:
+    """Bits per byte of the whole file and by publisher of its texts."""
+    texts = defaultdict(list)
+    for row in rows_of(path):
+        texts["all"].append(row["text"])
+        if publisher(row) != "all":
+            texts[publisher(row)].append(row["text"])
+    return {
+        name: bits_of_documents(model, tokenizer, documents, WINDOW_BYTES, token_length)
+        for name, documents in sorted(texts.items())
+        if sum(map(len, documents)) > 8 * WINDOW_BYTES
+    }
+
+
+def noised_bits(model, tokenizer, path: str, token_length: float) -> dict:
+    text = "\n\n".join(row["text"] for row in rows_of(path)).encode()[:NOISE_BYTES].decode(errors="ignore")
+    versions = {"clean": text} | {kind: add_noise(text, kind, NOISE_RATE) for kind in KINDS}
+    return {
+        name: bits_of_documents(model, tokenizer, [version], WINDOW_BYTES, token_length)
+        for name, version in versions.items()
+    }
+
+
+def noised_blimp(lm: HFLM, path: str, limit: int | None) -> dict[str, float]:
+    """Accuracy on every tenth pair; both sentences of a pair get their noise from the same random numbers."""
+    rows = rows_of(path)[: limit and 10 * limit : 10]
+    accuracy = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for kind in ("clean", *KINDS):
+            file = Path(folder) / f"{kind}.jsonl"
+            noised = []
+            for number, row in enumerate(rows):
+                good, bad = row["sentence_good"], row["sentence_bad"]
+                if kind != "clean":
+                    good, bad = (add_noise(sentence, kind, NOISE_RATE, number) for sentence in (good, bad))
+                if good != bad:
+                    noised.append(row | {"sentence_good": good, "sentence_bad": bad})
+            file.write_text("\n".join(map(json.dumps, noised)))
+            accuracy[kind] = score(lm, {"blimp_file": str(file)})["blimp_file"]["acc"]
+    return accuracy
+
+
+def samples(model, tokenizer) -> list[dict[str, str]]:
+    """Continuations of 200 bytes or a little more, greedy and sampled, as they come."""
+    out = []
+    for prompt in PROMPTS:
+        inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+        for how, options in {
+            "greedy": {"do_sample": False},
+            "temperature 0.8, top-p 0.95, seed 0": {"do_sample": True, "temperature": 0.8, "top_p": 0.95},
+        }.items():
+            set_seed(0)
+            length = 200 if len(tokenizer) < 512 else 60
+            text = tokenizer.decode(model.generate(**inputs, max_new_tokens=length, **options)[0])
+            out.append({"prompt": prompt, "how": how, "text": text})
+    return out
+
+
+def measure(args: argparse.Namespace) -> dict:
+    tokenizer = AutoTokenizer.from_pretrained(args.checkpoint)
+    model = AutoModelForCausalLM.from_pretrained(args.checkpoint, dtype=torch.float32)
+    ids = torch.tensor(tokenizer(rows_of(args.validation)[0]["text"], add_special_tokens=False)["input_ids"])
+    length = bytes_per_token(ids, token_bytes(tokenizer))
+    results = {"name": args.name, "stored_parameters": model.num_parameters()}
+    results["effective_parameters"] = effective_parameters(model)
+    results["held_out"] = {
+        split: held_out(model, tokenizer, getattr(args, split), length) for split in ("validation", "test")
+    }
+    results["noise"] = {"rate": NOISE_RATE, "bits": noised_bits(model, tokenizer, args.validation, length)}
+    lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=64, add_bos_token=True)
+    files = {f"{task}_file": getattr(args, task) for task in TASKS}
+    results["tasks"] = score(lm, {task: file for task, file in files.items() if file}, args.limit)
+    if args.blimp:
+        results["noise"]["blimp"] = noised_blimp(lm, args.blimp, args.limit)
+    results["samples"] = samples(model, tokenizer)
+    run = Path(args.checkpoint) / "results.json"
+    if run.is_file():
+        trained = json.loads(run.read_text(encoding="utf-8"))
+        results["training"] = {key: trained[key] for key in ("bytes_seen", "budget", "commit", "device")}
+    return results | {"measured_with": run_info("lm_eval")}
+
+
+def rule(cells: list[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    return "\n".join([rule(head), "|---" * len(head) + "|", *map(rule, rows)])
+
+
+def document(results: list[dict]) -> str:
+    """RESULTS.md: models as columns."""
+    names = [result["name"] for result in results]
+
+    def lines(*path: str, digits: int = 3, value=lambda cell: cell) -> list[list[str]]:
+        tables = []
+        for result in results:
+            for key in path:
+                result = result.get(key, {})
+            tables.append(result)
+        keys = dict.fromkeys(key for entries in tables for key in entries)
+        return [[k, *(f"{value(t[k]):.{digits}f}" if k in t else "" for t in tables)] for k in keys]
+
+    def bits(cell: dict) -> float:
+        return cell["bits_per_byte"]
+
+    about = [
+        ["stored parameters", *(f"{result['stored_parameters']:,}" for result in results)],
+        ["effective parameters", *(f"{result['effective_parameters']:,}" for result in results)],
+        ["bytes seen", *(f"{result.get('training', {}).get('bytes_seen', 0):,}" for result in results)],
+        ["trained at commit", *(result.get("training", {}).get("commit", "") for result in results)],
+    ]
+    sections = [
+        "# Results\n\nMade by `make report` from the measurements in `examples/results`; commands, versions and hardware "
+        "are in\nthese files. Every text stands behind `<bos>`; nothing was tuned on the test files.",
+        "## Models\n\n" + table(["", *names], about),
+    ]
+    for split in ("validation", "test"):
+        sections.append(
+            f"## Bits per byte, {split}\n\n" + table(["source", *names], lines("held_out", split, value=bits))
+        )
+    noise = lines("noise", "bits", value=bits)
+    sections.append(
+        f"## Robustness\n\nBits per byte of validation text with noise in {NOISE_RATE:.0%} of its letters:\n\n"
+        + table(["noise", *names], noise)
+        + "\n\nAccuracy on every tenth pair of BLiMP with the same noise:\n\n"
+        + table(["noise", *names], lines("noise", "blimp"))
+    )
+    tasks = dict.fromkeys(task for result in results for task in result["tasks"])
+    rows = []
+    for task in tasks:
+        for metric in ("acc", "acc_norm"):
+            if any(metric in result["tasks"].get(task, {}) for result in results):
+                cells = [result["tasks"].get(task, {}).get(metric) for result in results]
+                rows.append([task.removesuffix("_file"), metric, *("" if c is None else f"{c:.4f}" for c in cells)])
+    sections.append("## Tasks, zero-shot\n\n" + table(["task", "metric", *names], rows))
+    sections.append(
+        "## BLiMP by field\n\n"
+        + table(["field", *names], lines("tasks", "blimp_file", "fields", digits=4, value=lambda cell: cell["acc"]))
+    )
+    for result in results:
+        texts = (f"{sample['how']}:\n\n```text\n{sample['text']}\n```" for sample in result["samples"])
+        sections.append(f"## Samples of {result['name']}, unedited\n\n" + "\n\n".join(texts))
+    return "\n\n".join(sections) + "\n"
+
+
+def main():
+    args = parse_arguments()
+    if args.command == "measure":
+        args.results.mkdir(parents=True, exist_ok=True)
+        path = args.results / f"{args.name}.json"
+        path.write_text(json.dumps(measure(args), indent=1) + "\n", encoding="utf-8")
+        print(f"wrote {path}")
+        return
+    files = sorted(args.results.glob("*.json"))
+    if not files:
+        raise SystemExit(f"no measurements in {args.results}: run `measure` first")
+    args.output.write_text(
+        document([json.loads(file.read_text(encoding="utf-8")) for file in files]), encoding="utf-8"
+    )
+    print(f"wrote {args.output}")
+
+
+if __name__ == "__main__":
+    main()
