@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The examples behind the numbers: noise, budgets, ablations, the report."""
+
+import gzip
+import importlib
+import json
+import math
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from modeling_stlm import STLMTokenizer
+
+from .test_examples import ROOT, TEXT, pretrain, run
+from .test_examples import small_text as small_text  # a fixture
+from .tiny import tiny_model
+
+
+sys.path.insert(0, str(ROOT / "examples"))
+costs, noise, scoring = (importlib.import_module(name) for name in ("costs", "noise", "scoring"))
+
+
+def json_lines(path: Path, rows: list[dict]) -> Path:
+    with gzip.open(path, "wt", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+    return path
+
+
+@given(st.text(max_size=60), st.sampled_from(sorted(noise.KINDS)), st.integers(0, 9))
+def test_noise_touches_letters_only_and_is_repeatable(text, kind, seed):
+    noised = noise.add_noise(text, kind, 0.5, seed)
+    assert noised == noise.add_noise(text, kind, 0.5, seed)
+    assert noise.add_noise(text, kind, 0, seed) == text
+    if not any(c.isalpha() for c in text):
+        assert noised == text
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("drop", " 1, !"),
+        ("swap", "ba 1c,d !e"),
+        ("repeat", "aabb cc1dd, ee!"),
+        ("upper", "AB C1D, E!"),
+        ("homoglyph", "\u0430b \u04411d, \u0435!"),
+    ],
+)
+def test_noise_in_every_letter(kind, expected):
+    assert noise.add_noise("ab c1d, e!", kind, 1.0) == expected
+
+
+def test_unknown_noise_is_named():
+    with pytest.raises(ValueError, match=r"choose one of \['drop'"):
+        noise.add_noise("a", "typo", 0.1)
+    with pytest.raises(ValueError, match=r"rate=2 must be between"):
+        noise.add_noise("a", "drop", 2)
+
+
+@torch.no_grad()
+def test_bits_of_documents_are_those_of_a_loop():
+    model, tokenizer = tiny_model(), STLMTokenizer()
+    documents = ["Some text about nothing much. ", "Zoë."]
+    ids = [i for text in documents for i in (257, *text.encode(), 258)]
+    nats, count = 0.0, 0
+    for start in range(0, len(ids) // 16 * 16, 16):
+        window = ids[start : start + 16]
+        starts = [0, *(t for t, i in enumerate(window) if i == 257), 16]
+        for first, end in pairwise(starts):
+            if end > first:
+                log_probabilities = model(torch.tensor([window[first:end]])).logits[0].log_softmax(-1)
+                for t in range(first + 1, end):
+                    if window[t] < 256:
+                        nats, count = nats - float(log_probabilities[t - 1 - first, window[t]]), count + 1
+    scored = scoring.bits_of_documents(model, tokenizer, documents, block_bytes=16)
+    assert scored["bytes"] == count
+    assert scored["bits_per_byte"] == pytest.approx(nats / math.log(2) / count, rel=1e-5)
+
+
+def test_costs_of_a_model():
+    model = tiny_model(patching="fixed", patch_bytes=4)
+    assert costs.bytes_per_patch(model, torch.full((2, 16), 97)) == 4
+    assert costs.effective_parameters(model) == model.parameter_budget()["effective"]["total"]
+    assert costs.flops_per_byte(model, 4) == model.flops_per_byte(4, 1024)
+
+
+def test_budgets_in_bytes_and_operations(small_text, tmp_path):
+    by_bytes = pretrain(small_text, tmp_path / "bytes", "--max_bytes", 128 * 2 * 5, "--eval_at_end")
+    assert by_bytes["steps"] == 5 and by_bytes["bytes_seen"] == 128 * 2 * 5
+    flops = by_bytes["training_flops"]
+    assert flops == pytest.approx(3 * by_bytes["flops_per_byte"] * by_bytes["bytes_seen"], rel=1e-6)
+    changes = ["--set", "num_trunk_layers=8", 'layer_sharing="middle"']
+    deeper = pretrain(small_text, tmp_path / "deep", "--max_flops", 2 * flops, "--eval_at_end", *changes)
+    assert deeper["config"]["num_trunk_layers"] == 8 and deeper["stored_parameters"] == by_bytes["stored_parameters"]
+    assert deeper["flops_per_byte"] > by_bytes["flops_per_byte"]
+    assert abs(deeper["training_flops"] / (2 * flops) - 1) < 0.1
+
+
+def test_fields_that_do_not_exist_are_named(small_text, tmp_path):
+    command = [sys.executable, str(ROOT / "examples" / "pretrain.py"), "--train", str(small_text), "--max_steps", "1"]
+    command += ["--validation", str(small_text), "--output", str(tmp_path), "--set", "depth=3"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode != 0 and "--set ['depth']: not a field of STLMConfig" in result.stderr
+
+
+def test_ablations_leave_a_table_and_are_not_repeated(small_text, tmp_path):
+    tiny = {"trunk_intermediate_size": 8, "intermediate_size": 8}
+    listed = {
+        "arguments": {"max_bytes": 1024, "block_bytes": 128, "batch_size": 2},
+        "runs": {
+            "base": {"set": tiny, "seeds": [1, 2]},
+            "fixed": {"set": tiny | {"patching": "fixed"}},
+            "llama-bpe": {"model": "llama-bpe", "vocab_size": 300},
+        },
+    }
+    path = tmp_path / "tiny.json"
+    path.write_text(json.dumps(listed))
+    arguments = ["--train", small_text, "--validation", small_text, "--output", tmp_path / "runs"]
+    first = run("ablate.py", path, *arguments, "--only", "base", "fixed", cwd=tmp_path)
+    assert "3 runs, 3 to do" in first
+    names = {"base-s1", "base-s2", "fixed-s1"}
+    assert {file.stem for file in (tmp_path / "tiny").glob("*.json")} == names
+    again = run("ablate.py", path, *arguments, cwd=tmp_path)
+    assert "4 runs, 1 to do" in again
+    table = (tmp_path / "tiny" / "README.md").read_text()
+    results = json.loads((tmp_path / "tiny" / "fixed-s1.json").read_text())
+    assert f"| fixed-s1 | {results['bits_per_byte']['validation']:.4f} |" in table and "| llama-bpe-s1 |" in table
+    assert (tmp_path / "tiny" / "plots.png").stat().st_size > 10_000
+    assert results["config"]["patching"] == "fixed" and results["arguments"]["seed"] == "1"
+    # A run of the same name with other arguments is no reason to believe its results.
+    (tmp_path / "tiny" / "fixed-s1.json").unlink()
+    listed["runs"]["fixed"]["set"]["patch_bytes"] = 3
+    path.write_text(json.dumps(listed))
+    command = [sys.executable, ROOT / "examples" / "ablate.py", path, *arguments]
+    refused = subprocess.run([str(word) for word in command], capture_output=True, text=True)
+    assert refused.returncode != 0 and "holds a run with other arguments" in refused.stderr
+
+
+def test_the_report_measures_and_writes(tmp_path):
+    model = tiny_model()
+    model.generation_config.max_new_tokens = 8
+    model.save_pretrained(tmp_path / "model")
+    STLMTokenizer().save_pretrained(tmp_path / "model")
+    text = TEXT.read_text(encoding="utf-8")
+    rows = [{"text": text[:30_000], "source": "one/a"}, {"text": text[30_000:50_000], "source": "two/b"}]
+    held_out = json_lines(tmp_path / "held_out.jsonl.gz", rows)
+    pairs = [
+        {"sentence_good": f"A dog {i} runs.", "sentence_bad": f"A dog {i} run.", "field": "syntax", "UID": "agreement"}
+        for i in range(30)
+    ]
+    blimp = json_lines(tmp_path / "blimp.jsonl.gz", pairs)
+    choices = json_lines(
+        tmp_path / "copa.jsonl.gz", [{"query": "It rained, so", "choices": ["a", "b"], "gold": 1}] * 3
+    )
+    run(
+        *("report.py", "measure", tmp_path / "model", "--name", "tiny", "--validation", held_out, "--test", held_out),
+        *("--blimp", blimp, "--copa", choices, "--results", tmp_path / "results"),
+        cwd=tmp_path,
+    )
+    measured = json.loads((tmp_path / "results" / "tiny.json").read_text())
+    assert set(measured["held_out"]["test"]) == {"all", "one", "two"}
+    assert set(measured["noise"]["bits"]) == {"clean", *noise.KINDS} == set(measured["noise"]["blimp"])
+    assert measured["tasks"]["copa_file"]["rows"] == 3 and measured["tasks"]["blimp_file"]["rows"] == 30
+    assert all(sample["text"].startswith(sample["prompt"]) for sample in measured["samples"])
+    run("report.py", "write", "--results", tmp_path / "results", "--output", tmp_path / "RESULTS.md", cwd=tmp_path)
+    written = (tmp_path / "RESULTS.md").read_text()
+    assert f"| two | {measured['held_out']['test']['two']['bits_per_byte']:.3f} |" in written
+    assert "## Robustness" in written and "| homoglyph |" in written and "| copa | acc |" in written
