@@ -146,7 +146,7 @@ def build_model(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) ->
         changes[name] = json.loads(value)
     if unknown := sorted(set(changes) - set(STLMConfig().to_dict())):
         raise SystemExit(f"--set {unknown}: not a field of STLMConfig")
-    if Path(args.model).is_dir():
+    if (Path(args.model) / "config.json").is_file():  # a folder alone may be the output
         return AutoModelForCausalLM.from_config(STLMConfig.from_pretrained(args.model, **changes))
     return AutoModelForCausalLM.from_config(STLMConfig.from_preset(args.model, **changes))
 

@@ -124,7 +124,7 @@ class STLMConfig(PreTrainedConfig):
         norm_eps (`float`, defaults to 1e-06):
             Added to the variance, or mean square, in every norm.
         initializer_range (`float`, defaults to 0.02):
-            Standard deviation of the embeddings at the start. Linear layers start at `1 / sqrt(fan_in)`, output
+            Standard deviation of embeddings and short convolutions at the start. Linear layers start at `1 / sqrt(fan_in)`, output
             projections at zero.
         hidden_dropout (`float`, defaults to 0.0):
             Dropout on the output of every mixer, attention and feed-forward layer; for training on repeated data.

@@ -227,7 +227,7 @@ def test_an_adapter_for_each_row_refuses_a_cache():
     # With a cache the trunk runs for the rows whose patch just ended, and peft counts rows in every layer. It refuses
     # rather than giving a row the adapter of another; `use_cache=False` is the way, as the test above has it.
     with pytest.raises(
-        ValueError, match="`adapter_names` should be the same as the number of inputs, but got 3 and 1"
+        ValueError, match=r"`adapter_names` should be the same as the number of inputs, but got 3 and \d"
     ):
         two_adapters().generate(
             input_ids=ROWS, adapter_names=["second", "__base__", "default"], max_new_tokens=12, use_cache=True

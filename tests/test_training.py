@@ -235,11 +235,35 @@ def test_a_resumed_time_budget_goes_on_where_it_was_cut(tmp_path, windows):
     saved = json.loads((tmp_path / "checkpoint-30" / "trainer_state.json").read_text())
     used = saved["stateful_callbacks"]["TimeBudget"]["attributes"]["elapsed_seconds"]
     assert 0 < used < 3.5
-    resumed = trainer()
-    started = time.monotonic()
+    elapsed = []
+
+    class Watch(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            budget = next(c for c in resumed.callback_handler.callbacks if isinstance(c, TimeBudget))
+            elapsed.append(budget.elapsed_seconds)
+
+    resumed = trainer(Watch())
     resumed.train(resume_from_checkpoint=True)
-    assert time.monotonic() - started < 4 - used + 1
+    assert used <= elapsed[0] < elapsed[-1] < 4
     assert resumed.state.global_step > 30
+
+
+def test_evaluation_and_saving_are_not_on_the_budget(tmp_path, windows):
+    class Slow(TrainerCallback):
+        def on_evaluate(self, args, state, control, **kwargs):
+            time.sleep(1)
+
+    budget = TimeBudget(minutes=1)
+    args = arguments(tmp_path, max_steps=4, lr_scheduler_type="constant", eval_strategy="steps", eval_steps=1)
+    trainer = Trainer(
+        model=STLMForCausalLM(tiny_config()),
+        args=args,
+        train_dataset=windows,
+        eval_dataset=windows,
+        callbacks=[Slow(), budget],
+    )
+    trainer.train()
+    assert 0 < budget.elapsed_seconds < 3
 
 
 def test_the_entropy_table_is_that_of_a_count_by_hand():

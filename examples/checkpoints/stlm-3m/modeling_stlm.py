@@ -286,7 +286,7 @@ class STLMShortConv(nn.Module):
 
     def __init__(self, config: STLMConfig):
         super().__init__()
-        self.kernel_size = config.conv_kernel_size
+        self.kernel_size, self.initializer_range = config.conv_kernel_size, config.initializer_range
         self.num_after = 0 if config.is_causal else (self.kernel_size - 1) // 2
         self.in_proj = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=False)
         self.conv = nn.Conv1d(
@@ -529,7 +529,7 @@ class STLMPreTrainedModel(PreTrainedModel, BudgetMixin):
     def _init_weights(self, module: nn.Module):
         # embeddings, start       normal, std initializer_range
         # linear                  normal, std 1 / sqrt(fan_in)
-        # short convolution       normal, std 1 / sqrt(kernel)
+        # short convolution       normal, std initializer_range: 1 / sqrt(kernel) learns more slowly
         # output projections      zero: every residual block starts as the identity
         # norms                   one
         super()._init_weights(module)
@@ -549,7 +549,7 @@ class STLMPreTrainedModel(PreTrainedModel, BudgetMixin):
     @staticmethod
     def _init_part(part: nn.Module):
         if isinstance(part, STLMShortConv):
-            init.normal_(part.conv.weight, std=part.kernel_size**-0.5)
+            init.normal_(part.conv.weight, std=part.initializer_range)
             init.zeros_(part.out_proj.weight)
         elif isinstance(part, STLMAttention):
             init.zeros_(part.o_proj.weight)
