@@ -17,7 +17,7 @@ from modeling_stlm import STLMForSequenceClassification, STLMTokenizer
 from modeling_stlm.training.model_card import build_model_card, write_model_card
 
 from .hub_server import metadata_errors
-from .tiny import SHARING, tiny_config, tiny_model
+from .tiny import PATCHING, SHARING, tiny_config, tiny_model
 
 
 ROOT = Path(__file__).parents[1]
@@ -169,3 +169,26 @@ def test_the_shipped_card_is_what_the_shipped_results_say():
     card = build_model_card(SHIPPED, licence="cc-by-sa-4.0", language="en", data=data)
     assert shipped.startswith(f"{card}\n<!-- Generated.")
     assert metadata_errors(shipped) == []
+
+
+def test_results_of_something_else_are_refused(checkpoint):
+    (checkpoint / "results.json").write_text('{"accuracy": 1, "steps": 3}')
+    with pytest.raises(
+        ValueError, match=r"lacks \['arguments', 'budget', .*expected the file that examples/pretrain.py"
+    ):
+        build_model_card(checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("patching", "expected"),
+    [
+        ("spacelike", "at the end of words, after at most 12 bytes or 3 characters"),
+        ("vocabulary", "proves the end of one of 11 pieces, after at most 12 bytes"),
+        ("entropy", "where 3 bytes leave the next one open, by 2.0 bits, after"),
+        ("learned", "where a router says so, trained for 6 bytes, after"),
+    ],
+)
+def test_the_card_says_where_patches_end(patching, expected, tmp_path):
+    tiny_model(**PATCHING[patching], patch_pooling="attention").save_pretrained(tmp_path)
+    card = build_model_card(tmp_path).text
+    assert expected in card and "the trunk reads their `attention`" in card

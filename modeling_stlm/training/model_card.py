@@ -37,6 +37,8 @@ CARD = """\
 
 {sections}"""
 
+NEEDED = {"arguments", "budget", "bytes_seen", "commit", "device", "steps", "torch", "transformers"}
+
 LIMITS = """\
 A model of this size knows little and makes things up. It continues text; unless its training data say otherwise it
 follows no instructions, knows only the language of these data, and was not filtered for safety."""
@@ -61,7 +63,8 @@ def build_model_card(
         data: Markdown about the training texts.
 
     Raises:
-        ValueError: if the folder holds anything but a language model of this package.
+        ValueError: if the folder holds anything but a language model of this package, or if its `results.json` is not one
+            of `examples/pretrain.py`.
     """
     folder = Path(folder)
     config = AutoConfig.from_pretrained(folder)
@@ -72,6 +75,8 @@ def build_model_card(
         )
     path = folder / "results.json"
     results = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if results and (missing := sorted(NEEDED - set(results))):
+        raise ValueError(f"{path} lacks {missing}: expected the file that examples/pretrain.py writes")
     name = name or (repo_id.split("/")[-1] if repo_id else results.get("model", folder.resolve().name))
     with torch.device("meta"):
         model = STLMForCausalLM(config)
@@ -170,12 +175,17 @@ def _results(scores: dict[str, dict], results: dict) -> str:
 
 
 def _architecture(config: STLMConfig) -> str:
-    patches = (
-        f"every {config.patch_bytes} bytes"
-        if config.patching == "fixed"
-        else f"at the end of words, at most {config.max_patch_bytes} bytes or {config.max_patch_characters} "
-        "characters of three or more bytes"
-    )
+    patches = {
+        "spacelike": "at the end of words",
+        "fixed": f"every {config.patch_bytes} bytes",
+        "vocabulary": f"with the byte that proves the end of one of {len(config.pieces):,} pieces",
+        "entropy": f"where {config.entropy_order} bytes leave the next one open, by {config.entropy_threshold} bits",
+        "learned": f"where a router says so, trained for {config.patch_bytes} bytes",
+    }[config.patching]
+    if config.patching != "fixed":
+        patches += f", after at most {config.max_patch_bytes} bytes"
+    if config.patching == "spacelike":
+        patches += f" or {config.max_patch_characters} characters of three or more bytes"
     stored, passes = config.num_unique_trunk_layers, config.num_trunk_layers
     sharing = f"shared by the rule `{config.layer_sharing}`" if stored < passes else "each with its own weights"
     head = "tied to" if config.tie_word_embeddings else "apart from"
@@ -184,7 +194,7 @@ def _architecture(config: STLMConfig) -> str:
         [
             f"- bytes: {config.num_front_layers} + {config.num_back_layers} layers of width {config.hidden_size} before "
             f"and after the trunk ({', '.join(sorted(set(config.byte_mixers)))}); hashed n-grams: {orders}",
-            f"- patches (`{config.patching}`): they end {patches}",
+            f"- patches (`{config.patching}`): they end {patches}; the trunk reads their `{config.patch_pooling}`",
             f"- trunk, once a patch: {passes} passes over {stored} stored layers of width {config.trunk_hidden_size}, "
             f"{sharing}",
             f"- head: {head} the byte embedding; {config.vocab_size} ids: bytes and special tokens",
