@@ -38,7 +38,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--text", type=Path, default=HERE / "data" / "shakespeare.txt")
     parser.add_argument("--vocab_size", type=int, default=8192)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--only", choices=("train", "generate"), help="leave the rest out")
+    parser.add_argument("--only", choices=("train", "generate"), help="leave the rest out, and memory")
     parser.add_argument("--clock", choices=("cpu", "wall"), default="cpu")
     parser.add_argument("--memory_of", choices=MODELS, help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -184,9 +184,10 @@ def main():
             unit, length = "token", len(sample) / len(tokenizer(sample)["input_ids"])
         row |= {f"bytes per {unit}": round(length, 2), "MFLOP/byte": flops_per_byte(model, length) / 1e6}
         table[name] = row | {measure: summary(values) for measure, values in results[name].items()}
-        table[name] |= peak_memory_mb(name, args)
+        if not args.only:
+            table[name] |= peak_memory_mb(name, args)
 
-    columns = ["stored", "effective", "MFLOP/byte", *measures, "generate_mb", "train_mb"]
+    columns = ["stored", "effective", "MFLOP/byte", *measures, *([] if args.only else ["generate_mb", "train_mb"])]
     print("| model | " + " | ".join(columns) + " |")
     print("|---" * (len(columns) + 1) + "|")
     for name, row in table.items():
