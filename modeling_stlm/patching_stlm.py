@@ -12,6 +12,7 @@ is a few bytes of context and the small `PatchState`. Several documents in one r
 from typing import NamedTuple
 
 import torch
+from transformers.utils.import_utils import is_torchdynamo_exporting
 
 
 # Kinds of bytes. Kinds WORD to LEAD4 make up words.
@@ -206,6 +207,11 @@ def _digest(rule: Rule, context: torch.Tensor, num_bytes: int, positions: torch.
     return digest % HASH_PRIME % len(rule.surprise)
 
 
+def _doubling_steps(length: int) -> int:
+    """Steps of doubling width that cross `length` entries; in an exported graph, where it is open, those of a million."""
+    return 20 if is_torchdynamo_exporting() else (length - 1).bit_length()
+
+
 def _child(rule: Rule, node: torch.Tensor, byte: torch.Tensor) -> torch.Tensor:
     """Node behind the edge `byte` of `node`; -1 if there is none."""
     edge = node * 256 + byte
@@ -251,7 +257,7 @@ def _find_pieces(rule: Rule, context, num_bytes: int, state: PatchState, lengths
     taken = torch.zeros_like(fails)
     taken[:, 0] = True
     jump = following
-    for _ in range((num_bytes + 2).bit_length()):
+    for _ in range(_doubling_steps(num_bytes + 2)):
         taken = taken | torch.zeros_like(taken, dtype=torch.int32).scatter_add_(1, jump, taken.int()).bool()
         jump = jump.gather(1, jump)
     ends = (taken & fails).int()
@@ -396,9 +402,10 @@ def smooth_patches(patches: torch.Tensor, share: torch.Tensor, before: torch.Ten
     keep, sums = (1 - share)[..., None], share[..., None] * patches
     if before is not None:
         sums = torch.cat([sums[:, :1] + keep[:, :1] * before[:, None], sums[:, 1:]], dim=1)
-    back = 1
-    while back < patches.shape[1]:
-        sums = torch.cat([sums[:, :back], sums[:, back:] + keep[:, back:] * sums[:, :-back]], dim=1)
-        keep = torch.cat([keep[:, :back], keep[:, back:] * keep[:, :-back]], dim=1)
-        back *= 2
+    patch = torch.arange(patches.shape[1], device=patches.device)
+    for step in range(_doubling_steps(patches.shape[1])):
+        earlier = patch - 2**step
+        exists, earlier = (earlier >= 0)[:, None], earlier.clamp(min=0)
+        sums = sums + torch.where(exists, keep * sums[:, earlier], 0)
+        keep = torch.where(exists, keep * keep[:, earlier], 0)
     return sums.to(patches.dtype)

@@ -53,8 +53,9 @@ def assert_same_logits(graph: ExportedModel, model: torch.nn.Module, rows: list[
         assert_equal(found, expected)
 
 
-def test_a_graph_of_torch_takes_batches_of_any_shape():
-    model = tiny_model(use_cache=False, **MIXERS["both"], **PATCHING["fixed"], **SHARING["cycle"])
+@pytest.mark.parametrize("patching", ["fixed", "vocabulary", "entropy", "learned"])
+def test_a_graph_of_torch_takes_batches_of_any_shape(patching):
+    model = tiny_model(use_cache=False, **MIXERS["both"], **PATCHING[patching], **SHARING["cycle"])
     graph = exported(model, "dynamo")
     for rows in (SAMPLE, *OTHERS):
         if len(rows) > 1:  # torch.export takes sizes of 1 for constants
