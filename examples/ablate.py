@@ -30,11 +30,11 @@ from matplotlib import pyplot as plt
 
 
 HERE = Path(__file__).parent
-PLOTS = {
-    "stored_parameters": "stored parameters",
-    "flops_per_byte": "FLOPs a byte (forward)",
-    "bytes_seen": "bytes seen",
-    "cpu_seconds_of_last_run": "CPU seconds",
+PLOTS = {  # field of the results: its unit in the plot, and the label
+    "stored_parameters": (1e6, "stored parameters, millions"),
+    "training_flops": (1e15, "training, PFLOP"),
+    "bytes_seen": (1e6, "bytes seen, MB"),
+    "cpu_seconds_of_last_run": (60, "CPU minutes"),
 }
 
 
@@ -134,13 +134,13 @@ def table(results: dict[str, dict]) -> str:
 
 def plot(results: dict[str, dict], path: Path) -> None:
     figure, axes = plt.subplots(2, 2, figsize=(12, 9), sharey=True)
-    for (field, label), axis in zip(PLOTS.items(), axes.flat):
+    for (field, (unit, label)), axis in zip(PLOTS.items(), axes.flat):
         for name, run in results.items():
             style = {"marker": "s", "color": "tab:orange"} if name.startswith("llama") else {"color": "tab:blue"}
-            point = (run[field], run["bits_per_byte"]["validation"])
+            point = (run[field] / unit, run["bits_per_byte"]["validation"])
             axis.scatter(*point, s=14, **style)
-            axis.annotate(name, point, fontsize=5, xytext=(3, 2), textcoords="offset points")
-        axis.set(xlabel=label, xscale="log" if field in ("flops_per_byte", "bytes_seen") else "linear")
+            axis.annotate(name, point, fontsize=6, xytext=(3, 2), textcoords="offset points")
+        axis.set(xlabel=label, xlim=(0, 1.25 * max(run[field] for run in results.values()) / unit))
         axis.grid(alpha=0.3)
     for axis in axes[:, 0]:
         axis.set_ylabel("bits per byte (validation)")

@@ -22,6 +22,7 @@ from glob import glob
 from pathlib import Path
 
 import matplotlib
+import numpy as np
 import torch
 from controls import llama_config, train_bpe
 from costs import bytes_per_patch, effective_parameters, flops_per_byte
@@ -42,7 +43,9 @@ from transformers import (
 from modeling_stlm import STLMConfig, STLMForCausalLM, STLMTokenizer
 from modeling_stlm.training.bits_per_byte import BitsPerByteEvaluator
 from modeling_stlm.training.corpus import PackedWindows, write_corpus
+from modeling_stlm.training.entropy_table import entropy_table
 from modeling_stlm.training.optimizer import MuonRecipe
+from modeling_stlm.training.patch_curriculum import PatchLengthCurriculum
 from modeling_stlm.training.time_budget import TimeBudget
 
 
@@ -59,8 +62,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, help="where the corpora lie in ids; by default beside the output")
     parser.add_argument("--model", default="stlm-3m", help="a preset, a config folder, llama-bytes or llama-bpe")
     parser.add_argument("--set", nargs="*", default=[], metavar="FIELD=VALUE", help="changes to the preset, as JSON")
+    parser.add_argument("--curriculum_steps", type=int, help="of patching=learned: steps until patches are long")
     parser.add_argument("--like", default="stlm-3m", help="preset whose stored size the controls take")
-    parser.add_argument("--vocab_size", type=int, default=4096, help="of llama-bpe")
+    parser.add_argument("--vocab_size", type=int, default=4096, help="of llama-bpe, and of patching=vocabulary")
     budget = parser.add_mutually_exclusive_group(required=True)
     budget.add_argument("--max_minutes", type=float)
     budget.add_argument("--max_steps", type=int)
@@ -135,7 +139,10 @@ def prepare(args: argparse.Namespace) -> tuple[PreTrainedTokenizerBase, dict[str
     return tokenizer, corpora
 
 
-def build_model(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+def build_model(
+    args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, corpora: dict[str, Path]
+) -> PreTrainedModel:
+    """What a patching rule must know of the texts, it learns from the training texts."""
     if args.model.startswith("llama-"):
         with torch.device("meta"):
             stored = AutoModelForCausalLM.from_config(STLMConfig.from_preset(args.like)).num_parameters()
@@ -146,16 +153,24 @@ def build_model(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) ->
         changes[name] = json.loads(value)
     if unknown := sorted(set(changes) - set(STLMConfig().to_dict())):
         raise SystemExit(f"--set {unknown}: not a field of STLMConfig")
+    if changes.get("patching") == "vocabulary" and "patch_vocabulary" not in changes:
+        changes["patch_vocabulary"] = " ".join(train_bpe(documents(args.train), args.vocab_size).get_vocab())
     if (Path(args.model) / "config.json").is_file():  # a folder alone may be the output
-        return AutoModelForCausalLM.from_config(STLMConfig.from_pretrained(args.model, **changes))
-    return AutoModelForCausalLM.from_config(STLMConfig.from_preset(args.model, **changes))
+        model = AutoModelForCausalLM.from_config(STLMConfig.from_pretrained(args.model, **changes))
+    else:
+        model = AutoModelForCausalLM.from_config(STLMConfig.from_preset(args.model, **changes))
+    if model.config.patching == "entropy":
+        corpus = np.memmap(corpora["train"], dtype=np.uint8, mode="r")
+        table = entropy_table(corpus, model.config.entropy_order, model.config.entropy_rows)
+        model.model.entropy_table.copy_(table)
+    return model
 
 
 def main():
     args = parse_arguments()
     set_seed(args.seed)
     tokenizer, corpora = prepare(args)
-    model = build_model(args, tokenizer)
+    model = build_model(args, tokenizer, corpora)
     print(f"{args.model}: {model.num_parameters():,} stored parameters, {model.device}, {model.dtype}")
 
     sizes = token_bytes(tokenizer)
@@ -199,6 +214,9 @@ def main():
         use_cpu=not torch.cuda.is_available(),
         bf16=torch.cuda.is_available(),
     )
+    callbacks = [TimeBudget(args.max_minutes, clock=args.clock)] if timed else []
+    if args.curriculum_steps:
+        callbacks.append(PatchLengthCurriculum(args.curriculum_steps))
     trainer = Trainer(
         model=model,
         args=training_args,
@@ -208,7 +226,7 @@ def main():
         compute_metrics=evaluator,
         preprocess_logits_for_metrics=evaluator.nats,
         optimizer_cls_and_kwargs=(MuonRecipe, {"muon_lr": args.muon_lr, "adamw_lr": args.adamw_lr}),
-        callbacks=[TimeBudget(args.max_minutes, clock=args.clock)] if timed else None,
+        callbacks=callbacks,
     )
     started, cpu_started = time.monotonic(), time.process_time()
     trainer.train(resume_from_checkpoint=last_checkpoint(args.output))

@@ -15,6 +15,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import modeling_stlm
 from modeling_stlm import STLMTokenizer
 
 from .test_examples import ROOT, TEXT, pretrain, run
@@ -99,6 +100,19 @@ def test_budgets_in_bytes_and_operations(small_text, tmp_path):
     assert deeper["config"]["num_trunk_layers"] == 8 and deeper["stored_parameters"] == by_bytes["stored_parameters"]
     assert deeper["flops_per_byte"] > by_bytes["flops_per_byte"]
     assert abs(deeper["training_flops"] / (2 * flops) - 1) < 0.1
+
+
+@pytest.mark.parametrize("patching", ["vocabulary", "entropy", "learned"])
+def test_rules_learn_from_the_training_texts(patching, small_text, tmp_path):
+    changes = ["--set", f'patching="{patching}"', "entropy_rows=4096", "--vocab_size", 400]
+    steps = ["--curriculum_steps", 2] if patching == "learned" else []
+    results = pretrain(small_text, tmp_path / "run", "--max_steps", 3, "--eval_at_end", *changes, *steps)
+    config = modeling_stlm.STLMConfig.from_pretrained(tmp_path / "run")
+    assert len(config.pieces) == (400 if patching == "vocabulary" else 0)
+    model = modeling_stlm.STLMForCausalLM.from_pretrained(tmp_path / "run")
+    if patching == "entropy":
+        assert 16 < model.model.entropy_table.float().mean() < 256
+    assert 1 < results["bytes_per_patch_or_token"] < 16
 
 
 def test_fields_that_do_not_exist_are_named(small_text, tmp_path):

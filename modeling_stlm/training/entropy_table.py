@@ -12,6 +12,9 @@ from modeling_stlm.modeling_stlm import ENTROPY_STEPS
 from modeling_stlm.patching_stlm import HASH_PRIME, hash_weights
 
 
+CHUNK_BYTES = 2**22
+
+
 def entropy_table(corpus: np.ndarray, order: int = 4, rows: int = 65536) -> torch.Tensor:
     """Entropy of the next byte after each hashed n-gram, in steps of 1 / 32 bit.
 
@@ -29,14 +32,14 @@ def entropy_table(corpus: np.ndarray, order: int = 4, rows: int = 65536) -> torc
     Raises:
         ValueError: if the corpus is not longer than the n-grams.
     """
-    corpus = np.asarray(corpus, dtype=np.uint8)
     if len(corpus) <= order:
         raise ValueError(f"the corpus has {len(corpus)} bytes, expected more than {order}")
-    digest = np.zeros(len(corpus) - order, dtype=np.int64)
-    for i, weight in enumerate(hash_weights(order)):
-        digest += (corpus[i : len(corpus) - order + i].astype(np.int64) + 1) * weight
-    cells = digest % HASH_PRIME % rows * 256 + corpus[order:]
-    counts = torch.from_numpy(np.bincount(cells, minlength=rows * 256).reshape(rows, 256)).float()
+    cells = np.zeros(rows * 256, dtype=np.int64)
+    for start in range(0, len(corpus) - order, CHUNK_BYTES):
+        chunk = corpus[start : start + CHUNK_BYTES + order].astype(np.int64)
+        digest = sum((chunk[i : len(chunk) - order + i] + 1) * weight for i, weight in enumerate(hash_weights(order)))
+        cells += np.bincount(digest % HASH_PRIME % rows * 256 + chunk[order:], minlength=rows * 256)
+    counts = torch.from_numpy(cells.reshape(rows, 256)).float()
     frequencies = counts.sum(0) / counts.sum()
     total, kinds = counts.sum(1, keepdim=True), (counts > 0).sum(1, keepdim=True).clamp(min=1)
     probabilities = (counts + kinds * frequencies) / (total + kinds)
