@@ -87,8 +87,8 @@ class STLMConfig(PreTrainedConfig):
             Under `patching="entropy"`, bytes from which the table guesses the next.
         entropy_rows (`int`, defaults to 65536):
             Rows of that table, into which byte n-grams are hashed.
-        entropy_threshold (`float`, defaults to 2.0):
-            Entropy in bits from which on a patch ends.
+        entropy_threshold (`float`, defaults to 3.5):
+            Entropy in bits above which a patch ends. The default makes patches of about 5 bytes of English.
         ratio_loss_weight (`float`, defaults to 0.03):
             Weight of the loss that holds the patches of `patching="learned"` near `patch_bytes`.
         patch_pooling (`str`, defaults to `"mean_last"`):
@@ -193,7 +193,7 @@ class STLMConfig(PreTrainedConfig):
     patch_vocabulary: str | None = None
     entropy_order: int = 4
     entropy_rows: int = 65536
-    entropy_threshold: float | int = 2.0
+    entropy_threshold: float | int = 3.5
     ratio_loss_weight: float | int = 0.03
     patch_pooling: str = "mean_last"
     trunk_hidden_size: int = 384

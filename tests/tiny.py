@@ -38,7 +38,7 @@ PATCHING = {
         "patching": "vocabulary",
         "patch_vocabulary": "the Ġtrunk Ġrun Ġper al ong ord æĿ±äº¬ Word ĊĊ <pad>",
     },
-    "entropy": {"patching": "entropy", "entropy_order": 3, "entropy_rows": 64},
+    "entropy": {"patching": "entropy", "entropy_order": 3, "entropy_rows": 64, "entropy_threshold": 2.0},
     "learned": {"patching": "learned"},
 }
 POOLING = {
