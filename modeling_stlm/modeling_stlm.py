@@ -392,7 +392,7 @@ class STLMRouter(nn.Module):
         return confidence + (1 - confidence).detach()
 
     def ratio_loss(self, probability: torch.Tensor, boundary: torch.Tensor, lengths: torch.Tensor | None):
-        """Least when one byte in `patch_bytes` ends a patch, 1 there (H-Net, eq. 10)."""
+        """One where one byte in `patch_bytes` ends a patch and the router is that sure on average (H-Net, eq. 10)."""
         valid = torch.ones_like(boundary)
         if lengths is not None:
             valid = torch.arange(boundary.shape[1], device=boundary.device) < lengths[:, None]
