@@ -91,7 +91,7 @@ def train(name: str, arguments: dict, args: argparse.Namespace, results: Path) -
         words = command(arguments, args, folder)
         code = subprocess.run(words, stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode
     if code:
-        return f"{name} failed with status {code}: see {folder / 'log.txt'}"
+        raise SystemExit(f"{name} failed with status {code}: see {folder / 'log.txt'}")
     shutil.copy(folder / "results.json", results / f"{name}.json")
     for checkpoint in folder.glob("checkpoint-*"):
         shutil.rmtree(checkpoint)
@@ -181,9 +181,11 @@ def main():
         with ThreadPoolExecutor(args.jobs) as pool:
             done = [pool.submit(work, name) for name in left]
         stop.set()
+        report(results)
         for future in done:
             future.result()
-    report(results)
+    else:
+        report(results)
 
 
 if __name__ == "__main__":

@@ -141,7 +141,8 @@ def measure(args: argparse.Namespace) -> dict:
     if run.is_file():
         trained = json.loads(run.read_text(encoding="utf-8"))
         results["training"] = {key: trained[key] for key in ("bytes_seen", "budget", "commit", "device")}
-    return results | {"measured_with": run_info("lm_eval")}
+    names = {name: Path(value).name for name in ("validation", "test", *TASKS) if (value := getattr(args, name))}
+    return results | {"files": names, "limit": args.limit, "measured_with": run_info("lm_eval")}
 
 
 def rule(cells: list[str]) -> str:
@@ -175,8 +176,8 @@ def document(results: list[dict]) -> str:
         ["trained at commit", *(result.get("training", {}).get("commit", "") for result in results)],
     ]
     sections = [
-        "# Results\n\nMade by `make report` from the measurements in `examples/results`; commands, versions and hardware "
-        "are in\nthese files. Every text stands behind `<bos>`; nothing was tuned on the test files.",
+        "# Results\n\nMade by `make report` from the measurements in `examples/results`; files, versions and hardware "
+        "are in\nthem. Every text stands behind `<bos>`; nothing was tuned on the test files.",
         "## Models\n\n" + table(["", *names], about),
     ]
     for split in ("validation", "test"):
