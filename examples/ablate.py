@@ -27,6 +27,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+from tables import markdown_table
 
 
 HERE = Path(__file__).parent
@@ -34,7 +35,7 @@ PLOTS = {  # field of the results: its unit in the plot, and the label
     "stored_parameters": (1e6, "stored parameters, millions"),
     "training_flops": (1e15, "training, PFLOP"),
     "bytes_seen": (1e6, "bytes seen, MB"),
-    "cpu_seconds_of_last_run": (60, "CPU minutes"),
+    "cpu_seconds": (60, "CPU minutes"),
 }
 
 
@@ -119,17 +120,22 @@ def watch(folder: Path, running: set[str], stop: threading.Event) -> None:
 
 def table(results: dict[str, dict]) -> str:
     """Best first."""
-    lines = [
-        "| run | bits per byte | stored | effective | MFLOP a byte | MB seen | training PFLOP | CPU s | commit |",
-        "|---|---|---|---|---|---|---|---|---|",
+    head = "run, bits per byte, stored, effective, MFLOP a byte, MB seen, training PFLOP, CPU s, commit".split(", ")
+    rows = [
+        [
+            name,
+            f"{run['bits_per_byte']['validation']:.4f}",
+            f"{run['stored_parameters']:,}",
+            f"{run['effective_parameters']:,}",
+            f"{run['flops_per_byte'] / 1e6:.2f}",
+            f"{run['bytes_seen'] / 1e6:.2f}",
+            f"{run['training_flops'] / 1e15:.4f}",
+            str(run["cpu_seconds"]),
+            run["commit"],
+        ]
+        for name, run in sorted(results.items(), key=lambda item: item[1]["bits_per_byte"]["validation"])
     ]
-    for name, run in sorted(results.items(), key=lambda item: item[1]["bits_per_byte"]["validation"]):
-        lines.append(
-            f"| {name} | {run['bits_per_byte']['validation']:.4f} | {run['stored_parameters']:,} | "
-            f"{run['effective_parameters']:,} | {run['flops_per_byte'] / 1e6:.2f} | {run['bytes_seen'] / 1e6:.2f} | "
-            f"{run['training_flops'] / 1e15:.4f} | {run['cpu_seconds_of_last_run']} | {run['commit']} |"
-        )
-    return "\n".join(lines)
+    return markdown_table(head, rows)
 
 
 def plot(results: dict[str, dict], path: Path) -> None:

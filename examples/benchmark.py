@@ -22,6 +22,7 @@ import torch
 from controls import bpe_llama, flat_byte_llama
 from costs import bytes_per_patch, effective_parameters, flops_per_byte
 from provenance import run_info
+from tables import markdown_table
 from transformers import AutoModelForCausalLM, LogitsProcessor, LogitsProcessorList
 
 from modeling_stlm import STLMConfig, STLMTokenizer
@@ -188,10 +189,8 @@ def main():
             table[name] |= peak_memory_mb(name, args)
 
     columns = ["stored", "effective", "MFLOP/byte", *measures, *([] if args.only else ["generate_mb", "train_mb"])]
-    print("| model | " + " | ".join(columns) + " |")
-    print("|---" * (len(columns) + 1) + "|")
-    for name, row in table.items():
-        print(f"| {name} | " + " | ".join(cell(row[column]) for column in columns) + " |")
+    rows = [[name, *(cell(row[column]) for column in columns)] for name, row in table.items()]
+    print(markdown_table(["model", *columns], rows))
     for name in MODELS[1:]:
         ratios = (f"{m} {table['stlm'][m]['median'] / table[name][m]['median']:.2f}x" for m in measures)
         print(f"stlm / {name}: " + ", ".join(ratios))

@@ -16,7 +16,6 @@ the same command is given again. At the end the output folder holds the checkpoi
 import argparse
 import json
 import os
-import time
 from collections.abc import Iterable
 from glob import glob
 from pathlib import Path
@@ -29,6 +28,7 @@ from costs import bytes_per_patch, effective_parameters, flops_per_byte
 from datasets import load_dataset
 from provenance import run_info
 from scoring import bytes_per_token, token_bytes
+from stopwatch import Stopwatch
 from transformers import (
     AutoModelForCausalLM,
     GenerationConfig,
@@ -214,7 +214,7 @@ def main():
         use_cpu=not torch.cuda.is_available(),
         bf16=torch.cuda.is_available(),
     )
-    callbacks = [TimeBudget(args.max_minutes, clock=args.clock)] if timed else []
+    callbacks = [Stopwatch(), *([TimeBudget(args.max_minutes, clock=args.clock)] if timed else [])]
     if args.curriculum_steps:
         callbacks.append(PatchLengthCurriculum(args.curriculum_steps))
     trainer = Trainer(
@@ -228,10 +228,10 @@ def main():
         optimizer_cls_and_kwargs=(MuonRecipe, {"muon_lr": args.muon_lr, "adamw_lr": args.adamw_lr}),
         callbacks=callbacks,
     )
-    started, cpu_started = time.monotonic(), time.process_time()
     trainer.train(resume_from_checkpoint=last_checkpoint(args.output))
+    # The one at work: Trainer makes callbacks anew when it resumes.
+    stopwatch = next(callback for callback in trainer.callback_handler.callbacks if isinstance(callback, Stopwatch))
 
-    seconds, cpu_seconds = time.monotonic() - started, time.process_time() - cpu_started
     final = {
         split: trainer.evaluate(sets[split], metric_key_prefix=split)[f"{split}_bits_per_byte"]
         for split in ("validation", "test")
@@ -250,8 +250,8 @@ def main():
         "steps": trainer.state.global_step,
         "bytes_seen": bytes_seen,
         "training_flops": 3 * flops * bytes_seen,
-        "wall_seconds_of_last_run": round(seconds),
-        "cpu_seconds_of_last_run": round(cpu_seconds),
+        "wall_seconds": round(stopwatch.wall_seconds),
+        "cpu_seconds": round(stopwatch.cpu_seconds),
         "budget": {"minutes": args.max_minutes, "clock": args.clock} if timed else {"steps": steps},
         "bits_per_byte": final,
         "arguments": {name: str(value) for name, value in (vars(args) | names).items()},

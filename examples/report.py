@@ -25,6 +25,7 @@ from lm_eval.models.huggingface import HFLM
 from noise import KINDS, add_noise
 from provenance import run_info
 from scoring import bits_of_documents, bytes_per_token, token_bytes
+from tables import markdown_table
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 import modeling_stlm  # noqa: F401  (registers the Auto classes)
@@ -62,10 +63,10 @@ def publisher(row: dict) -> str:
     return row.get("source", "all").split("/")[0]
 
 
-def held_out(model, tokenizer, path: str, token_length: float) -> dict:
-    """Bits per byte of the whole file and by publisher of its texts."""
+def held_out(model, tokenizer, rows: list[dict], token_length: float) -> dict:
+    """Bits per byte of all texts and by their publisher."""
     texts = defaultdict(list)
-    for row in rows_of(path):
+    for row in rows:
         texts["all"].append(row["text"])
         if publisher(row) != "all":
             texts[publisher(row)].append(row["text"])
@@ -76,8 +77,8 @@ def held_out(model, tokenizer, path: str, token_length: float) -> dict:
     }
 
 
-def noised_bits(model, tokenizer, path: str, token_length: float) -> dict:
-    text = "\n\n".join(row["text"] for row in rows_of(path)).encode()[:NOISE_BYTES].decode(errors="ignore")
+def noised_bits(model, tokenizer, rows: list[dict], token_length: float) -> dict:
+    text = "\n\n".join(row["text"] for row in rows).encode()[:NOISE_BYTES].decode(errors="ignore")
     versions = {"clean": text} | {kind: add_noise(text, kind, NOISE_RATE) for kind in KINDS}
     return {
         name: bits_of_documents(model, tokenizer, [version], WINDOW_BYTES, token_length)
@@ -123,14 +124,15 @@ def samples(model, tokenizer) -> list[dict[str, str]]:
 def measure(args: argparse.Namespace) -> dict:
     tokenizer = AutoTokenizer.from_pretrained(args.checkpoint)
     model = AutoModelForCausalLM.from_pretrained(args.checkpoint, dtype=torch.float32)
-    ids = torch.tensor(tokenizer(rows_of(args.validation)[0]["text"], add_special_tokens=False)["input_ids"])
-    length = bytes_per_token(ids, token_bytes(tokenizer))
+    texts = {split: rows_of(getattr(args, split)) for split in ("validation", "test")}
+    whole = "\n".join(row["text"] for row in texts["validation"])
+    length = bytes_per_token(
+        torch.tensor(tokenizer(whole, add_special_tokens=False)["input_ids"]), token_bytes(tokenizer)
+    )
     results = {"name": args.name, "stored_parameters": model.num_parameters()}
     results["effective_parameters"] = effective_parameters(model)
-    results["held_out"] = {
-        split: held_out(model, tokenizer, getattr(args, split), length) for split in ("validation", "test")
-    }
-    results["noise"] = {"rate": NOISE_RATE, "bits": noised_bits(model, tokenizer, args.validation, length)}
+    results["held_out"] = {split: held_out(model, tokenizer, rows, length) for split, rows in texts.items()}
+    results["noise"] = {"rate": NOISE_RATE, "bits": noised_bits(model, tokenizer, texts["validation"], length)}
     lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=64, add_bos_token=True)
     files = {f"{task}_file": getattr(args, task) for task in TASKS}
     results["tasks"] = score(lm, {task: file for task, file in files.items() if file}, args.limit)
@@ -143,14 +145,6 @@ def measure(args: argparse.Namespace) -> dict:
         results["training"] = {key: trained[key] for key in ("bytes_seen", "budget", "commit", "device")}
     names = {name: Path(value).name for name in ("validation", "test", *TASKS) if (value := getattr(args, name))}
     return results | {"files": names, "limit": args.limit, "measured_with": run_info("lm_eval")}
-
-
-def rule(cells: list[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
-
-
-def table(head: list[str], rows: list[list[str]]) -> str:
-    return "\n".join([rule(head), "|---" * len(head) + "|", *map(rule, rows)])
 
 
 def document(results: list[dict]) -> str:
@@ -178,18 +172,18 @@ def document(results: list[dict]) -> str:
     sections = [
         "# Results\n\nMade by `make report` from the measurements in `examples/results`; files, versions and hardware "
         "are in\nthem. Every text stands behind `<bos>`; nothing was tuned on the test files.",
-        "## Models\n\n" + table(["", *names], about),
+        "## Models\n\n" + markdown_table(["", *names], about),
     ]
     for split in ("validation", "test"):
         sections.append(
-            f"## Bits per byte, {split}\n\n" + table(["source", *names], lines("held_out", split, value=bits))
+            f"## Bits per byte, {split}\n\n" + markdown_table(["source", *names], lines("held_out", split, value=bits))
         )
     noise = lines("noise", "bits", value=bits)
     sections.append(
         f"## Robustness\n\nBits per byte of validation text with noise in {NOISE_RATE:.0%} of its letters:\n\n"
-        + table(["noise", *names], noise)
+        + markdown_table(["noise", *names], noise)
         + "\n\nAccuracy on every tenth pair of BLiMP with the same noise:\n\n"
-        + table(["noise", *names], lines("noise", "blimp"))
+        + markdown_table(["noise", *names], lines("noise", "blimp"))
     )
     tasks = dict.fromkeys(task for result in results for task in result["tasks"])
     rows = []
@@ -198,10 +192,12 @@ def document(results: list[dict]) -> str:
             if any(metric in result["tasks"].get(task, {}) for result in results):
                 cells = [result["tasks"].get(task, {}).get(metric) for result in results]
                 rows.append([task.removesuffix("_file"), metric, *("" if c is None else f"{c:.4f}" for c in cells)])
-    sections.append("## Tasks, zero-shot\n\n" + table(["task", "metric", *names], rows))
+    sections.append("## Tasks, zero-shot\n\n" + markdown_table(["task", "metric", *names], rows))
     sections.append(
         "## BLiMP by field\n\n"
-        + table(["field", *names], lines("tasks", "blimp_file", "fields", digits=4, value=lambda cell: cell["acc"]))
+        + markdown_table(
+            ["field", *names], lines("tasks", "blimp_file", "fields", digits=4, value=lambda cell: cell["acc"])
+        )
     )
     for result in results:
         texts = (f"{sample['how']}:\n\n```text\n{sample['text']}\n```" for sample in result["samples"])

@@ -78,8 +78,13 @@ def test_a_pretraining_that_was_cut_goes_on(small_text, tmp_path):
     process.wait()
     assert not (tmp_path / "cut" / "results.json").exists()
     (tmp_path / "cut" / "checkpoint-99").mkdir()  # half-written
+    newest = max((tmp_path / "cut").glob("checkpoint-*/trainer_state.json"))
+    state = json.loads(newest.read_text())
+    state["stateful_callbacks"]["Stopwatch"]["attributes"]["wall_seconds"] = 5000
+    newest.write_text(json.dumps(state))
     resumed = pretrain(small_text, tmp_path / "cut", "--max_steps", 8)
     assert resumed["bits_per_byte"] == whole["bits_per_byte"]
+    assert 5000 <= resumed["wall_seconds"] < 5300 and 0 < whole["wall_seconds"] < 300
     # Results are published: names of files, no folders of this machine.
     assert resumed["arguments"]["train"] == small_text.name and resumed["arguments"]["output"] == "cut"
     assert str(tmp_path) not in json.dumps(resumed) and str(small_text.parent) not in json.dumps(resumed)
