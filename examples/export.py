@@ -14,9 +14,8 @@ import shutil
 from pathlib import Path
 
 import torch
-from pretrain import documents
 from provenance import run_info
-from scoring import bits_of_documents
+from scoring import bits_of_documents, documents
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from modeling_stlm import STLMTokenizer

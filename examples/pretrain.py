@@ -16,8 +16,6 @@ the same command is given again. At the end the output folder holds the checkpoi
 import argparse
 import json
 import os
-from collections.abc import Iterable
-from glob import glob
 from pathlib import Path
 
 import matplotlib
@@ -25,9 +23,8 @@ import numpy as np
 import torch
 from controls import llama_config, train_bpe
 from costs import bytes_per_patch, effective_parameters, flops_per_byte
-from datasets import load_dataset
 from provenance import run_info
-from scoring import bytes_per_token, token_bytes
+from scoring import bytes_per_token, documents, token_bytes
 from stopwatch import Stopwatch
 from transformers import (
     AutoModelForCausalLM,
@@ -79,19 +76,6 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--eval_at_end", action="store_true", help="evaluate only the last one")
     parser.add_argument("--seed", type=int, default=1)
     return parser.parse_args(arguments)
-
-
-def documents(patterns: list[str]) -> Iterable[str | bytes]:
-    """Texts of all files that match."""
-    files = sorted(file for pattern in patterns for file in glob(pattern))
-    if not files:
-        raise SystemExit(f"no file matches {patterns}")
-    for file in files:
-        kind = next((kind for kind in ("json", "csv", "parquet") if f".{kind}" in Path(file).name), None)
-        if kind is None:
-            yield Path(file).read_bytes()
-        else:
-            yield from load_dataset(kind, data_files=file, split="train")["text"]
 
 
 def last_checkpoint(output: Path) -> str | None:

@@ -24,7 +24,7 @@ from evaluate_lm import TASKS, score
 from lm_eval.models.huggingface import HFLM
 from noise import KINDS, add_noise
 from provenance import run_info
-from scoring import bits_of_documents, bytes_per_token, token_bytes
+from scoring import bits_of_documents
 from tables import markdown_table
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
@@ -63,7 +63,7 @@ def publisher(row: dict) -> str:
     return row.get("source", "all").split("/")[0]
 
 
-def held_out(model, tokenizer, rows: list[dict], token_length: float) -> dict:
+def held_out(model, tokenizer, rows: list[dict]) -> dict:
     """Bits per byte of all texts and by their publisher."""
     texts = defaultdict(list)
     for row in rows:
@@ -71,19 +71,16 @@ def held_out(model, tokenizer, rows: list[dict], token_length: float) -> dict:
         if publisher(row) != "all":
             texts[publisher(row)].append(row["text"])
     return {
-        name: bits_of_documents(model, tokenizer, documents, WINDOW_BYTES, token_length)
+        name: bits_of_documents(model, tokenizer, documents, WINDOW_BYTES)
         for name, documents in sorted(texts.items())
         if sum(map(len, documents)) > 8 * WINDOW_BYTES
     }
 
 
-def noised_bits(model, tokenizer, rows: list[dict], token_length: float) -> dict:
+def noised_bits(model, tokenizer, rows: list[dict]) -> dict:
     text = "\n\n".join(row["text"] for row in rows).encode()[:NOISE_BYTES].decode(errors="ignore")
     versions = {"clean": text} | {kind: add_noise(text, kind, NOISE_RATE) for kind in KINDS}
-    return {
-        name: bits_of_documents(model, tokenizer, [version], WINDOW_BYTES, token_length)
-        for name, version in versions.items()
-    }
+    return {name: bits_of_documents(model, tokenizer, [version], WINDOW_BYTES) for name, version in versions.items()}
 
 
 def noised_blimp(lm: HFLM, path: str, limit: int | None) -> dict[str, float]:
@@ -125,14 +122,10 @@ def measure(args: argparse.Namespace) -> dict:
     tokenizer = AutoTokenizer.from_pretrained(args.checkpoint)
     model = AutoModelForCausalLM.from_pretrained(args.checkpoint, dtype=torch.float32)
     texts = {split: rows_of(getattr(args, split)) for split in ("validation", "test")}
-    whole = "\n".join(row["text"] for row in texts["validation"])
-    length = bytes_per_token(
-        torch.tensor(tokenizer(whole, add_special_tokens=False)["input_ids"]), token_bytes(tokenizer)
-    )
     results = {"name": args.name, "stored_parameters": model.num_parameters()}
     results["effective_parameters"] = effective_parameters(model)
-    results["held_out"] = {split: held_out(model, tokenizer, rows, length) for split, rows in texts.items()}
-    results["noise"] = {"rate": NOISE_RATE, "bits": noised_bits(model, tokenizer, texts["validation"], length)}
+    results["held_out"] = {split: held_out(model, tokenizer, rows) for split, rows in texts.items()}
+    results["noise"] = {"rate": NOISE_RATE, "bits": noised_bits(model, tokenizer, texts["validation"])}
     lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=64, add_bos_token=True)
     files = {f"{task}_file": getattr(args, task) for task in TASKS}
     results["tasks"] = score(lm, {task: file for task, file in files.items() if file}, args.limit)

@@ -1,15 +1,45 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bits per byte of documents under any causal language model, through `Trainer.evaluate`."""
+"""Bits per byte of documents under any causal language model, through `Trainer.evaluate`.
 
+    python examples/scoring.py examples/checkpoints/stlm-3m validation.jsonl.gz
+
+Windows of 1024 bytes, as `pretrain.py` measures them.
+"""
+
+import argparse
+import json
 import tempfile
 from collections.abc import Iterable
+from glob import glob
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
+from datasets import load_dataset
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainingArguments,
+)
 
+import modeling_stlm  # noqa: F401  (registers the Auto classes)
 from modeling_stlm.training.bits_per_byte import BitsPerByteEvaluator
 from modeling_stlm.training.corpus import PackedWindows, write_corpus
+
+
+def documents(patterns: list[str]) -> Iterable[str | bytes]:
+    """Texts of all files that match."""
+    files = sorted(file for pattern in patterns for file in glob(pattern))
+    if not files:
+        raise SystemExit(f"no file matches {patterns}")
+    for file in files:
+        kind = next((kind for kind in ("json", "csv", "parquet") if f".{kind}" in Path(file).name), None)
+        if kind is None:
+            yield Path(file).read_bytes()
+        else:
+            yield from load_dataset(kind, data_files=file, split="train")["text"]
 
 
 def token_bytes(tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
@@ -29,15 +59,17 @@ def bits_of_documents(
     tokenizer: PreTrainedTokenizerBase,
     documents: Iterable[str | bytes],
     block_bytes: int = 1024,
-    bytes_of_a_token: float = 1.0,
 ) -> dict[str, float]:
     """Windows of about `block_bytes` bytes without overlap: `{"bits_per_byte": ..., "bytes": ...}`.
 
     What is left over at the end is dropped, so texts of less than a window raise a `ValueError`.
     """
-    evaluator = BitsPerByteEvaluator(token_bytes(tokenizer))
+    sizes = token_bytes(tokenizer)
+    evaluator = BitsPerByteEvaluator(sizes)
     with tempfile.TemporaryDirectory() as folder:
         path = write_corpus(Path(folder) / "text.bin", documents, tokenizer)
+        ids = torch.from_numpy(PackedWindows(path, tokenizer, 1).ids.astype("int64"))
+        block_size = round(block_bytes / bytes_per_token(ids, sizes))
         trainer = Trainer(
             model=model,
             args=TrainingArguments(
@@ -47,9 +79,23 @@ def bits_of_documents(
                 disable_tqdm=True,
                 use_cpu=not torch.cuda.is_available(),
             ),
-            eval_dataset=PackedWindows(path, tokenizer, round(block_bytes / bytes_of_a_token)),
+            eval_dataset=PackedWindows(path, tokenizer, block_size),
             compute_metrics=evaluator,
             preprocess_logits_for_metrics=evaluator.nats,
         )
         metrics = trainer.evaluate()
     return {"bits_per_byte": metrics["eval_bits_per_byte"], "bytes": metrics["eval_bytes"]}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", help="folder or Hub id")
+    parser.add_argument("files", nargs="+", help="files or patterns, as of pretrain.py")
+    args = parser.parse_args()
+    tokenizer = AutoTokenizer.from_pretrained(args.checkpoint)
+    model = AutoModelForCausalLM.from_pretrained(args.checkpoint, dtype=torch.float32)
+    print(json.dumps(bits_of_documents(model, tokenizer, documents(args.files))))
+
+
+if __name__ == "__main__":
+    main()

@@ -83,6 +83,16 @@ def test_bits_of_documents_are_those_of_a_loop():
     assert scored["bits_per_byte"] == pytest.approx(nats / math.log(2) / count, rel=1e-5)
 
 
+def test_bits_of_a_checkpoint_in_one_command(tmp_path):
+    model, tokenizer = tiny_model(), STLMTokenizer()
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    text = TEXT.read_text(encoding="utf-8")[:5000]
+    (tmp_path / "text.txt").write_text(text, encoding="utf-8")
+    printed = run("scoring.py", tmp_path / "model", tmp_path / "text.txt", cwd=tmp_path).splitlines()[-1]
+    assert json.loads(printed) == pytest.approx(scoring.bits_of_documents(model, tokenizer, [text]), rel=1e-6)
+
+
 def test_costs_of_a_model():
     model = tiny_model(patching="fixed", patch_bytes=4)
     assert costs.bytes_per_patch(model, torch.full((2, 16), 97)) == 4
