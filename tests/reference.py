@@ -105,25 +105,34 @@ def rotate(x: torch.Tensor, position: int, theta: float) -> torch.Tensor:
     return out
 
 
-def window_attention(mixer, x: torch.Tensor) -> torch.Tensor:
-    """x (T, D)."""
-    config, num_bytes = mixer.config, len(x)
-    heads, kv_heads, width = mixer.num_heads, mixer.num_key_value_heads, mixer.head_dim
-    query = mixer.q_norm(mixer.q_proj(x).view(num_bytes, heads, width))
-    key = mixer.k_norm(mixer.k_proj(x).view(num_bytes, kv_heads, width))
-    value = mixer.v_proj(x).view(num_bytes, kv_heads, width)
-    rows = []
-    for t in range(num_bytes):
-        window = config.attention_window_bytes
-        seen = range(max(0, t - window + 1), t + 1 if config.is_causal else min(num_bytes, t + window))
+def attention(module, x: torch.Tensor, window: int | None) -> torch.Tensor:
+    """x (T, D); `window` bytes or patches are seen, all earlier ones if it is `None`."""
+    config, num_steps = module.config, len(x)
+    heads, kv_heads, width = module.num_heads, module.num_key_value_heads, module.head_dim
+    query = module.q_norm(module.q_proj(x).view(num_steps, heads, width))
+    key = module.k_norm(module.k_proj(x).view(num_steps, kv_heads, width))
+    value = module.v_proj(x).view(num_steps, kv_heads, width)
+    query, key = (
+        torch.stack(
+            [torch.stack([rotate(x[t, h], t, config.rope_theta) for h in range(x.shape[1])]) for t in range(len(x))]
+        )
+        for x in (query, key)
+    )
+    rows, reach = [], window or num_steps
+    for t in range(num_steps):
+        seen = slice(max(0, t - reach + 1), t + 1 if config.is_causal else t + reach)
         out = []
         for head in range(heads):
             group = head // (heads // kv_heads)
-            q = rotate(query[t, head], t, config.rope_theta)
-            scores = torch.stack([q @ rotate(key[s, group], s, config.rope_theta) for s in seen]) / width**0.5
-            out.append(sum(p * value[s, group] for p, s in zip(scores.softmax(0), seen)))
+            scores = key[seen, group] @ query[t, head] / width**0.5
+            out.append(scores.softmax(0) @ value[seen, group])
         rows.append(torch.cat(out))
-    return mixer.o_proj(torch.stack(rows))
+    return module.o_proj(torch.stack(rows))
+
+
+def feed_forward(module, x: torch.Tensor, activation: str) -> torch.Tensor:
+    up = module.up_proj(x)
+    return module.down_proj({"relu2": up.clamp(min=0) ** 2, "silu": up / (1 + torch.exp(-up))}[activation])
 
 
 def short_conv(mixer, x: torch.Tensor, is_causal: bool) -> torch.Tensor:
@@ -141,11 +150,23 @@ def short_conv(mixer, x: torch.Tensor, is_causal: bool) -> torch.Tensor:
     return mixer.out_proj(gate_out * torch.stack(rows))
 
 
-def byte_layer(layer, x: torch.Tensor, is_causal: bool) -> torch.Tensor:
+def byte_layer(layer, x: torch.Tensor, config) -> torch.Tensor:
     normed = layer.mixer_norm(x)
-    mix = window_attention(layer.mixer, normed) if layer.has_attention else short_conv(layer.mixer, normed, is_causal)
-    x = x + mix
-    return x + layer.feed_forward(layer.feed_forward_norm(x))
+    if layer.has_attention:
+        x = x + attention(layer.mixer, normed, config.attention_window_bytes)
+    else:
+        x = x + short_conv(layer.mixer, normed, config.is_causal)
+    return x + feed_forward(layer.feed_forward, layer.feed_forward_norm(x), config.hidden_act)
+
+
+def trunk(module, x: torch.Tensor, config) -> torch.Tensor:
+    """x (P, G)."""
+    for attention_block, feed_forward_block in config.trunk_schedule:
+        block = module.attention_blocks[attention_block]
+        x = x + attention(block.attention, block.norm(x), None)
+        block = module.feed_forward_blocks[feed_forward_block]
+        x = x + feed_forward(block.feed_forward, block.norm(x), config.hidden_act)
+    return module.norm(x)
 
 
 def pool(model, x: torch.Tensor) -> torch.Tensor:
@@ -176,7 +197,7 @@ def hidden_states(model, ids: list[int]) -> torch.Tensor:
             [row + model.ngram_embed_tokens.weight[ngram_rows(ids, t, config)].sum(0) for t, row in enumerate(x)]
         )
     for layer in model.front_layers:
-        x = byte_layer(layer, x, config.is_causal)
+        x = byte_layer(layer, x, config)
     surprise = None
     if config.patching == "entropy":
         surprise = (model.entropy_table.float() / 32 > config.entropy_threshold).tolist()
@@ -185,7 +206,7 @@ def hidden_states(model, ids: list[int]) -> torch.Tensor:
     seen = [model.start] * len(ids)
     if done:
         pooled = torch.stack([pool(model, x[patch]) for patch in done])
-        out = model.unpool_proj(model.trunk(model.pool_proj(pooled)[None], None))[0]  # (P, D)
+        out = model.unpool_proj(trunk(model.trunk, model.pool_proj(pooled), config))  # (P, D)
         if sure:
             for p in range(1, len(done)):
                 share = sure[done[p][-1]]
@@ -200,7 +221,7 @@ def hidden_states(model, ids: list[int]) -> torch.Tensor:
                 seen[t] = out[complete[-1]]
     x = x + torch.stack(seen)
     for layer in model.back_layers:
-        x = byte_layer(layer, x, config.is_causal)
+        x = byte_layer(layer, x, config)
     return model.norm(x)
 
 

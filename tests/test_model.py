@@ -18,6 +18,7 @@ OTHERS = {
     "bigrams": {"ngram_orders": [2]},
     "no n-grams": {"ngram_orders": []},
     "rms norm": {"norm_type": "rms_norm"},
+    "other numbers": {"rope_theta": 20.0, "hidden_act": "silu", "norm_eps": 0.05, "conv_kernel_size": 7},
 }
 ALL = cases(PATCHING, POOLING, MIXERS, SHARING, OTHERS)
 ROWS = [ids_of(TEXT), ids_of("A short one. "), ids_of("x"), ids_of("Ends mid wor"), [258, *ids_of("ab cd"), 258]]

@@ -24,7 +24,7 @@ from .tiny import tiny_model
 
 
 sys.path.insert(0, str(ROOT / "examples"))
-costs, noise, scoring = (importlib.import_module(name) for name in ("costs", "noise", "scoring"))
+ablate, costs, noise, scoring = (importlib.import_module(name) for name in ("ablate", "costs", "noise", "scoring"))
 
 
 def json_lines(path: Path, rows: list[dict]) -> Path:
@@ -132,12 +132,27 @@ def test_fields_that_do_not_exist_are_named(small_text, tmp_path):
     assert result.returncode != 0 and "--set ['depth']: not a field of STLMConfig" in result.stderr
 
 
+def test_runs_of_a_list_by_name_and_seed(tmp_path):
+    path = tmp_path / "list.json"
+    path.write_text(
+        json.dumps({"arguments": {"max_bytes": 9}, "runs": {"a": {"seeds": [1, 2]}, "b": {"muon_lr": 0.1}}})
+    )
+    assert ablate.expand(path) == {
+        "a-s1": {"max_bytes": 9, "seed": 1},
+        "a-s2": {"max_bytes": 9, "seed": 2},
+        "b-s1": {"max_bytes": 9, "muon_lr": 0.1, "seed": 1},
+    }
+    assert set(ablate.expand(path, ["b"])) == {"b-s1"}
+    with pytest.raises(SystemExit, match=r"has no runs \['c'\]"):
+        ablate.expand(path, ["c"])
+
+
 def test_ablations_leave_a_table_and_are_not_repeated(small_text, tmp_path):
     tiny = {"trunk_intermediate_size": 8, "intermediate_size": 8}
     listed = {
         "arguments": {"max_bytes": 1024, "block_bytes": 128, "batch_size": 2},
         "runs": {
-            "base": {"set": tiny, "seeds": [1, 2]},
+            "base": {"set": tiny, "seeds": [2]},
             "fixed": {"set": tiny | {"patching": "fixed"}},
             "llama-bpe": {"model": "llama-bpe", "vocab_size": 300},
         },
@@ -146,11 +161,10 @@ def test_ablations_leave_a_table_and_are_not_repeated(small_text, tmp_path):
     path.write_text(json.dumps(listed))
     arguments = ["--train", small_text, "--validation", small_text, "--output", tmp_path / "runs"]
     first = run("ablate.py", path, *arguments, "--only", "base", "fixed", cwd=tmp_path)
-    assert "3 runs, 3 to do" in first
-    names = {"base-s1", "base-s2", "fixed-s1"}
-    assert {file.stem for file in (tmp_path / "tiny").glob("*.json")} == names
+    assert "2 runs, 2 to do" in first
+    assert {file.stem for file in (tmp_path / "tiny").glob("*.json")} == {"base-s2", "fixed-s1"}
     again = run("ablate.py", path, *arguments, cwd=tmp_path)
-    assert "4 runs, 1 to do" in again
+    assert "3 runs, 1 to do" in again
     table = (tmp_path / "tiny" / "README.md").read_text()
     results = json.loads((tmp_path / "tiny" / "fixed-s1.json").read_text())
     assert f"| fixed-s1 | {results['bits_per_byte']['validation']:.4f} |" in table and "| llama-bpe-s1 |" in table
