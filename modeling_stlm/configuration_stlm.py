@@ -40,11 +40,11 @@ class STLMConfig(PreTrainedConfig):
     Args:
         vocab_size (`int`, defaults to 320):
             Number of ids: 256 bytes, then special tokens, rounded up to a multiple of 64 so that tokens can be added.
-        hidden_size (`int`, defaults to 192):
+        hidden_size (`int`, defaults to 128):
             Width of the byte level, of the byte embedding and of the head.
-        intermediate_size (`int`, defaults to 448):
+        intermediate_size (`int`, defaults to 320):
             Width of the feed-forward layers of the byte level.
-        num_front_layers (`int`, defaults to 2):
+        num_front_layers (`int`, defaults to 1):
             Byte layers before pooling (the local encoder).
         num_back_layers (`int`, defaults to 2):
             Byte layers after unpooling (the local decoder).
@@ -55,7 +55,7 @@ class STLMConfig(PreTrainedConfig):
             Bytes seen by one `"conv"` mixer, the current one included.
         attention_window_bytes (`int`, defaults to 64):
             Bytes seen by one `"attention"` mixer, the current one included.
-        num_attention_heads (`int`, defaults to 6):
+        num_attention_heads (`int`, defaults to 4):
             Heads of the `"attention"` mixers.
         num_key_value_heads (`int`, *optional*):
             Key/value heads of the `"attention"` mixers. Defaults to `num_attention_heads`.
@@ -64,7 +64,7 @@ class STLMConfig(PreTrainedConfig):
         ngram_orders (`list[int]`, *optional*):
             Lengths in bytes of the hashed n-grams whose embeddings are added to the byte embedding (BLT,
             arXiv:2412.09871, section 3.2.1). An empty list turns them off. Defaults to `[2, 3, 4, 5]`.
-        ngram_rows (`int`, defaults to 2048):
+        ngram_rows (`int`, defaults to 8192):
             Rows of the embedding table of each n-gram length.
         patching (`str`, defaults to `"spacelike"`):
             Where patches end. `"spacelike"`: at the first byte after a word that is neither letter, digit nor part of
@@ -96,7 +96,7 @@ class STLMConfig(PreTrainedConfig):
             `"attention"` of `num_attention_heads` learned queries over its bytes.
         trunk_hidden_size (`int`, defaults to 384):
             Width of the trunk.
-        trunk_intermediate_size (`int`, defaults to 1248):
+        trunk_intermediate_size (`int`, defaults to 800):
             Width of the feed-forward layers of the trunk.
         trunk_num_attention_heads (`int`, defaults to 6):
             Attention heads of the trunk.
@@ -174,18 +174,18 @@ class STLMConfig(PreTrainedConfig):
     }
 
     vocab_size: int = 320
-    hidden_size: int = 192
-    intermediate_size: int = 448
-    num_front_layers: int = 2
+    hidden_size: int = 128
+    intermediate_size: int = 320
+    num_front_layers: int = 1
     num_back_layers: int = 2
     byte_mixers: list[str] | None = None
     conv_kernel_size: int = 4
     attention_window_bytes: int = 64
-    num_attention_heads: int = 6
+    num_attention_heads: int = 4
     num_key_value_heads: int | None = None
     head_dim: int | None = None
     ngram_orders: list[int] | None = None
-    ngram_rows: int = 2048
+    ngram_rows: int = 8192
     patching: str = "spacelike"
     patch_bytes: int = 6
     max_patch_bytes: int = 16
@@ -197,7 +197,7 @@ class STLMConfig(PreTrainedConfig):
     ratio_loss_weight: float | int = 0.03
     patch_pooling: str = "mean_last"
     trunk_hidden_size: int = 384
-    trunk_intermediate_size: int = 1248
+    trunk_intermediate_size: int = 800
     trunk_num_attention_heads: int = 6
     trunk_num_key_value_heads: int | None = 2
     trunk_head_dim: int | None = None
