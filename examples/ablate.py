@@ -19,6 +19,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -93,11 +94,21 @@ def train(name: str, arguments: dict, args: argparse.Namespace, results: Path) -
         code = subprocess.run(words, stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode
     if code:
         raise SystemExit(f"{name} failed with status {code}: see {folder / 'log.txt'}")
-    shutil.copy(folder / "results.json", results / f"{name}.json")
+    found = json.loads((folder / "results.json").read_text())
+    (results / f"{name}.json").write_text(json.dumps({"listed": arguments} | found, indent=1) + "\n")
     for checkpoint in folder.glob("checkpoint-*"):
         shutil.rmtree(checkpoint)
-    bits = json.loads((folder / "results.json").read_text())["bits_per_byte"]["validation"]
-    return f"{name}: {bits:.4f} bits per byte"
+    return f"{name}: {found['bits_per_byte']['validation']:.4f} bits per byte"
+
+
+def is_done(path: Path, arguments: dict) -> bool:
+    """Whether the results of a run lie there, and are those of these arguments."""
+    if not path.is_file():
+        return False
+    listed = json.loads(path.read_text())["listed"]
+    if listed != arguments:
+        raise SystemExit(f"{path} holds a run with other arguments, {listed}: rename the run or remove the file")
+    return True
 
 
 def prepare(arguments: dict, args: argparse.Namespace) -> None:
@@ -112,7 +123,8 @@ def watch(folder: Path, running: set[str], stop: threading.Event) -> None:
     """A line about every run at work, now and then."""
     while not stop.wait(60):
         for name in sorted(running):
-            log = (folder / name / "log.txt").read_text(errors="replace")
+            path = folder / name / "log.txt"
+            log = path.read_text(errors="replace") if path.is_file() else ""
             losses = re.findall(r"'loss': '?([\d.]+)", log)
             steps = re.findall(r"\b(\d+)/\d+ \[", log)
             print(f"  {name}: step {steps[-1] if steps else '?'}, loss {losses[-1] if losses else '?'}", flush=True)
@@ -155,8 +167,9 @@ def plot(results: dict[str, dict], path: Path) -> None:
     plt.close(figure)
 
 
-def report(folder: Path) -> None:
-    results = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+def report(folder: Path, runs: Iterable[str]) -> None:
+    paths = {name: folder / f"{name}.json" for name in runs}
+    results = {name: json.loads(path.read_text()) for name, path in paths.items() if path.is_file()}
     if results:
         (folder / "README.md").write_text(f"# {folder.name}\n\n{table(results)}\n\n![bits per byte](plots.png)\n")
         plot(results, folder / "plots.png")
@@ -169,29 +182,36 @@ def main():
     results.mkdir(exist_ok=True)
     if not args.report:
         runs = expand(args.list, args.only)
-        left = {name: arguments for name, arguments in runs.items() if not (results / f"{name}.json").is_file()}
+        left = {name: run for name, run in runs.items() if not is_done(results / f"{name}.json", run)}
         print(f"{len(runs)} runs, {len(left)} to do, {args.jobs} at a time", flush=True)
         for arguments in {
             run.get("model", "") + str(run.get("vocab_size", "")): run for run in left.values()
         }.values():
             prepare(arguments, args)
-        running, stop, started = set(), threading.Event(), time.monotonic()
+        running, failed, stop, started = set(), [], threading.Event(), time.monotonic()
 
         def work(name: str) -> None:
             running.add(name)
-            line = train(name, left[name], args, results)
-            running.discard(name)
+            try:
+                line = train(name, left[name], args, results)
+            except SystemExit as error:
+                line = str(error)
+                failed.append(line)
+            finally:
+                running.discard(name)
             print(f"[{(time.monotonic() - started) / 60:.0f} min] {line}", flush=True)
 
         threading.Thread(target=watch, args=(args.output, running, stop), daemon=True).start()
         with ThreadPoolExecutor(args.jobs) as pool:
             done = [pool.submit(work, name) for name in left]
         stop.set()
-        report(results)
+        report(results, expand(args.list))
         for future in done:
             future.result()
+        if failed:
+            raise SystemExit("\n".join(failed))
     else:
-        report(results)
+        report(results, expand(args.list))
 
 
 if __name__ == "__main__":

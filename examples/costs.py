@@ -20,7 +20,7 @@ def effective_parameters(model: PreTrainedModel) -> int:
     """What an untied model of the same computation would store."""
     if isinstance(model, STLMForCausalLM):
         return model.parameter_budget()["effective"]["total"]
-    return model.num_parameters() + model.lm_head.weight.numel()
+    return model.num_parameters() + model.lm_head.weight.numel() * model.config.tie_word_embeddings
 
 
 def flops_per_byte(model: PreTrainedModel, bytes_per_unit: float, context_bytes: int = 1024) -> float:
@@ -32,6 +32,6 @@ def flops_per_byte(model: PreTrainedModel, bytes_per_unit: float, context_bytes:
 
 def llama_flops_per_token(model: LlamaForCausalLM, context_tokens: float) -> float:
     config = model.config
-    matrices = sum(p.numel() for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name)
+    matrices = sum(p.numel() for p in model.model.layers.parameters() if p.ndim == 2)
     attention = 4 * context_tokens / 2 * config.num_attention_heads * config.head_dim * config.num_hidden_layers
     return 2 * (matrices + config.vocab_size * config.hidden_size) + attention

@@ -31,8 +31,9 @@ def _homoglyph(text: str, i: int) -> tuple[str, int]:
 KINDS = {"drop": _drop, "swap": _swap, "repeat": _repeat, "upper": _upper, "homoglyph": _homoglyph}
 
 
-def add_noise(text: str, kind: str, rate: float, seed: int = 0) -> str:
-    """`text` with about a share `rate` of its letters dropped, swapped with the next, doubled, upper-cased or replaced.
+def add_noise(text: str, kind: str, rate: float, seed: int | str = 0) -> str:
+    """`text` in which each letter is hit with probability `rate`: dropped, swapped with the next character, doubled,
+    upper-cased or replaced by one that looks the same. What has no upper case or no such double stays as it is.
 
     Raises:
         ValueError: if there is no such kind, or if the rate is not between 0 and 1.

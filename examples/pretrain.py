@@ -128,6 +128,8 @@ def build_model(
 ) -> PreTrainedModel:
     """What a patching rule must know of the texts, it learns from the training texts."""
     if args.model.startswith("llama-"):
+        if args.set:
+            raise SystemExit(f"--set {args.set}: the controls have no fields of STLMConfig")
         with torch.device("meta"):
             stored = AutoModelForCausalLM.from_config(STLMConfig.from_preset(args.like)).num_parameters()
         return AutoModelForCausalLM.from_config(llama_config(tokenizer, stored))
@@ -152,6 +154,7 @@ def build_model(
 
 def main():
     args = parse_arguments()
+    info = run_info()  # of the code that runs, not of what is committed meanwhile
     set_seed(args.seed)
     tokenizer, corpora = prepare(args)
     model = build_model(args, tokenizer, corpora)
@@ -164,7 +167,13 @@ def main():
     sets = {split: PackedWindows(path, tokenizer, block_size) for split, path in corpora.items()}
     windows = sets["validation"]
     sample = torch.stack([windows[i]["input_ids"] for i in range(0, len(windows), -(-len(windows) // 16))])
-    length = bytes_per_patch(model, sample) if isinstance(model, STLMForCausalLM) else id_bytes
+
+    def bytes_per_unit() -> float:
+        return bytes_per_patch(model, sample) if isinstance(model, STLMForCausalLM) else id_bytes
+
+    # An untrained router says nothing about the patches it will make.
+    is_routed = isinstance(model, STLMForCausalLM) and model.config.patching == "learned"
+    length = model.config.patch_bytes if is_routed else bytes_per_unit()
     flops = flops_per_byte(model, length, args.block_bytes)
     print(
         f"{len(sets['train']):,} windows of {block_size} ids, {length:.2f} bytes a patch or token, "
@@ -225,6 +234,8 @@ def main():
     names = {split: " ".join(Path(file).name for file in getattr(args, split)) for split in sets}
     names |= {"output": args.output.name, "data": None}
     bytes_seen = round(trainer.state.global_step * step_bytes)
+    length = bytes_per_unit()
+    flops = flops_per_byte(model, length, args.block_bytes)
     results = {
         "model": args.model,
         "stored_parameters": model.num_parameters(),
@@ -240,7 +251,7 @@ def main():
         "bits_per_byte": final,
         "arguments": {name: str(value) for name, value in (vars(args) | names).items()},
         "config": {name: value for name, value in model.config.to_diff_dict().items() if name != "auto_map"},
-    } | run_info()
+    } | info
     if isinstance(model, STLMForCausalLM):
         model.config.use_cache = True  # Trainer turns it off, and would save it so
     model.generation_config = GenerationConfig(

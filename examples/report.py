@@ -7,8 +7,9 @@
 
 `measure` takes a checkpoint folder of any causal language model with its tokenizer and leaves one JSON file in
 `examples/results`; `write` makes tables of all that lie there. Held-out files are JSON lines with `text` and, for a
-table by source, `source`. Noise goes into a tenth of the letters of the first 200 kB of the validation text and of
-every tenth pair of BLiMP, the same noise for every model.
+table by source, `source`. Noise goes into the first 200 kB of the validation text and into every tenth pair of BLiMP:
+each letter is hit with probability 0.1, for every model the same letters, and in both sentences of a pair the same
+letters of the words that they share.
 """
 
 import argparse
@@ -64,7 +65,7 @@ def publisher(row: dict) -> str:
 
 
 def held_out(model, tokenizer, rows: list[dict]) -> dict:
-    """Bits per byte of all texts and by their publisher."""
+    """Bits per byte of all texts, and by publisher of those with at least eight windows of text."""
     texts = defaultdict(list)
     for row in rows:
         texts["all"].append(row["text"])
@@ -73,7 +74,7 @@ def held_out(model, tokenizer, rows: list[dict]) -> dict:
     return {
         name: bits_of_documents(model, tokenizer, documents, WINDOW_BYTES)
         for name, documents in sorted(texts.items())
-        if sum(map(len, documents)) > 8 * WINDOW_BYTES
+        if sum(len(document.encode()) for document in documents) >= 8 * WINDOW_BYTES
     }
 
 
@@ -83,22 +84,29 @@ def noised_bits(model, tokenizer, rows: list[dict]) -> dict:
     return {name: bits_of_documents(model, tokenizer, [version], WINDOW_BYTES) for name, version in versions.items()}
 
 
+def noised_sentence(sentence: str, kind: str, number: int) -> str:
+    """Word by word, so that the words that two sentences share get the same noise: `number` is that of the pair."""
+    words = sentence.split(" ")
+    times = [words[:i].count(word) for i, word in enumerate(words)]
+    return " ".join(add_noise(word, kind, NOISE_RATE, f"{number} {word} {n}") for word, n in zip(words, times))
+
+
 def noised_blimp(lm: HFLM, path: str, limit: int | None) -> dict[str, float]:
-    """Accuracy on every tenth pair; both sentences of a pair get their noise from the same random numbers."""
+    """Accuracy on every tenth pair, without those whose sentences become equal under some kind of noise."""
     rows = rows_of(path)[: limit and 10 * limit : 10]
+    keys = ("sentence_good", "sentence_bad")
+    versions = {"clean": rows} | {
+        kind: [row | {key: noised_sentence(row[key], kind, number) for key in keys} for number, row in enumerate(rows)]
+        for kind in KINDS
+    }
+    differ = [all(rows[i][keys[0]] != rows[i][keys[1]] for rows in versions.values()) for i in range(len(rows))]
     accuracy = {}
     with tempfile.TemporaryDirectory() as folder:
-        for kind in ("clean", *KINDS):
+        for kind, noised in versions.items():
             file = Path(folder) / f"{kind}.jsonl"
-            noised = []
-            for number, row in enumerate(rows):
-                good, bad = row["sentence_good"], row["sentence_bad"]
-                if kind != "clean":
-                    good, bad = (add_noise(sentence, kind, NOISE_RATE, number) for sentence in (good, bad))
-                if good != bad:
-                    noised.append(row | {"sentence_good": good, "sentence_bad": bad})
-            file.write_text("\n".join(map(json.dumps, noised)))
-            accuracy[kind] = score(lm, {"blimp_file": str(file)})["blimp_file"]["acc"]
+            file.write_text("\n".join(json.dumps(row) for row, kept in zip(noised, differ) if kept))
+            scores = score(lm, {"blimp_file": str(file)})["blimp_file"]
+            accuracy[kind] = {"acc": scores["acc"], "pairs": scores["rows"]}
     return accuracy
 
 
@@ -106,38 +114,39 @@ def samples(model, tokenizer) -> list[dict[str, str]]:
     """Continuations of 200 bytes or a little more, greedy and sampled, as they come."""
     out = []
     for prompt in PROMPTS:
-        inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+        inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
         for how, options in {
             "greedy": {"do_sample": False},
             "temperature 0.8, top-p 0.95, seed 0": {"do_sample": True, "temperature": 0.8, "top_p": 0.95},
         }.items():
             set_seed(0)
             length = 200 if len(tokenizer) < 512 else 60
-            text = tokenizer.decode(model.generate(**inputs, max_new_tokens=length, **options)[0])
+            new = model.generate(**inputs, max_new_tokens=length, **options)[0]
+            text = tokenizer.decode(new, skip_special_tokens=True)
             out.append({"prompt": prompt, "how": how, "text": text})
     return out
 
 
 def measure(args: argparse.Namespace) -> dict:
-    tokenizer = AutoTokenizer.from_pretrained(args.checkpoint)
+    info = run_info("lm_eval")
+    run = Path(args.checkpoint) / "results.json"
+    trained = json.loads(run.read_text(encoding="utf-8")) if run.is_file() else {}
+    tokenizer = AutoTokenizer.from_pretrained(args.checkpoint, add_bos_token=True)
     model = AutoModelForCausalLM.from_pretrained(args.checkpoint, dtype=torch.float32)
     texts = {split: rows_of(getattr(args, split)) for split in ("validation", "test")}
     results = {"name": args.name, "stored_parameters": model.num_parameters()}
     results["effective_parameters"] = effective_parameters(model)
     results["held_out"] = {split: held_out(model, tokenizer, rows) for split, rows in texts.items()}
     results["noise"] = {"rate": NOISE_RATE, "bits": noised_bits(model, tokenizer, texts["validation"])}
-    lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=64, add_bos_token=True)
+    lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=64)
     files = {f"{task}_file": getattr(args, task) for task in TASKS}
     results["tasks"] = score(lm, {task: file for task, file in files.items() if file}, args.limit)
     if args.blimp:
         results["noise"]["blimp"] = noised_blimp(lm, args.blimp, args.limit)
     results["samples"] = samples(model, tokenizer)
-    run = Path(args.checkpoint) / "results.json"
-    if run.is_file():
-        trained = json.loads(run.read_text(encoding="utf-8"))
-        results["training"] = {key: trained[key] for key in ("bytes_seen", "budget", "commit", "device")}
+    results["training"] = {key: trained[key] for key in ("bytes_seen", "budget", "commit", "device") if key in trained}
     names = {name: Path(value).name for name in ("validation", "test", *TASKS) if (value := getattr(args, name))}
-    return results | {"files": names, "limit": args.limit, "measured_with": run_info("lm_eval")}
+    return results | {"files": names, "limit": args.limit, "measured_with": info}
 
 
 def document(results: list[dict]) -> str:
@@ -173,10 +182,11 @@ def document(results: list[dict]) -> str:
         )
     noise = lines("noise", "bits", value=bits)
     sections.append(
-        f"## Robustness\n\nBits per byte of validation text with noise in {NOISE_RATE:.0%} of its letters:\n\n"
+        f"## Robustness\n\nBits per byte of validation text in which each letter was hit by noise with probability "
+        f"{NOISE_RATE}. Each row is\nanother text, of other length: compare models in a row.\n\n"
         + markdown_table(["noise", *names], noise)
-        + "\n\nAccuracy on every tenth pair of BLiMP with the same noise:\n\n"
-        + markdown_table(["noise", *names], lines("noise", "blimp"))
+        + "\n\nAccuracy on every tenth pair of BLiMP with the same noise in both sentences:\n\n"
+        + markdown_table(["noise", *names], lines("noise", "blimp", digits=4, value=lambda cell: cell["acc"]))
     )
     tasks = dict.fromkeys(task for result in results for task in result["tasks"])
     rows = []

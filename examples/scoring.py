@@ -23,8 +23,9 @@ from transformers import (
     Trainer,
     TrainingArguments,
 )
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-import modeling_stlm  # noqa: F401  (registers the Auto classes)
+from modeling_stlm import STLMTokenizer
 from modeling_stlm.training.bits_per_byte import BitsPerByteEvaluator
 from modeling_stlm.training.corpus import PackedWindows, write_corpus
 
@@ -43,10 +44,21 @@ def documents(patterns: list[str]) -> Iterable[str | bytes]:
 
 
 def token_bytes(tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
-    """Bytes behind each id, 0 for special tokens."""
+    """Bytes behind each id of a byte-level tokenizer, 0 for special tokens.
+
+    Raises:
+        ValueError: if the tokenizer is not byte-level; of others nothing tells which bytes a token stands for.
+    """
     # A byte-level vocabulary writes each byte as one character.
     pieces = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
     special = set(tokenizer.added_tokens_decoder) | set(tokenizer.all_special_ids)
+    alphabet = None if isinstance(tokenizer, STLMTokenizer) else set(bytes_to_unicode().values())
+    if alphabet:
+        foreign = [p for i, p in enumerate(pieces) if i not in special and not alphabet.issuperset(p)]
+        if foreign:
+            raise ValueError(
+                f"bits per byte need a byte-level tokenizer, but this one has tokens such as {foreign[:3]}"
+            )
     return torch.tensor([0 if i in special else len(piece) for i, piece in enumerate(pieces)])
 
 

@@ -125,8 +125,8 @@ class STLMModelOutput(ModelOutput):
 @dataclass
 class STLMCausalLMOutput(ModelOutput):
     """
-    Output of [`STLMForCausalLM`]: `loss` in nats a byte, `logits (B, T, vocab_size)`, and the rest as in
-    [`STLMModelOutput`].
+    Output of [`STLMForCausalLM`]: `loss` in nats a byte (in training with `patching="learned"` plus
+    `ratio_loss_weight` times `ratio_loss`), `logits (B, T, vocab_size)`, and the rest as in [`STLMModelOutput`].
     """
 
     loss: torch.FloatTensor | None = None
@@ -137,6 +137,7 @@ class STLMCausalLMOutput(ModelOutput):
     patch_hidden_states: tuple[torch.FloatTensor, ...] | None = None
     patch_attentions: tuple[torch.FloatTensor, ...] | None = None
     boundaries: torch.BoolTensor | None = None
+    ratio_loss: torch.FloatTensor | None = None
 
 
 @torch.no_grad()
@@ -334,7 +335,8 @@ class STLMShortConv(nn.Module):
         tap = torch.arange(self.kernel_size, device=time.device)  # (N,), oldest byte first
         seen = inputs[row[:, None], time[:, None] + tap]  # (n, N, D)
         inside = positions[row, time][:, None] >= self.kernel_size - 1 - tap  # (n, N)
-        return output.index_put((row, time), (seen * taps * inside[..., None]).sum(1))
+        mended = (seen * taps * inside[..., None]).sum(1)
+        return output.index_put((row, time), mended.to(output.dtype))  # they differ under autocast
 
 
 def dropout(states: torch.Tensor, probability: float, training: bool) -> torch.Tensor:
@@ -1374,6 +1376,7 @@ class STLMForCausalLM(STLMPreTrainedModel, GenerationMixin):
             patch_hidden_states=outputs.patch_hidden_states,
             patch_attentions=outputs.patch_attentions,
             boundaries=outputs.boundaries,
+            ratio_loss=outputs.ratio_loss,
         )
 
 

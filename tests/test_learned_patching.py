@@ -68,6 +68,8 @@ def test_the_loss_has_the_ratio_loss_in_training_only(kind):
     assert torch.equal(plain(IDS, labels=IDS).loss, weighted(IDS, labels=IDS).loss)
     plain, weighted = plain.train(), weighted.train()
     ratio_loss = weighted.model(IDS).ratio_loss
+    if causal:
+        torch.testing.assert_close(weighted(IDS).ratio_loss, ratio_loss)
     torch.testing.assert_close(weighted(IDS, labels=IDS).loss - plain(IDS, labels=IDS).loss, 0.5 * ratio_loss)
     labels = IDS.clone()
     count = int((labels[:, 1:] if causal else labels).numel())

@@ -4,10 +4,22 @@
 import pytest
 import torch
 
-from modeling_stlm import STLMConfig, STLMForCausalLM
+from modeling_stlm import STLMConfig, STLMForCausalLM, STLMForMaskedLM
 
 from . import reference
-from .tiny import MIXERS, PATCHING, POOLING, SHARING, TEXT, assert_equal, batch, ids_of, tiny_config, tiny_model
+from .tiny import (
+    MIXERS,
+    PATCHING,
+    POOLING,
+    SHARING,
+    TEXT,
+    assert_equal,
+    batch,
+    ids_of,
+    randomize,
+    tiny_config,
+    tiny_model,
+)
 
 
 def cases(*tables):
@@ -85,6 +97,19 @@ def test_packed_documents_give_the_logits_of_the_documents_apart(options):
         assert_equal(model(ids, position_ids=positions, **more).logits[0], alone)
     with pytest.raises(ValueError, match="cannot have padding"):
         model(ids, position_ids=positions, attention_mask=torch.ones_like(ids).index_fill(1, torch.tensor(3), 0))
+
+
+@torch.no_grad()
+def test_packed_documents_stay_within_the_rounding_of_autocast():
+    for options in (MIXERS["both"], MIXERS["both"] | {"is_causal": False}):
+        model = tiny_config(**options)
+        model = randomize((STLMForCausalLM if model.is_causal else STLMForMaskedLM)(model))
+        ids = torch.tensor([[i for row in ROWS for i in row]])
+        positions = torch.cat([torch.arange(len(row)) for row in ROWS])[None]
+        expected = model(ids, position_ids=positions).logits
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = model(ids, position_ids=positions).logits
+        assert (logits - expected).abs().max() <= 0.06 * expected.abs().max()
 
 
 @torch.no_grad()

@@ -14,6 +14,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import modeling_stlm
 from modeling_stlm import STLMTokenizer
@@ -100,6 +103,35 @@ def test_costs_of_a_model():
     assert costs.flops_per_byte(model, 4) == model.flops_per_byte(4, 1024)
 
 
+def test_costs_of_tied_and_untied_llamas():
+    sizes = {"vocab_size": 320, "hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
+    tied, untied = (
+        LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=1, tie_word_embeddings=tie)) for tie in (True, False)
+    )
+    assert costs.effective_parameters(tied) == costs.effective_parameters(untied) == untied.num_parameters()
+    matrices = 4 * 16 * 16 + 3 * 16 * 16 + 320 * 16
+    for model in (tied, untied):
+        assert costs.flops_per_byte(model, 2, 8) == (2 * matrices + 4 * 2 * 16) / 2
+
+
+def test_bits_per_byte_of_other_tokenizers_are_refused():
+    words = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"▁the": 0, "<0x0A>": 1}, unk_token="▁the")))
+    with pytest.raises(ValueError, match=r"need a byte-level tokenizer, but .*\['▁the'\]"):
+        scoring.token_bytes(words)
+
+
+def test_both_sentences_of_a_pair_get_the_same_noise():
+    report = importlib.import_module("report")
+    good, bad = "the dogs near the houses bark loudly", "the dog near the houses bark loudly"
+    for kind in noise.KINDS:
+        noised = [
+            [report.noised_sentence(sentence, kind, number).split(" ") for number in range(50)]
+            for sentence in (good, bad)
+        ]
+        assert all(a[0] == b[0] and a[2:] == b[2:] for a, b in zip(*noised))
+        assert any(row != good.split(" ") for row in noised[0])
+
+
 def test_budgets_in_bytes_and_operations(small_text, tmp_path):
     by_bytes = pretrain(small_text, tmp_path / "bytes", "--max_bytes", 128 * 2 * 5, "--eval_at_end")
     assert by_bytes["steps"] == 5 and by_bytes["bytes_seen"] == 128 * 2 * 5
@@ -170,13 +202,15 @@ def test_ablations_leave_a_table_and_are_not_repeated(small_text, tmp_path):
     assert f"| fixed-s1 | {results['bits_per_byte']['validation']:.4f} |" in table and "| llama-bpe-s1 |" in table
     assert (tmp_path / "tiny" / "plots.png").stat().st_size > 10_000
     assert results["config"]["patching"] == "fixed" and results["arguments"]["seed"] == "1"
-    # A run of the same name with other arguments is no reason to believe its results.
-    (tmp_path / "tiny" / "fixed-s1.json").unlink()
+    # A run of the same name with other arguments is no reason to believe its results, nor to go on where it was.
     listed["runs"]["fixed"]["set"]["patch_bytes"] = 3
     path.write_text(json.dumps(listed))
     command = [sys.executable, ROOT / "examples" / "ablate.py", path, *arguments]
-    refused = subprocess.run([str(word) for word in command], capture_output=True, text=True)
-    assert refused.returncode != 0 and "holds a run with other arguments" in refused.stderr
+    for file in ("tiny/fixed-s1.json", "runs/fixed-s1"):
+        refused = subprocess.run([str(word) for word in command], capture_output=True, text=True)
+        assert refused.returncode != 0
+        assert f"{tmp_path / file} holds a run with other arguments" in refused.stderr
+        (tmp_path / "tiny" / "fixed-s1.json").unlink(missing_ok=True)
 
 
 def test_the_report_measures_and_writes(tmp_path):
@@ -203,6 +237,9 @@ def test_the_report_measures_and_writes(tmp_path):
     measured = json.loads((tmp_path / "results" / "tiny.json").read_text())
     assert set(measured["held_out"]["test"]) == {"all", "one", "two"}
     assert set(measured["noise"]["bits"]) == {"clean", *noise.KINDS} == set(measured["noise"]["blimp"])
+    assert {scores["pairs"] for scores in measured["noise"]["blimp"].values()} == {3}
+    scored = run("evaluate_lm.py", "--checkpoint", tmp_path / "model", "--copa", choices, cwd=tmp_path)
+    assert f"| copa_file | acc | {measured['tasks']['copa_file']['acc']:.4f} |" in scored
     assert measured["tasks"]["copa_file"]["rows"] == 3 and measured["tasks"]["blimp_file"]["rows"] == 30
     assert all(sample["text"].startswith(sample["prompt"]) for sample in measured["samples"])
     run("report.py", "write", "--results", tmp_path / "results", "--output", tmp_path / "RESULTS.md", cwd=tmp_path)

@@ -23,7 +23,7 @@ class BudgetMixin:
             "back layers": [base.back_layers, base.norm],
         }
         stored = {name: sum(map(_count, modules)) for name, modules in groups.items()}
-        stored["pooling"] += base.start.numel()
+        stored["pooling"] += 0 if base.start is None else base.start.numel()
         stored["heads"] = sum(p.numel() for p in self.parameters()) - sum(p.numel() for p in base.parameters())
         stored["total"] = sum(stored.values())
         total = sum(p.numel() for p in self.parameters())

@@ -162,7 +162,7 @@ class STLMConfig(PreTrainedConfig):
     """
 
     model_type = "stlm"
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "boundaries"]
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "boundaries", "ratio_loss"]
     base_model_fsdp_plan = {
         "embed_tokens": "free_full_weight",
         "ngram_embed_tokens": "free_full_weight",
@@ -273,8 +273,13 @@ class STLMConfig(PreTrainedConfig):
         from transformers.convert_slow_tokenizer import bytes_to_unicode  # slow to import, and rarely needed
 
         byte_of = {character: byte for byte, character in bytes_to_unicode().items()}
-        words = (self.patch_vocabulary or "").split(" ")
-        return [bytes(byte_of[c] for c in word) for word in words if word and all(c in byte_of for c in word)]
+        words = (self.patch_vocabulary or "").split()
+        if foreign := [word for word in words if not all(character in byte_of for character in word)]:
+            raise ValueError(
+                f"patch_vocabulary has {len(foreign)} pieces that are not in the alphabet of byte-level BPE, such as "
+                f"{foreign[:3]}: take the vocabulary of a byte-level tokenizer (GPT-2, Llama 3), without added tokens"
+            )
+        return [bytes(byte_of[character] for character in word) for word in words]
 
     @property
     def layer_types(self) -> list[str]:
@@ -312,10 +317,15 @@ class STLMConfig(PreTrainedConfig):
                 "patching='vocabulary' needs patch_vocabulary: pieces in the alphabet of byte-level BPE with spaces "
                 "between them, as in ' '.join(tokenizer.get_vocab())"
             )
+        if self.patching == "vocabulary" and not self.pieces:
+            raise ValueError(f"patch_vocabulary={self.patch_vocabulary!r} has no pieces")
         if self.patching == "vocabulary" and self.max_patch_bytes < 2:
             raise ValueError(f"max_patch_bytes={self.max_patch_bytes} must be at least 2 under patching='vocabulary'")
-        if self.patching == "learned" and self.patch_bytes < 2:
-            raise ValueError(f"patch_bytes={self.patch_bytes} must be at least 2 under patching='learned'")
+        if self.patching == "learned" and not 2 <= self.patch_bytes < self.max_patch_bytes:
+            raise ValueError(
+                f"patch_bytes={self.patch_bytes} must be at least 2 and less than max_patch_bytes="
+                f"{self.max_patch_bytes} under patching='learned': an average"
+            )
         if self.patch_pooling == "attention" and self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size={self.hidden_size} must be a multiple of num_attention_heads={self.num_attention_heads} "
