@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import DynamicCache, LlamaConfig, StaticCache
 
-from .test_model import ALL, ROWS
+from .test_model import ALL, ROWS, cases
 from .tiny import MIXERS, PATCHING, POOLING, RTOL, SHARING, TEXT, assert_equal, batch, ids_of, tiny_config, tiny_model
 
 
@@ -77,21 +77,52 @@ def test_ragged_rows_in_a_cache_equal_the_rows_alone(options, side):
 chunks = st.lists(st.integers(1, 9), min_size=1, max_size=4)
 
 
-@given(chunks, st.lists(st.integers(0, 40), min_size=1, max_size=4), st.sampled_from(sorted(PATCHING)))
-@settings(max_examples=25)
+@given(
+    chunks, st.lists(st.integers(0, 40), min_size=1, max_size=4), st.sampled_from(sorted(PATCHING)), st.booleans()
+)
+@settings(max_examples=30)
 @torch.no_grad()
-def test_cropping_leaves_the_cache_of_the_shorter_text(sizes, crops, patching):
+def test_cropping_leaves_the_cache_of_the_shorter_text(sizes, crops, patching, recording):
     for options in (MIXERS["both"] | POOLING["attention"], SHARING["middle"]):
         model = tiny_model(**PATCHING[patching], **options)
         expected = model(IDS, use_cache=False).logits
-        _, cache = feed(model, IDS, sizes=sizes)
+        cache = DynamicCache(config=model.config)
+        if recording:
+            cache.activate_past_recording()
+        feed(model, IDS, sizes=sizes, cache=cache)
         for crop in crops:
-            cache.crop(-crop)
+            cache.crop(-(crop // 2))
+            cache.crop(-(crop - crop // 2))
             kept = IDS.shape[1] - crop
             assert cache.get_seq_length() == kept
             if crop:
                 logits, cache = feed(model, IDS[:, kept:], sizes=sizes, cache=cache)
                 assert (logits - expected[:, kept:]).abs().max() <= RTOL * expected.abs().max()
+
+
+@pytest.mark.parametrize("options", cases(PATCHING, POOLING, MIXERS))
+@torch.no_grad()
+def test_recorded_bytes_are_taken_back_without_running_layers_again(options, monkeypatch):
+    model = tiny_model(**options)
+    expected = model(IDS, use_cache=False).logits
+    ids = IDS.repeat(2, 1)
+    cache, replays = DynamicCache(config=model.config), []
+    replay = type(model.model)._replay
+    monkeypatch.setattr(type(model.model), "_replay", lambda *args: replays.append(1) or replay(*args))
+    model(ids[:, :20], past_key_values=cache)
+    cache.activate_past_recording()
+    at, sizes = 20, [5, 1, 7, 3, 1, 9] * 20
+    for size in sizes:
+        if at + size > ids.shape[1]:
+            break
+        logits = model(ids[:, at : at + size], past_key_values=cache).logits
+        assert_equal(logits[1:], expected[:, at : at + size])
+        cache.crop(-(size // 2))
+        cache.reorder_cache(torch.tensor([1, 0]))
+        at += size - size // 2
+        assert cache.get_seq_length() == at
+    assert at > 100
+    assert bool(replays) == (model.config.patching == "learned")  # the router would have to be kept as well
 
 
 @torch.no_grad()
