@@ -928,7 +928,6 @@ class STLMModel(STLMPreTrainedModel):
         found = find_boundaries(self._rule(), context, num_bytes, state, lengths, routed=routed)
         traced = self._is_traced(past_key_values)
         index = index_patches(found, num_bytes if traced else None)
-        start = pool.num_patches
         rows = None if traced else index.counts.nonzero()[:, 0]
         terms = self._pool_terms(hidden_states)
         self._record(pool, context, terms, lengths)
@@ -940,7 +939,9 @@ class STLMModel(STLMPreTrainedModel):
         self._note_bytes(pool, context, lengths)
         return visible, found.boundary
 
-    def _count_patches(self, pool, found: Boundaries, terms: torch.Tensor, lengths: torch.Tensor | None) -> torch.Tensor:
+    def _count_patches(
+        self, pool, found: Boundaries, terms: torch.Tensor, lengths: torch.Tensor | None
+    ) -> torch.Tensor:
         """Bring the small states behind bytes whose patches are stored; what these bytes see (B, T, D)."""
         ended = found.boundary.cumsum(1)
         visible = self._look_up(pool, pool.num_patches[:, None] + ended - 1)

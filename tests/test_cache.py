@@ -77,9 +77,7 @@ def test_ragged_rows_in_a_cache_equal_the_rows_alone(options, side):
 chunks = st.lists(st.integers(1, 9), min_size=1, max_size=4)
 
 
-@given(
-    chunks, st.lists(st.integers(0, 40), min_size=1, max_size=4), st.sampled_from(sorted(PATCHING)), st.booleans()
-)
+@given(chunks, st.lists(st.integers(0, 40), min_size=1, max_size=4), st.sampled_from(sorted(PATCHING)), st.booleans())
 @settings(max_examples=30)
 @torch.no_grad()
 def test_cropping_leaves_the_cache_of_the_shorter_text(sizes, crops, patching, recording):

@@ -7,12 +7,17 @@ number of valid bytes and of patches, and is stored from the left without paddin
 
 Every state follows from the byte history and from what the trunk said of the completed patches. So `crop` cuts the
 history and drops the small states; the next forward makes them again from the last few bytes (`STLMModel._replay`).
+While drafts are verified (`activate_past_recording`), slots keep what the last call fed, so that taking back its last
+bytes costs next to nothing (`STLMModel._rewind`).
 
 Shapes: B rows, T bytes of this call, N bytes kept, P patches, D byte width, H key/value heads, K head width.
 """
 
 import torch
 from transformers.cache_utils import CacheLayerMixin, StaticLayer
+
+
+RECORDED_BYTES = 64  # longest call that is recorded
 
 
 def grow(buffer: torch.Tensor, length: int, dim: int) -> torch.Tensor:
@@ -33,12 +38,17 @@ class STLMCacheLayer(CacheLayerMixin):
     is_croppable = True
     is_sliding = False
     supports_early_init = False
+    record_past = False
     row_tensors: tuple[str, ...] = ("keys", "values")
 
     def _map_rows(self, function) -> None:
         for name in self.row_tensors:
             if getattr(self, name) is not None:
                 setattr(self, name, function(getattr(self, name)))
+
+    def activate_past_recording(self) -> None:
+        """From now on keep what makes `crop` of the last call cheap."""
+        self.record_past = True
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor | None = None) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
@@ -80,7 +90,10 @@ class STLMCacheLayer(CacheLayerMixin):
 
 
 class STLMByteCacheLayer(STLMCacheLayer):
-    """The last inputs of one byte layer: `keys` (B, N, ...) and, for attention, `values` (B, N, ...)."""
+    """The last inputs of one byte layer: `keys` (B, N, ...) and, for attention, `values` (B, N, ...).
+
+    While recording, the inputs of the last call stand behind them: (B, N + T, ...).
+    """
 
     _layer_type = "stlm_byte"
 
@@ -106,6 +119,7 @@ class STLMByteCacheLayer(STLMCacheLayer):
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states)
+        self.num_kept = keep
         self.keys, keys = self._extend(self.keys, key_states, keep, lengths)
         if value_states is None:
             return keys, None
@@ -115,7 +129,11 @@ class STLMByteCacheLayer(STLMCacheLayer):
     def _extend(self, kept, new, keep, lengths):
         if kept is None:
             kept = new.new_zeros(new.shape[0], keep, *new.shape[2:])
+        elif self.record_past:
+            kept = kept[:, kept.shape[1] - keep :]
         both = torch.cat([kept, new], dim=1)
+        if self.record_past and lengths is None and new.shape[1] <= RECORDED_BYTES:
+            return both, both
         if lengths is None:
             last = both[:, both.shape[1] - keep :]
             # A view would keep the whole prompt in memory, and give a compiled step other strides than a prefill.
@@ -129,7 +147,11 @@ class STLMByteCacheLayer(STLMCacheLayer):
             if self.seen_bytes + tokens_to_remove < 0:
                 raise ValueError(f"cannot remove {-tokens_to_remove} bytes: the cache holds {self.seen_bytes}")
             self.seen_bytes += tokens_to_remove
-            self.keys = self.values = None
+            is_recorded = self.keys is not None and self.keys.shape[1] + tokens_to_remove >= self.num_kept
+            self._map_rows(lambda states: states[:, :tokens_to_remove] if is_recorded else None)
+
+
+REWOUND_STATES = ("keys", "num_bytes", "num_patches", "open_bytes", "memory")
 
 
 class STLMPoolCacheLayer(STLMCacheLayer):
@@ -153,9 +175,30 @@ class STLMPoolCacheLayer(STLMCacheLayer):
         self.open_bytes = self.memory = None
         self.seen_bytes = 0
         self.is_stale = False  # after `crop`: everything but history and values must be made again
+        # While recording: context (B, C + T) and terms (B, T, S) of the last call, and the small states before it.
+        self.past: dict[str, torch.Tensor] = {}
+        self.is_rewound = False  # after `crop` of recorded bytes: the small states are those of `past`
+
+    def _map_rows(self, function) -> None:
+        super()._map_rows(function)
+        self.past = {name: function(tensor) for name, tensor in self.past.items()}
 
     def get_seq_length(self) -> int:
         return self.seen_bytes
+
+    def record(self, context: torch.Tensor, terms: torch.Tensor, is_recordable: bool) -> None:
+        """Before the states change: note what a call feeds, `context (B, C + T)` and `terms (B, T, S)`."""
+        self.past = {}
+        if is_recordable and terms.shape[1] <= RECORDED_BYTES:
+            states = {name: getattr(self, name) for name in REWOUND_STATES}
+            self.past = {"context": context, "terms": terms} | states
+
+    def rewind(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Put back the small states before the recorded call; context and terms of its bytes that are left."""
+        past, self.past, self.is_rewound = self.past, {}, False
+        for name in REWOUND_STATES:
+            setattr(self, name, past[name])
+        return past["context"], past["terms"]
 
     def start(self, num_rows: int, sizes: tuple[int, int, int], first: torch.Tensor) -> None:
         """Empty state for `num_rows` rows.
@@ -179,7 +222,8 @@ class STLMPoolCacheLayer(STLMCacheLayer):
         self.keys = first.new_zeros(num_rows, num_terms, dtype=torch.float32)
         self.routed = first.new_zeros(num_rows, num_routed)
         self.visible = first.expand(num_rows, -1)
-        self.is_stale = False
+        self.is_stale = self.is_rewound = False
+        self.past = {}
 
     def check_room(self, num_bytes: int) -> None:
         """Raise if `num_bytes` more do not fit."""
@@ -204,8 +248,12 @@ class STLMPoolCacheLayer(STLMCacheLayer):
         self._check_crop(tokens_to_remove)
         if tokens_to_remove:
             self.seen_bytes += tokens_to_remove
-            self.history = self.history[:, : self.seen_bytes].clone()
-            self.is_stale = True
+            if self.past and self.past["terms"].shape[1] + tokens_to_remove >= 0:
+                self.past |= {name: self.past[name][:, :tokens_to_remove] for name in ("context", "terms")}
+                self.is_rewound = True
+            else:
+                self.history = self.history[:, : self.seen_bytes].clone()
+                self.is_stale = True
 
 
 class STLMPatchCacheLayer(STLMCacheLayer):

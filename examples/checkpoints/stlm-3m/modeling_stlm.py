@@ -49,6 +49,7 @@ from .generation_stlm import UTF8LogitsProcessor
 from .patching_stlm import (
     HASH_PRIME,
     RULE_CONTEXT_BYTES,
+    Boundaries,
     PatchIndex,
     PatchState,
     Rule,
@@ -927,24 +928,31 @@ class STLMModel(STLMPreTrainedModel):
         found = find_boundaries(self._rule(), context, num_bytes, state, lengths, routed=routed)
         traced = self._is_traced(past_key_values)
         index = index_patches(found, num_bytes if traced else None)
-        start = pool.num_patches
         rows = None if traced else index.counts.nonzero()[:, 0]
         terms = self._pool_terms(hidden_states)
+        self._record(pool, context, terms, lengths)
         if rows is None or len(rows):
             sums, last = pool_patches(hidden_states, terms, index, pool.keys)
             pooled = self._pooled(sums, index.num_bytes, last)
             self._append_patches(past_key_values, pooled, rows, self._shares(pool, probability, index.ends))
-        ended = found.boundary.cumsum(1)
-        visible = self._look_up(pool, start[:, None] + ended - 1)
-
-        is_open = (ended == index.counts[:, None]) & ~found.boundary
-        if lengths is not None:
-            is_open = is_open & (torch.arange(num_bytes, device=is_open.device) < lengths[:, None])
-        pool.keys = sum_patches(terms, (~is_open).long(), 1)[:, 0] + pool.keys * (index.counts == 0)[:, None]
-        pool.num_patches = start + index.counts
-        pool.open_bytes, pool.memory = found.state
+        visible = self._count_patches(pool, found, terms, lengths)
         self._note_bytes(pool, context, lengths)
         return visible, found.boundary
+
+    def _count_patches(
+        self, pool, found: Boundaries, terms: torch.Tensor, lengths: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Bring the small states behind bytes whose patches are stored; what these bytes see (B, T, D)."""
+        ended = found.boundary.cumsum(1)
+        visible = self._look_up(pool, pool.num_patches[:, None] + ended - 1)
+        counts = ended[:, -1]
+        is_open = (ended == counts[:, None]) & ~found.boundary
+        if lengths is not None:
+            is_open = is_open & (torch.arange(terms.shape[1], device=is_open.device) < lengths[:, None])
+        pool.keys = sum_patches(terms, (~is_open).long(), 1)[:, 0] + pool.keys * (counts == 0)[:, None]
+        pool.num_patches = pool.num_patches + counts
+        pool.open_bytes, pool.memory = found.state
+        return visible
 
     def _see_patches_of_one_byte(self, hidden_states, context, past_key_values):
         """One byte in every row: the step of generation, in as few operations as will do."""
@@ -953,7 +961,9 @@ class STLMModel(STLMPreTrainedModel):
         state = PatchState(pool.open_bytes, pool.memory)
         boundary, state = step_boundary(self._rule(), context, state, None if routed is None else routed[:, 0])
         last = hidden_states[:, 0]
-        sums = pool.keys + self._pool_terms(last)
+        terms = self._pool_terms(last)
+        self._record(pool, context, terms[:, None], None)
+        sums = pool.keys + terms
         rows = None if self._is_traced(past_key_values) else boundary.nonzero()[:, 0]
         if rows is None or len(rows):
             pooled = self._pooled(sums, pool.open_bytes + 1, last)[:, None]
@@ -1072,8 +1082,10 @@ class STLMModel(STLMPreTrainedModel):
             )
         if not self._is_traced(past_key_values):
             pool.check_room(input_ids.shape[1])
-        if pool.is_stale:
+        if pool.is_stale or (pool.is_rewound and any(layer.keys is None for layer in layers[: self.num_byte_layers])):
             self._replay(past_key_values)
+        elif pool.is_rewound:
+            self._rewind(pool)
 
     def _note_bytes(self, pool, context: torch.Tensor, lengths: torch.Tensor | None) -> None:
         """Keep the last ids of each row and count its bytes; `context (B, C + T)` ends with the ids of this call."""
@@ -1086,6 +1098,24 @@ class STLMModel(STLMPreTrainedModel):
             pool.context = context.gather(1, lengths[:, None] + torch.arange(num_context, device=context.device))
             pool.num_bytes = pool.num_bytes + lengths
 
+    def _record(self, pool, context: torch.Tensor, terms: torch.Tensor, lengths: torch.Tensor | None) -> None:
+        """Keep what `_rewind` needs. Not what a router needs, and not of padded rows: those are replayed."""
+        if pool.record_past:
+            pool.record(context, terms, lengths is None and self.router is None)
+
+    @torch.no_grad()
+    def _rewind(self, pool) -> None:
+        """After a crop of bytes of the last call: the small states behind those of its bytes that are left."""
+        context, terms = pool.rewind()
+        num_bytes = terms.shape[1]
+        if num_bytes:
+            found = find_boundaries(self._rule(), context, num_bytes, PatchState(pool.open_bytes, pool.memory))
+            self._count_patches(pool, found, terms, None)
+            self._note_bytes(pool, context, None)
+        else:
+            self._look_up(pool, pool.num_patches[:, None] - 1)
+            pool.context = context.clone()
+
     @torch.no_grad()
     def _replay(self, past_key_values: Cache) -> None:
         """After a crop: make the small states again from the byte history.
@@ -1095,7 +1125,9 @@ class STLMModel(STLMPreTrainedModel):
         the patches they see is still stored.
         """
         pool, config = self._pool_slot(past_key_values), self.config
-        history = pool.history.long()
+        history = pool.history[:, : pool.seen_bytes].long()
+        for layer in past_key_values.layers[: self.num_byte_layers]:
+            layer.keys = layer.values = None
         pool.clear(self.pool_sizes, self.start)
         if history.shape[1] == 0:
             return
