@@ -59,10 +59,12 @@ from .patching_stlm import (
     find_boundaries,
     hash_weights,
     index_patches,
+    kind_weights,
     pool_patches,
     prefix_edges,
     smooth_patches,
     step_boundary,
+    step_table,
     sum_patches,
     unpool_patches,
 )
@@ -616,11 +618,16 @@ class STLMModel(STLMPreTrainedModel):
         self.num_context = max([RULE_CONTEXT_BYTES, config.entropy_order - 1, *(n - 1 for n in config.ngram_orders)])
         self.pool_sizes = (self.num_context, self.num_pool_terms, width if self.router is not None else 0)
         self.ngram_rows, self.is_causal = config.ngram_rows, config.is_causal
-        cap_bytes = config.patch_bytes if config.patching == "fixed" else config.max_patch_bytes
         self.patching, self.entropy_steps = config.patching, ENTROPY_STEPS * config.entropy_threshold
-        self.rule_options = (config.patching == "spacelike", cap_bytes, config.max_patch_characters)
+        self.rule_options = self._rule_options(config)
         self.gradient_checkpointing = False
         self.post_init()
+
+    @staticmethod
+    def _rule_options(config: STLMConfig) -> tuple[bool, int, int]:
+        """`spaces_end_patches`, `cap_bytes` and `cap_characters` of the `Rule`."""
+        cap_bytes = config.patch_bytes if config.patching == "fixed" else config.max_patch_bytes
+        return config.patching == "spacelike", cap_bytes, config.max_patch_characters
 
     @staticmethod
     def tables(config: STLMConfig) -> dict[str, torch.Tensor]:
@@ -631,11 +638,14 @@ class STLMModel(STLMPreTrainedModel):
         rules = {}
         if config.patching == "vocabulary":
             rules["piece_edges"] = prefix_edges(config.pieces, config.max_patch_bytes - 1)
-        elif config.patching == "entropy":
+        else:
+            rules["step_table"] = step_table(*STLMModel._rule_options(config))
+        if config.patching == "entropy":
             rules["entropy_weights"] = torch.tensor(hash_weights(config.entropy_order))
         return rules | {
             "byte_kinds": byte_kinds(),
             "byte_events": byte_events(),
+            "kind_weights": kind_weights(),
             "ngram_weights": torch.tensor(weights, dtype=torch.long).reshape(len(orders), longest),
             "ngram_offsets": torch.arange(len(orders)) * config.ngram_rows,
         }
@@ -814,12 +824,13 @@ class STLMModel(STLMPreTrainedModel):
         return hidden_states + self.ngram_embed_tokens(digest % self.ngram_rows + self.ngram_offsets).sum(-2)
 
     def _rule(self) -> Rule:
+        tables = self.byte_kinds, self.byte_events, self.kind_weights
         if self.patching == "vocabulary":
-            return Rule(self.byte_kinds, self.byte_events, *self.rule_options, edges=self.piece_edges)
+            return Rule(*tables, None, *self.rule_options, edges=self.piece_edges)
         if self.patching == "entropy":
-            surprise = self.entropy_table > self.entropy_steps
-            return Rule(self.byte_kinds, self.byte_events, *self.rule_options, None, surprise, self.entropy_weights)
-        return Rule(self.byte_kinds, self.byte_events, *self.rule_options)
+            surprise = self.entropy_table, self.entropy_steps, self.entropy_weights
+            return Rule(*tables, self.step_table, *self.rule_options, None, *surprise)
+        return Rule(*tables, self.step_table, *self.rule_options)
 
     def _pool_terms(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """What is summed over the bytes of a patch: `hidden_states (..., D)` to (..., S)."""

@@ -56,6 +56,28 @@ def byte_events() -> torch.Tensor:
     return events
 
 
+def kind_weights() -> torch.Tensor:
+    """Weights (4,) of the kinds of the 3 bytes before a byte, oldest first, and of itself: the index of its event."""
+    return NUM_KINDS ** torch.arange(RULE_CONTEXT_BYTES, -1, -1)
+
+
+def step_table(spaces_end_patches: bool, cap_bytes: int, cap_characters: int) -> torch.Tensor:
+    """What one byte changes: whether a patch ends, open bytes, characters, for each of `(event, open bytes, characters)`.
+
+    Shape `(3, 4 * cap_bytes * cap_characters)`.
+    """
+    rows = []
+    for event in (NOTHING, ENDS_WORD, IS_SPECIAL, ENDS_CHARACTER):
+        for open_bytes in range(cap_bytes):
+            for characters in range(cap_characters):
+                seen = characters + (spaces_end_patches and event == ENDS_CHARACTER)
+                ends_word = event == IS_SPECIAL or (spaces_end_patches and event == ENDS_WORD)
+                starts_anew = ends_word or seen == cap_characters
+                boundary = starts_anew or open_bytes + 1 == cap_bytes
+                rows.append((boundary, 0 if boundary else open_bytes + 1, 0 if starts_anew else seen))
+    return torch.tensor(rows, dtype=torch.long).t().contiguous()
+
+
 def hash_weights(order: int) -> list[int]:
     """Weights (n,) of the n bytes of an n-gram, oldest first: it hashes to their sum with `byte + 1`, modulo the prime."""
     return [pow(HASH_BASE, i, HASH_PRIME) for i in range(order)]
@@ -83,15 +105,18 @@ def prefix_edges(pieces: list[bytes], longest: int) -> torch.Tensor:
 
 
 class Rule(NamedTuple):
-    """Where patches end. The tables are `byte_kinds()` and `byte_events()`, on the device of the ids."""
+    """Where patches end. The tables are on the device of the ids."""
 
-    kinds: torch.Tensor
-    events: torch.Tensor
+    kinds: torch.Tensor  # `byte_kinds()`
+    events: torch.Tensor  # `byte_events()`
+    kind_weights: torch.Tensor  # `kind_weights()`
+    steps: torch.Tensor | None  # `step_table(...)` of the three fields below; not for "vocabulary"
     spaces_end_patches: bool  # "spacelike"; otherwise special tokens, the cap and what follows here do
     cap_bytes: int
     cap_characters: int
     edges: torch.Tensor | None = None  # "vocabulary": `prefix_edges`
-    surprise: torch.Tensor | None = None  # "entropy": (rows,) bool, whether a patch ends after these bytes
+    surprise: torch.Tensor | None = None  # "entropy": (rows,) entropy of what follows these bytes
+    surprise_threshold: float = 0.0  # "entropy": a patch ends above it
     surprise_weights: torch.Tensor | None = None  # "entropy": (n,), of the bytes that are hashed, oldest first
 
 
@@ -178,7 +203,7 @@ def find_boundaries(
         open_characters = (characters % rule.cap_characters).masked_fill(level1, 0)
     else:
         if rule.surprise is not None:
-            level1 = level1 | rule.surprise[_digest(rule, context, num_bytes, positions)]
+            level1 = level1 | _is_surprising(rule, context, num_bytes, positions)
         level2 = level1
         open_characters = torch.zeros_like(event)
 
@@ -198,13 +223,13 @@ def find_boundaries(
     return Boundaries(boundary, patch_bytes, new_state)
 
 
-def _digest(rule: Rule, context: torch.Tensor, num_bytes: int, positions: torch.Tensor | None) -> torch.Tensor:
-    """Row (B, T) of the table of surprises for the bytes up to each byte."""
+def _is_surprising(rule: Rule, context: torch.Tensor, num_bytes: int, positions: torch.Tensor | None) -> torch.Tensor:
+    """Whether what follows each byte is hard to guess from the bytes up to it: (B, T)."""
     order = len(rule.surprise_weights)
     digest = torch.zeros_like(context[:, -num_bytes:])
     for back in range(order):
         digest = digest + (shifted(context, num_bytes, back, positions) + 1) * rule.surprise_weights[order - 1 - back]
-    return digest % HASH_PRIME % len(rule.surprise)
+    return rule.surprise[digest % HASH_PRIME % len(rule.surprise)] > rule.surprise_threshold
 
 
 def _doubling_steps(length: int) -> int:
@@ -301,25 +326,15 @@ def step_boundary(
         boundary = child < 0
         node = torch.where(boundary, _child(rule, root, context[:, -1]).clamp(min=0), child)
         return boundary, PatchState((state.open_bytes + 1).masked_fill(boundary, 0), node)
-    kind = rule.kinds[context[:, -1 - RULE_CONTEXT_BYTES :].clamp(max=256)]
-    code = kind[:, 0]
-    for i in range(1, RULE_CONTEXT_BYTES + 1):
-        code = torch.add(kind[:, i], code, alpha=NUM_KINDS)
-    event = rule.events[code]
-    open_bytes = state.open_bytes + 1
-    boundary = (event == IS_SPECIAL) | (open_bytes == rule.cap_bytes)
+    kinds = rule.kinds[context[:, -1 - RULE_CONTEXT_BYTES :].clamp(max=256)]
+    event = rule.events[(kinds * rule.kind_weights).sum(-1)]
+    if rule.surprise is not None:
+        event = event.masked_fill(_is_surprising(rule, context, 1, None)[:, 0], IS_SPECIAL)
     if routed is not None:
-        boundary = boundary | routed
-    open_characters = state.memory
-    if rule.spaces_end_patches:
-        characters = open_characters + (event == ENDS_CHARACTER)
-        full = characters == rule.cap_characters
-        ends_word = (event == ENDS_WORD) | (event == IS_SPECIAL)
-        boundary = boundary | ends_word | full
-        open_characters = characters.masked_fill(ends_word | full, 0)
-    elif rule.surprise is not None:
-        boundary = boundary | rule.surprise[_digest(rule, context, 1, None)[:, 0]]
-    return boundary, PatchState(open_bytes.masked_fill(boundary, 0), open_characters)
+        event = event.masked_fill(routed, IS_SPECIAL)
+    index = (event * rule.cap_bytes + state.open_bytes) * rule.cap_characters + state.memory
+    ends, open_bytes, memory = rule.steps[:, index].unbind(0)
+    return ends != 0, PatchState(open_bytes, memory)
 
 
 class PatchIndex(NamedTuple):

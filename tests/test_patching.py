@@ -14,9 +14,11 @@ from modeling_stlm.patching_stlm import (
     find_boundaries,
     hash_weights,
     index_patches,
+    kind_weights,
     pool_patches,
     prefix_edges,
     step_boundary,
+    step_table,
     unpool_patches,
 )
 
@@ -55,11 +57,13 @@ def surprise_of(config) -> list[bool]:
 def rule_of(config) -> Rule:
     cap_bytes = config.patch_bytes if config.patching == "fixed" else config.max_patch_bytes
     options = (config.patching == "spacelike", cap_bytes, config.max_patch_characters)
+    steps = step_table(*options)
     if config.patching == "vocabulary":
         options = (*options, prefix_edges(config.pieces, config.max_patch_bytes - 1))
     elif config.patching == "entropy":
-        options = (*options, None, torch.tensor(surprise_of(config)), torch.tensor(hash_weights(config.entropy_order)))
-    return Rule(byte_kinds(), byte_events(), *options)
+        surprise = torch.tensor(surprise_of(config)).float()
+        options = (*options, None, surprise, 0.5, torch.tensor(hash_weights(config.entropy_order)))
+    return Rule(byte_kinds(), byte_events(), kind_weights(), steps, *options)
 
 
 def expected_boundaries(ids, config) -> list[bool]:
