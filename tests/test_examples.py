@@ -122,13 +122,17 @@ def test_generation_in_the_terminal(tmp_path):
     assert chat.count("> ") == 3
 
 
-def test_the_shipped_checkpoint_is_complete_and_learned_english():
-    folder = ROOT / "examples" / "checkpoints" / "stlm-3m"
+SHIPPED = {"stlm-3m": 8e6}  # and the largest size in bytes
+
+
+@pytest.mark.parametrize("checkpoint", SHIPPED)
+def test_the_shipped_checkpoints_are_complete_and_learned_english(checkpoint):
+    folder = ROOT / "examples" / "checkpoints" / checkpoint
     for name in ("README.md", "config.json", "generation_config.json", "tokenizer.json", "modeling_stlm.py"):
         assert (folder / name).is_file(), name
-    assert sum(path.stat().st_size for path in folder.iterdir()) < 8e6
-    for name in ("modeling_stlm.py", "cache_stlm.py", "patching_stlm.py", "configuration_stlm.py", "budget_stlm.py"):
-        assert (folder / name).read_text() == (ROOT / "modeling_stlm" / name).read_text(), "export it anew"
+    assert sum(path.stat().st_size for path in folder.iterdir()) < SHIPPED[checkpoint]
+    for path in (ROOT / "modeling_stlm").glob("*_stlm.py"):
+        assert (folder / path.name).read_text() == path.read_text(), "export it anew"
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     text = "The people of the city were not happy with the new government, and they said so."
     ids = torch.tensor([list(text.encode())])
