@@ -176,42 +176,43 @@ def report(folder: Path, runs: Iterable[str]) -> None:
         print(table(results))
 
 
+def train_missing(args: argparse.Namespace, results: Path) -> list[str]:
+    """Train the runs of the list that have no results yet; a line about each that failed."""
+    runs = expand(args.list, args.only)
+    left = {name: run for name, run in runs.items() if not is_done(results / f"{name}.json", run)}
+    print(f"{len(runs)} runs, {len(left)} to do, {args.jobs} at a time", flush=True)
+    for arguments in {run.get("model", "") + str(run.get("vocab_size", "")): run for run in left.values()}.values():
+        prepare(arguments, args)
+    running, failed, stop, started = set(), [], threading.Event(), time.monotonic()
+
+    def work(name: str) -> None:
+        running.add(name)
+        try:
+            line = train(name, left[name], args, results)
+        except SystemExit as error:
+            line = str(error)
+            failed.append(line)
+        finally:
+            running.discard(name)
+        print(f"[{(time.monotonic() - started) / 60:.0f} min] {line}", flush=True)
+
+    threading.Thread(target=watch, args=(args.output, running, stop), daemon=True).start()
+    with ThreadPoolExecutor(args.jobs) as pool:
+        done = [pool.submit(work, name) for name in left]
+    stop.set()
+    for future in done:
+        future.result()
+    return failed
+
+
 def main():
     args = parse_arguments()
     results = args.list.with_suffix("")
     results.mkdir(exist_ok=True)
-    if not args.report:
-        runs = expand(args.list, args.only)
-        left = {name: run for name, run in runs.items() if not is_done(results / f"{name}.json", run)}
-        print(f"{len(runs)} runs, {len(left)} to do, {args.jobs} at a time", flush=True)
-        for arguments in {
-            run.get("model", "") + str(run.get("vocab_size", "")): run for run in left.values()
-        }.values():
-            prepare(arguments, args)
-        running, failed, stop, started = set(), [], threading.Event(), time.monotonic()
-
-        def work(name: str) -> None:
-            running.add(name)
-            try:
-                line = train(name, left[name], args, results)
-            except SystemExit as error:
-                line = str(error)
-                failed.append(line)
-            finally:
-                running.discard(name)
-            print(f"[{(time.monotonic() - started) / 60:.0f} min] {line}", flush=True)
-
-        threading.Thread(target=watch, args=(args.output, running, stop), daemon=True).start()
-        with ThreadPoolExecutor(args.jobs) as pool:
-            done = [pool.submit(work, name) for name in left]
-        stop.set()
-        report(results, expand(args.list))
-        for future in done:
-            future.result()
-        if failed:
-            raise SystemExit("\n".join(failed))
-    else:
-        report(results, expand(args.list))
+    failed = [] if args.report else train_missing(args, results)
+    report(results, expand(args.list))
+    if failed:
+        raise SystemExit("\n".join(failed))
 
 
 if __name__ == "__main__":
