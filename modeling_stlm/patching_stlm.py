@@ -12,6 +12,7 @@ is a few bytes of context and the small `PatchState`. Several documents in one r
 from typing import NamedTuple
 
 import torch
+from torch.nn import functional as F
 from transformers.utils.import_utils import is_torchdynamo_exporting
 
 
@@ -81,6 +82,23 @@ def step_table(spaces_end_patches: bool, cap_bytes: int, cap_characters: int) ->
 def hash_weights(order: int) -> list[int]:
     """Weights (n,) of the n bytes of an n-gram, oldest first: it hashes to their sum with `byte + 1`, modulo the prime."""
     return [pow(HASH_BASE, i, HASH_PRIME) for i in range(order)]
+
+
+def word_so_far(
+    kinds: torch.Tensor, context: torch.Tensor, longest: int, positions: torch.Tensor | None
+) -> torch.Tensor:
+    """Which of the last `longest` bytes up to each byte, oldest first, belong to its word: (B, T, longest) bool.
+
+    A word goes on up to and including the first space-like byte behind it; special tokens end one, too. `context` is of
+    shape `(B, longest + T)`.
+    """
+    kind = kinds[context.clamp(max=256)]
+    after_word = (kind[:, :-1] >= WORD) & (kind[:, :-1] <= LEAD4)
+    if positions is not None:  # the byte before a document's start says nothing
+        after_word[:, longest - 1 :] &= positions > 0
+    ended = (((kind[:, 1:] == SPACE) & after_word) | (kind[:, 1:] == SPECIAL)).cumsum(1)
+    before = F.pad(ended, (1, 0))[:, :-1].unfold(1, longest, 1)  # word ends up to the byte before each
+    return before == before[..., -1:]
 
 
 def prefix_edges(pieces: list[bytes], longest: int) -> torch.Tensor:

@@ -85,13 +85,32 @@ def patches(ends: list[bool]) -> list[list[int]]:
 
 
 def ngram_rows(ids: list[int], t: int, config) -> list[int]:
-    rows, digest = [], 0
-    for back in range(max(config.ngram_orders)):
-        byte = ids[t - back] if t - back >= 0 else -1
-        digest = (digest * 65599 + byte + 1) % (2**31 - 1)
-        if back + 1 in config.ngram_orders:
-            rows.append(digest % config.ngram_rows + config.ngram_rows * config.ngram_orders.index(back + 1))
+    """Rows of the table of n-grams: one for each length, one for the word that byte t goes on with."""
+    grams = [[ids[t - back] if t - back >= 0 else -1 for back in range(order)] for order in config.ngram_orders]
+    if config.ngram_word_bytes:
+        gram = [ids[t]]
+        for back in range(1, config.ngram_word_bytes):
+            i = t - back
+            word_ends = i >= 0 and (
+                kind(ids[i]) == "special" or (kind(ids[i]) == "space" and i > 0 and kind(ids[i - 1]) == "word")
+            )
+            if i < 0 or word_ends:
+                break
+            gram.append(ids[i])
+        grams.append(gram + [-1] * (config.ngram_word_bytes - len(gram)))
+    rows = []
+    for table, gram in enumerate(grams):
+        digest = 0
+        for byte in gram:
+            digest = (digest * 65599 + byte + 1) % (2**31 - 1)
+        rows.append(digest % config.ngram_rows + config.ngram_rows * table)
     return rows
+
+
+def ngrams(model, ids: list[int], t: int) -> torch.Tensor:
+    """What the n-grams that end at byte t add to its embedding: (D,)."""
+    found = model.ngram_embed_tokens.weight[ngram_rows(ids, t, model.config)]
+    return found.sum(0) if model.ngram_proj is None else model.ngram_proj.weight @ found.flatten()
 
 
 def rotate(x: torch.Tensor, position: int, theta: float) -> torch.Tensor:
@@ -192,10 +211,8 @@ def hidden_states(model, ids: list[int]) -> torch.Tensor:
     """Last hidden state (T, D) of `STLMModel` for one document."""
     config = model.config
     x = model.embed_tokens.weight[ids]
-    if config.ngram_orders:
-        x = torch.stack(
-            [row + model.ngram_embed_tokens.weight[ngram_rows(ids, t, config)].sum(0) for t, row in enumerate(x)]
-        )
+    if model.ngram_embed_tokens is not None:
+        x = torch.stack([row + ngrams(model, ids, t) for t, row in enumerate(x)])
     for layer in model.front_layers:
         x = byte_layer(layer, x, config)
     surprise = None

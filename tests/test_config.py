@@ -75,6 +75,9 @@ def test_layer_sharing_schedules(sharing, depth, unique, expected):
         ({"attention_window_bytes": 0}, "attention_window_bytes=0 must be at least 1"),
         ({"num_attention_heads": 0}, "num_attention_heads=0 must be at least 1"),
         ({"ngram_orders": [1, 2]}, "must all be at least 2"),
+        ({"ngram_embedding_size": 0}, "ngram_embedding_size=0 must be at least 1"),
+        ({"ngram_word_bytes": 1}, "must be at least 2, or 0"),
+        ({"ngram_word_bytes": -1}, "must be at least 2, or 0"),
         ({"norm_type": "batch_norm"}, "choose one of .*rms_norm"),
         ({"patch_pooling": "max"}, "choose one of .*mean_last"),
         (

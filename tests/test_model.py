@@ -28,7 +28,10 @@ def cases(*tables):
 
 OTHERS = {
     "bigrams": {"ngram_orders": [2]},
-    "no n-grams": {"ngram_orders": []},
+    "no n-grams": {"ngram_orders": [], "ngram_word_bytes": 0},
+    "no words": {"ngram_word_bytes": 0},
+    "n-grams added up": {"ngram_embedding_size": None},
+    "short words alone": {"ngram_orders": [], "ngram_word_bytes": 3},
     "rms norm": {"norm_type": "rms_norm"},
     "other numbers": {"rope_theta": 20.0, "hidden_act": "silu", "norm_eps": 0.05, "conv_kernel_size": 7},
 }
@@ -269,7 +272,7 @@ def test_flops_per_byte_equal_the_count_of_the_profiler():
 def test_presets_are_up_to_two_percent_below_their_name(name):
     with torch.device("meta"):
         model = STLMForCausalLM(STLMConfig.from_preset(name))
-    expected = {"stlm-3m": 2_970_240, "stlm-10m": 9_870_592, "stlm-50m": 49_115_008, "stlm-100m": 98_343_936}
+    expected = {"stlm-3m": 2_969_472, "stlm-10m": 9_856_768, "stlm-50m": 49_094_528, "stlm-100m": 98_319_360}
     size = int(name.removeprefix("stlm-").removesuffix("m")) * 1_000_000
     assert model.num_parameters() == expected[name]
     assert 0.98 * size <= expected[name] <= size

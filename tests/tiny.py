@@ -63,6 +63,7 @@ def tiny_config(**overrides) -> STLMConfig:
         "num_attention_heads": 2,
         "num_key_value_heads": 1,
         "ngram_rows": 32,
+        "ngram_embedding_size": 6,
         "max_patch_bytes": 12,
         "trunk_hidden_size": 24,
         "trunk_intermediate_size": 32,

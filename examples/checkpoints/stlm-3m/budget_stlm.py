@@ -16,7 +16,7 @@ class BudgetMixin:
         base = self.base_model
         groups = {
             "byte embedding": [base.embed_tokens],
-            "n-gram embedding": [base.ngram_embed_tokens],
+            "n-gram embedding": [*filter(None, [base.ngram_embed_tokens, base.ngram_proj])],
             "front layers": [base.front_layers],
             "pooling": [base.pool_proj, base.unpool_proj, *filter(None, [base.pool_scores, base.router])],
             "trunk": [base.trunk],
@@ -56,7 +56,7 @@ class BudgetMixin:
         per_byte += 2 * config.conv_kernel_size * config.hidden_size * config.byte_mixers.count("conv")
         window = min(config.attention_window_bytes, context_bytes)
         per_byte += 4 * window * config.num_attention_heads * config.head_dim * config.byte_mixers.count("attention")
-        for module in filter(None, [base.pool_scores, base.router]):
+        for module in filter(None, [base.ngram_proj, base.pool_scores, base.router]):
             per_byte += 2 * _matmul_parameters(module)
         head = self.get_output_embeddings()
         if head is not None:

@@ -64,8 +64,14 @@ class STLMConfig(PreTrainedConfig):
         ngram_orders (`list[int]`, *optional*):
             Lengths in bytes of the hashed n-grams whose embeddings are added to the byte embedding (BLT,
             arXiv:2412.09871, section 3.2.1). An empty list turns them off. Defaults to `[2, 3, 4, 5]`.
-        ngram_rows (`int`, defaults to 8192):
-            Rows of the embedding table of each n-gram length.
+        ngram_word_bytes (`int`, defaults to 12):
+            One more n-gram at each byte: the word so far, from the byte after the last word end (the first byte that is
+            neither letter, digit nor part of a multi-byte character) on, at most its last so many bytes. 0 turns it off.
+        ngram_rows (`int`, defaults to 26000):
+            Rows of the embedding table of each n-gram length and of the words.
+        ngram_embedding_size (`int`, *optional*, defaults to 32):
+            Width of the n-gram embeddings, which one matrix takes to `hidden_size` together: more rows for the same
+            parameters. With `None` they are as wide as `hidden_size` and added up, as in BLT.
         patching (`str`, defaults to `"spacelike"`):
             Where patches end. `"spacelike"`: at the first byte after a word that is neither letter, digit nor part of
             a multi-byte character (SpaceByte, arXiv:2404.14408). `"fixed"`: every `patch_bytes` bytes (MegaByte).
@@ -185,7 +191,9 @@ class STLMConfig(PreTrainedConfig):
     num_key_value_heads: int | None = None
     head_dim: int | None = None
     ngram_orders: list[int] | None = None
-    ngram_rows: int = 8192
+    ngram_word_bytes: int = 12
+    ngram_rows: int = 26000
+    ngram_embedding_size: int | None = 32
     patching: str = "spacelike"
     patch_bytes: int = 6
     max_patch_bytes: int = 16
@@ -264,6 +272,11 @@ class STLMConfig(PreTrainedConfig):
         }
 
     @property
+    def ngram_lengths(self) -> list[int]:
+        """Bytes that the hash of each n-gram table looks at: those of `ngram_orders`, then `ngram_word_bytes`."""
+        return [*self.ngram_orders, *([self.ngram_word_bytes] if self.ngram_word_bytes else [])]
+
+    @property
     def num_byte_layers(self) -> int:
         return self.num_front_layers + self.num_back_layers
 
@@ -333,7 +346,11 @@ class STLMConfig(PreTrainedConfig):
             )
         for name in (
             *("patch_bytes", "max_patch_bytes", "max_patch_characters", "ngram_rows"),
-            *("entropy_order", "entropy_rows"),
+            *(
+                "entropy_order",
+                "entropy_rows",
+                *(["ngram_embedding_size"] if self.ngram_embedding_size is not None else []),
+            ),
             *("conv_kernel_size", "attention_window_bytes", "hidden_size", "trunk_hidden_size"),
             *("num_attention_heads", "num_key_value_heads"),
             *("trunk_num_attention_heads", "trunk_num_key_value_heads"),
@@ -342,6 +359,11 @@ class STLMConfig(PreTrainedConfig):
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if any(order < 2 for order in self.ngram_orders or []):
             raise ValueError(f"ngram_orders={self.ngram_orders} must all be at least 2: a byte has its own embedding")
+        if self.ngram_word_bytes < 0 or self.ngram_word_bytes == 1:
+            raise ValueError(
+                f"ngram_word_bytes={self.ngram_word_bytes} must be at least 2, or 0 for no table of words: a byte has its "
+                "own embedding"
+            )
 
     def validate_byte_level(self):
         if self.num_front_layers < 1 or self.num_back_layers < 1:

@@ -67,6 +67,7 @@ from .patching_stlm import (
     step_table,
     sum_patches,
     unpool_patches,
+    word_so_far,
 )
 
 
@@ -586,8 +587,12 @@ class STLMModel(STLMPreTrainedModel):
         super().__init__(config)
         width, trunk_width = config.hidden_size, config.trunk_hidden_size
         self.embed_tokens = nn.Embedding(config.vocab_size, width)
-        num_ngrams = config.ngram_rows * len(config.ngram_orders)
-        self.ngram_embed_tokens = nn.Embedding(num_ngrams, width) if num_ngrams else nn.Identity()
+        num_tables, size = len(config.ngram_lengths), config.ngram_embedding_size
+        self.ngram_embed_tokens = self.ngram_proj = None
+        if num_tables:
+            self.ngram_embed_tokens = nn.Embedding(num_tables * config.ngram_rows, size or width)
+        if num_tables and size:
+            self.ngram_proj = nn.Linear(num_tables * size, width, bias=False)
         self.front_layers = nn.ModuleList(STLMByteLayer(config, i) for i in range(config.num_front_layers))
         self.pooling, self.num_pool_heads = config.patch_pooling, config.num_attention_heads
         # Scores of the bytes of a patch; they start at zero, which makes a mean.
@@ -615,9 +620,13 @@ class STLMModel(STLMPreTrainedModel):
             self.register_buffer("entropy_table", torch.zeros(config.entropy_rows, dtype=torch.uint8))
         # Copies: reading a field of a config costs microseconds, and a byte must not cost many.
         self.num_byte_layers, self.has_attention = config.num_byte_layers, "attention" in config.byte_mixers
-        self.num_context = max([RULE_CONTEXT_BYTES, config.entropy_order - 1, *(n - 1 for n in config.ngram_orders)])
+        self.num_context = max([RULE_CONTEXT_BYTES, config.entropy_order - 1, *config.ngram_lengths])
         self.pool_sizes = (self.num_context, self.num_pool_terms, width if self.router is not None else 0)
-        self.ngram_rows, self.is_causal = config.ngram_rows, config.is_causal
+        self.ngram_rows, self.has_words, self.is_causal = (
+            config.ngram_rows,
+            config.ngram_word_bytes > 0,
+            config.is_causal,
+        )
         self.patching, self.entropy_steps = config.patching, ENTROPY_STEPS * config.entropy_threshold
         self.rule_options = self._rule_options(config)
         self.gradient_checkpointing = False
@@ -632,9 +641,9 @@ class STLMModel(STLMPreTrainedModel):
     @staticmethod
     def tables(config: STLMConfig) -> dict[str, torch.Tensor]:
         """Constant buffers. They are not saved; loading fills them again."""
-        orders = config.ngram_orders
-        longest = max(orders, default=0)
-        weights = [[0] * (longest - n) + hash_weights(n) for n in orders]  # columns: oldest byte first
+        lengths = config.ngram_lengths
+        longest = max(lengths, default=0)
+        weights = [[0] * (longest - n) + hash_weights(n) for n in lengths]  # columns: oldest byte first
         rules = {}
         if config.patching == "vocabulary":
             rules["piece_edges"] = prefix_edges(config.pieces, config.max_patch_bytes - 1)
@@ -646,8 +655,8 @@ class STLMModel(STLMPreTrainedModel):
             "byte_kinds": byte_kinds(),
             "byte_events": byte_events(),
             "kind_weights": kind_weights(),
-            "ngram_weights": torch.tensor(weights, dtype=torch.long).reshape(len(orders), longest),
-            "ngram_offsets": torch.arange(len(orders)) * config.ngram_rows,
+            "ngram_weights": torch.tensor(weights, dtype=torch.long).reshape(len(lengths), longest),
+            "ngram_offsets": torch.arange(len(lengths)) * config.ngram_rows,
         }
 
     @can_return_tuple
@@ -810,18 +819,22 @@ class STLMModel(STLMPreTrainedModel):
         except IndexError as error:
             low, high, size = int(input_ids.min()), int(input_ids.max()), self.embed_tokens.num_embeddings
             raise ValueError(f"input_ids are between {low} and {high}, expected 0 to {size - 1}") from error
-        if not len(self.ngram_weights):
+        if self.ngram_embed_tokens is None:
             return hidden_states
         longest = self.ngram_weights.shape[1]
+        context = context[:, context.shape[1] - input_ids.shape[1] - longest :]
         # (B, T, n): the bytes of each n-gram, oldest first, none before a document's start.
-        grams = context[:, context.shape[1] - input_ids.shape[1] - longest + 1 :].unfold(1, longest, 1) + 1
+        grams = context[:, 1:].unfold(1, longest, 1) + 1
         if positions is not None:
             back = torch.arange(longest - 1, -1, -1, device=positions.device)
             grams = grams.masked_fill(positions[..., None] < back, 0)
-        terms = grams[:, :, None] * self.ngram_weights  # (B, T, orders, n)
+        terms = grams[:, :, None] * self.ngram_weights  # (B, T, tables, n)
+        if self.has_words:  # the last table
+            terms[:, :, -1] *= word_so_far(self.byte_kinds, context, longest, positions)
         # ExecuTorch sums integers in float32, so exported graphs add them one by one.
         digest = (sum(terms.unbind(-1)) if is_torchdynamo_exporting() else terms.sum(-1)) % HASH_PRIME
-        return hidden_states + self.ngram_embed_tokens(digest % self.ngram_rows + self.ngram_offsets).sum(-2)
+        ngrams = self.ngram_embed_tokens(digest % self.ngram_rows + self.ngram_offsets)  # (B, T, tables, size)
+        return hidden_states + (ngrams.sum(-2) if self.ngram_proj is None else self.ngram_proj(ngrams.flatten(-2)))
 
     def _rule(self) -> Rule:
         tables = self.byte_kinds, self.byte_events, self.kind_weights
