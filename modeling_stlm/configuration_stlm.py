@@ -67,7 +67,7 @@ class STLMConfig(PreTrainedConfig):
         ngram_word_bytes (`int`, defaults to 12):
             One more n-gram at each byte: the word so far, from the byte after the last word end (the first byte that is
             neither letter, digit nor part of a multi-byte character) on, at most its last so many bytes. 0 turns it off.
-        ngram_rows (`int`, defaults to 26000):
+        ngram_rows (`int`, defaults to 39400):
             Rows of the embedding table of each n-gram length and of the words.
         ngram_embedding_size (`int`, *optional*, defaults to 32):
             Width of the n-gram embeddings, which one matrix takes to `hidden_size` together: more rows for the same
@@ -100,17 +100,17 @@ class STLMConfig(PreTrainedConfig):
         patch_pooling (`str`, defaults to `"mean_last"`):
             What the trunk reads of a patch: the `"mean"` over its bytes, the `"last"` byte, both (`"mean_last"`), or an
             `"attention"` of `num_attention_heads` learned queries over its bytes.
-        trunk_hidden_size (`int`, defaults to 384):
+        trunk_hidden_size (`int`, defaults to 320):
             Width of the trunk.
-        trunk_intermediate_size (`int`, defaults to 800):
+        trunk_intermediate_size (`int`, defaults to 768):
             Width of the feed-forward layers of the trunk.
-        trunk_num_attention_heads (`int`, defaults to 6):
+        trunk_num_attention_heads (`int`, defaults to 10):
             Attention heads of the trunk.
         trunk_num_key_value_heads (`int`, *optional*, defaults to 2):
             Key/value heads of the trunk. `None` means `trunk_num_attention_heads`.
         trunk_head_dim (`int`, *optional*):
             Width of one head of the trunk. Defaults to `trunk_hidden_size // trunk_num_attention_heads`.
-        num_trunk_layers (`int`, defaults to 6):
+        num_trunk_layers (`int`, defaults to 5):
             Depth of the trunk: layers that run for every patch.
         num_unique_trunk_layers (`int`, *optional*):
             Layers of the trunk that are stored. Defaults to `num_trunk_layers`.
@@ -192,7 +192,7 @@ class STLMConfig(PreTrainedConfig):
     head_dim: int | None = None
     ngram_orders: list[int] | None = None
     ngram_word_bytes: int = 12
-    ngram_rows: int = 26000
+    ngram_rows: int = 39400
     ngram_embedding_size: int | None = 32
     patching: str = "spacelike"
     patch_bytes: int = 6
@@ -204,12 +204,12 @@ class STLMConfig(PreTrainedConfig):
     entropy_threshold: float | int = 3.5
     ratio_loss_weight: float | int = 0.03
     patch_pooling: str = "mean_last"
-    trunk_hidden_size: int = 384
-    trunk_intermediate_size: int = 800
-    trunk_num_attention_heads: int = 6
+    trunk_hidden_size: int = 320
+    trunk_intermediate_size: int = 768
+    trunk_num_attention_heads: int = 10
     trunk_num_key_value_heads: int | None = 2
     trunk_head_dim: int | None = None
-    num_trunk_layers: int = 6
+    num_trunk_layers: int = 5
     num_unique_trunk_layers: int | None = None
     layer_sharing: str = "none"
     hidden_act: str = "relu2"
