@@ -189,11 +189,17 @@ def _architecture(config: STLMConfig) -> str:
     stored, passes = config.num_unique_trunk_layers, config.num_trunk_layers
     sharing = f"shared by the rule `{config.layer_sharing}`" if stored < passes else "each with its own weights"
     head = "tied to" if config.tie_word_embeddings else "apart from"
-    orders = f"orders {config.ngram_orders}, {config.ngram_rows:,} rows" if config.ngram_orders else "none"
+    grams = [f"{order} bytes" for order in config.ngram_orders]
+    if config.ngram_word_bytes:
+        grams.append(f"the word so far (at most {config.ngram_word_bytes} bytes)")
+    ngrams = "none"
+    if grams:
+        size = config.ngram_embedding_size or config.hidden_size
+        ngrams = f"{', '.join(grams)}; {config.ngram_rows:,} rows of {size} for each"
     return "\n".join(
         [
             f"- bytes: {config.num_front_layers} + {config.num_back_layers} layers of width {config.hidden_size} before "
-            f"and after the trunk ({', '.join(sorted(set(config.byte_mixers)))}); hashed n-grams: {orders}",
+            f"and after the trunk ({', '.join(sorted(set(config.byte_mixers)))}); hashed n-grams: {ngrams}",
             f"- patches (`{config.patching}`): they end {patches}; the trunk reads their `{config.patch_pooling}`",
             f"- trunk, once a patch: {passes} passes over {stored} stored layers of width {config.trunk_hidden_size}, "
             f"{sharing}",
