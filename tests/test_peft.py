@@ -66,6 +66,7 @@ def test_all_linear_is_every_matrix_but_the_head():
     linear = {name for name, module in tiny_base().named_modules() if isinstance(module, torch.nn.Linear)}
     assert found == linear - {"lm_head"}
     assert {name.split(".")[1] for name in found} == {
+        "ngram_proj",
         "front_layers",
         "pool_proj",
         "trunk",
