@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The library's pipelines on our models: one by one and in batches, against the model called by hand."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from transformers import pipeline
@@ -80,7 +82,7 @@ def test_token_classification_finds_words_by_their_characters():
     assert [entry["start"] for entry in found] == characters
     # Groups with one label cover the text without a gap; a character of several bytes may be in two of them.
     groups = pipe("token-classification", model, aggregation_strategy="first")(text)
-    for before, after in zip(groups, groups[1:]):
+    for before, after in pairwise(groups):
         assert after["start"] == before["end"] or (
             after["start"] == before["end"] - 1 and len(text[after["start"]].encode()) > 1
         )
