@@ -622,11 +622,8 @@ class STLMModel(STLMPreTrainedModel):
         self.num_byte_layers, self.has_attention = config.num_byte_layers, "attention" in config.byte_mixers
         self.num_context = max([RULE_CONTEXT_BYTES, config.entropy_order - 1, *config.ngram_lengths])
         self.pool_sizes = (self.num_context, self.num_pool_terms, width if self.router is not None else 0)
-        self.ngram_rows, self.has_words, self.is_causal = (
-            config.ngram_rows,
-            config.ngram_word_bytes > 0,
-            config.is_causal,
-        )
+        self.ngram_rows, self.has_words = config.ngram_rows, config.ngram_word_bytes > 0
+        self.is_causal = config.is_causal
         self.patching, self.entropy_steps = config.patching, ENTROPY_STEPS * config.entropy_threshold
         self.rule_options = self._rule_options(config)
         self.gradient_checkpointing = False

@@ -31,6 +31,7 @@ OTHERS = {
     "no n-grams": {"ngram_orders": [], "ngram_word_bytes": 0},
     "no words": {"ngram_word_bytes": 0},
     "n-grams added up": {"ngram_embedding_size": None},
+    "words shorter than n-grams": {"ngram_word_bytes": 3},
     "short words alone": {"ngram_orders": [], "ngram_word_bytes": 3},
     "rms norm": {"norm_type": "rms_norm"},
     "other numbers": {"rope_theta": 20.0, "hidden_act": "silu", "norm_eps": 0.05, "conv_kernel_size": 7},

@@ -346,11 +346,7 @@ class STLMConfig(PreTrainedConfig):
             )
         for name in (
             *("patch_bytes", "max_patch_bytes", "max_patch_characters", "ngram_rows"),
-            *(
-                "entropy_order",
-                "entropy_rows",
-                *(["ngram_embedding_size"] if self.ngram_embedding_size is not None else []),
-            ),
+            *("entropy_order", "entropy_rows"),
             *("conv_kernel_size", "attention_window_bytes", "hidden_size", "trunk_hidden_size"),
             *("num_attention_heads", "num_key_value_heads"),
             *("trunk_num_attention_heads", "trunk_num_key_value_heads"),
@@ -359,6 +355,10 @@ class STLMConfig(PreTrainedConfig):
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if any(order < 2 for order in self.ngram_orders or []):
             raise ValueError(f"ngram_orders={self.ngram_orders} must all be at least 2: a byte has its own embedding")
+        if self.ngram_embedding_size is not None and self.ngram_embedding_size < 1:
+            raise ValueError(
+                f"ngram_embedding_size={self.ngram_embedding_size} must be at least 1, or None for hidden_size"
+            )
         if self.ngram_word_bytes < 0 or self.ngram_word_bytes == 1:
             raise ValueError(
                 f"ngram_word_bytes={self.ngram_word_bytes} must be at least 2, or 0 for no table of words: a byte has its "
