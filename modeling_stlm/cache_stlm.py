@@ -239,9 +239,9 @@ class STLMPoolCacheLayer(STLMCacheLayer):
         """Room for patches, as far as shapes alone tell, before `num_patches` are added."""
         return self.values.shape[1] + num_patches
 
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *, rows, start, end):
-        """Store patches `value_states` (R, P, D) of `rows` (R,), all if `None`, from `start` (R,) on, before `end`."""
-        self.values = write_patches(self.values, value_states, rows, start, end, dim=1)
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *, rows, at, end):
+        """Store patches `value_states` (R, P, D): see [`STLMPatchCacheLayer.update`]."""
+        self.values = write_patches(self.values, value_states, rows, at, end, dim=1)
         return key_states, self.values
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -272,14 +272,14 @@ class STLMPatchCacheLayer(STLMCacheLayer):
     def get_seq_length(self) -> int:
         return self.stored_patches
 
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *, num_rows: int, rows, start, end: int):
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *, num_rows: int, rows, at, end: int):
         """Store the new patches of some rows and return all patches of these rows.
 
         Args:
             key_states, value_states (`torch.Tensor` of shape `(R, H, P, K)`): new patches.
             num_rows (`int`): B.
             rows (`torch.LongTensor` of shape `(R,)`, *optional*): rows they belong to; all rows if `None`.
-            start (`torch.LongTensor` of shape `(R,)`): index of the first new patch in each row.
+            at (`torch.LongTensor` of shape `(R, P)` or `slice`): index of the new patches, a slice if all rows have the same.
             end (`int`): S, at least the number of patches of any of these rows.
 
         Returns:
@@ -291,8 +291,8 @@ class STLMPatchCacheLayer(STLMCacheLayer):
             self.keys, self.values = key_states.new_zeros(shape), value_states.new_zeros(shape)
         if not self.is_compileable:  # a number that changes would compile a step anew
             self.stored_patches = max(self.stored_patches, end)
-        self.keys = write_patches(self.keys, key_states, rows, start, end, dim=2)
-        self.values = write_patches(self.values, value_states, rows, start, end, dim=2)
+        self.keys = write_patches(self.keys, key_states, rows, at, end, dim=2)
+        self.values = write_patches(self.values, value_states, rows, at, end, dim=2)
         keys, values = self.keys[:, :, :end], self.values[:, :, :end]
         return (keys, values) if rows is None else (keys[rows], values[rows])
 
@@ -301,21 +301,22 @@ class STLMPatchCacheLayer(STLMCacheLayer):
 
 
 def write_patches(
-    store: torch.Tensor, new: torch.Tensor, rows: torch.Tensor | None, start: torch.Tensor, end: int, dim: int
+    store: torch.Tensor, new: torch.Tensor, rows: torch.Tensor | None, at: torch.Tensor | slice, end: int, dim: int
 ) -> torch.Tensor:
-    """`store` with `new` put at `start` (R,) of `rows` (R,) (all rows if None), before `end`; `dim` counts patches."""
+    """`store` with `new` put at the patches `at` of `rows` (R,), all before `end`; `dim` counts patches."""
     new = new.to(store.dtype)  # they differ under autocast
     store = grow(store, end, dim)
     if torch.is_grad_enabled() and (store.requires_grad or new.requires_grad):
         store = store.clone()  # an earlier call may have saved it for its backward
-    patches = start[:, None] + torch.arange(new.shape[dim], device=new.device)  # (R, P)
-    if rows is None:
-        index = patches[..., None] if dim == 1 else patches[:, None, :, None]
+    if isinstance(at, slice):
+        store.narrow(dim, at.start, new.shape[dim]).copy_(new)
+    elif rows is None:
+        index = at[..., None] if dim == 1 else at[:, None, :, None]
         store.scatter_(dim, index.expand_as(new), new)
     elif dim == 1:
-        store[rows[:, None], patches] = new
+        store[rows[:, None], at] = new
     else:
-        store[rows[:, None], :, patches] = new.transpose(1, 2)
+        store[rows[:, None], :, at] = new.transpose(1, 2)
     return store
 
 

@@ -36,9 +36,8 @@ from transformers.modeling_outputs import (
     TokenClassifierOutput,
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, slice_logits_to_keep
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager_attention_forward
+from transformers.models.llama.modeling_llama import eager_attention_forward
 from transformers.utils import can_return_tuple
-from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.import_utils import is_torchdynamo_exporting, is_tracing
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
@@ -67,6 +66,7 @@ from .patching_stlm import (
     step_table,
     sum_patches,
     unpool_patches,
+    word_ends,
     word_so_far,
 )
 
@@ -82,7 +82,7 @@ class Rows(NamedTuple):
     lengths: torch.Tensor | None  # (B,) valid bytes; None: all T
     positions: torch.Tensor | None  # (B, T) bytes since the document's start; None: one document a row
     ahead: torch.Tensor | None  # (B, T) bytes to the document's end; None: causal
-    rotary: tuple[torch.Tensor, torch.Tensor] | None  # cos and sin (B, T, K), for attention mixers
+    rotary: tuple[torch.Tensor, torch.Tensor] | None  # `rotary_embedding`, for attention mixers
     window_mask: torch.Tensor | None  # (B * blocks, 1, S, S + W - 1), for attention mixers (S + 2 W - 2 both ways)
 
 
@@ -94,8 +94,18 @@ class Layout(NamedTuple):
     inverse: torch.Tensor | None
 
 
+class STLMOutput(ModelOutput):
+    """An output whose fields are set without a look at all of them, which the library takes: microseconds a byte."""
+
+    def __setattr__(self, name, value):
+        if value is not None and name in self.__dataclass_fields__:
+            self[name] = value
+        else:
+            object.__setattr__(self, name, value)
+
+
 @dataclass
-class STLMModelOutput(ModelOutput):
+class STLMModelOutput(STLMOutput):
     """
     Output of [`STLMModel`].
 
@@ -126,7 +136,7 @@ class STLMModelOutput(ModelOutput):
 
 
 @dataclass
-class STLMCausalLMOutput(ModelOutput):
+class STLMCausalLMOutput(STLMOutput):
     """
     Output of [`STLMForCausalLM`]: `loss` in nats a byte (in training with `patching="learned"` plus
     `ratio_loss_weight` times `ratio_loss`), `logits (B, T, vocab_size)`, and the rest as in [`STLMModelOutput`].
@@ -147,12 +157,17 @@ class STLMCausalLMOutput(ModelOutput):
 def rotary_embedding(
     positions: torch.Tensor, head_dim: int, theta: float, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin (B, T, K) of the rotary embedding (arXiv:2104.09864) at `positions` (B, T)."""
+    """cos and sin (B, T, 1, K) of the rotary embedding (arXiv:2104.09864) at `positions` (B, T), for `rotate`."""
     # Not kept in a buffer: `model.to(torch.bfloat16)` would round the frequencies.
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float, device=positions.device) / head_dim
-    angles = positions[..., None].float() / theta**exponents
-    angles = torch.cat([angles, angles], dim=-1)
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    angles = positions[..., None, None].float() / theta**exponents
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
+
+
+def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """`states (B, T, H, K)` turned in the planes of channels i and i + K / 2."""
+    return torch.addcmul(states * cos, states.roll(states.shape[-1] // 2, -1), sin)
 
 
 def make_norm(config: STLMConfig, width: int) -> nn.Module:
@@ -184,7 +199,7 @@ class STLMAttention(nn.Module):
         query = self.q_norm(self.q_proj(hidden_states).unflatten(-1, (self.num_heads, self.head_dim)))
         key = self.k_norm(self.k_proj(hidden_states).unflatten(-1, (self.num_key_value_heads, self.head_dim)))
         value = self.v_proj(hidden_states).unflatten(-1, (self.num_key_value_heads, self.head_dim))
-        return *apply_rotary_pos_emb(query, key, *rotary, unsqueeze_dim=2), value
+        return rotate(query, *rotary), rotate(key, *rotary), value
 
     def attend(self, query, key, value, allowed: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attention of `query (B, H, T, K)` where `allowed (B, 1, T, S)`; `None`: to all, or all earlier ones."""
@@ -485,6 +500,7 @@ class STLMTrunk(nn.Module):
         self,
         patches: torch.Tensor,
         allowed: torch.Tensor | None,
+        index: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         where: dict | None = None,
     ) -> torch.Tensor:
@@ -493,12 +509,12 @@ class STLMTrunk(nn.Module):
             patches (`torch.Tensor` of shape `(R, P, G)`): new patches of some rows.
             allowed (`torch.BoolTensor` of shape `(R, 1, P, S)`, *optional*):
                 Patches that each may see; all, or all earlier ones if causal, if left out.
+            index (`torch.LongTensor` of shape `(R, P)`, *optional*): patches of the row before each; 0 to P - 1 if left out.
             past_key_values (`Cache`, *optional*): with slots for the passes.
             where (`dict`, *optional*): with a cache, where the new patches go: see [`STLMPatchCacheLayer.update`].
         """
-        index = torch.arange(patches.shape[1], device=patches.device)[None]
-        if where is not None:
-            index = index + where["start"][:, None]
+        if index is None:
+            index = torch.arange(patches.shape[1], device=patches.device)[None]
         rotary = rotary_embedding(index, self.head_dim, self.rope_theta, patches.dtype)
         # `assistant_early_exit` lowers the number of slots for a while: fewer passes run.
         passes = self.schedule[: max(0, self.config.num_hidden_layers - self.first_slot)]
@@ -651,13 +667,13 @@ class STLMModel(STLMPreTrainedModel):
         return rules | {
             "byte_kinds": byte_kinds(),
             "byte_events": byte_events(),
+            "word_ends": word_ends(),
             "kind_weights": kind_weights(),
             "ngram_weights": torch.tensor(weights, dtype=torch.long).reshape(len(lengths), longest),
             "ngram_offsets": torch.arange(len(lengths)) * config.ngram_rows,
         }
 
     @can_return_tuple
-    @merge_with_config_defaults
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -701,8 +717,9 @@ class STLMModel(STLMPreTrainedModel):
             )
         if past_key_values is not None and not self.is_causal:
             raise ValueError("a model with is_causal=False has no cache: every byte changes what all others see")
-        if use_cache and past_key_values is None and positions is None and self.is_causal and not self.training:
-            past_key_values = DynamicCache(config=self.config)
+        if past_key_values is None and positions is None and self.is_causal and not self.training:
+            if self.config.use_cache if use_cache is None else use_cache:
+                past_key_values = DynamicCache(config=self.config)
 
         lengths, fed_ids = None, input_ids
         if layout is not None:
@@ -741,7 +758,7 @@ class STLMModel(STLMPreTrainedModel):
         """The model on compact rows: `lengths (B,)` valid bytes each, then padding."""
         output_attentions = self.config.output_attentions if output_attentions is None else output_attentions
         pool = None if past_key_values is None else self._pool_slot(past_key_values)
-        context = self._with_context(input_ids, pool)
+        context = self._with_context(input_ids if inputs_embeds is None else input_ids.clamp(min=-1), pool)
         num_bytes = input_ids.shape[1]
         rows = self._rows(num_bytes, lengths, positions, pool, input_ids, inputs_embeds, output_attentions)
         hidden_states = self._embed(context, input_ids, inputs_embeds, positions)  # (B, T, D)
@@ -804,10 +821,9 @@ class STLMModel(STLMPreTrainedModel):
 
     def _with_context(self, input_ids: torch.Tensor, pool) -> torch.Tensor:
         """Ids with the C ids before them in front, -1 where there is none: (B, C + T)."""
-        ids = input_ids.clamp(min=-1)
         if pool is not None:
-            return torch.cat([pool.context, ids], dim=1)
-        return F.pad(ids, (self.num_context, 0), value=-1)
+            return torch.cat([pool.context, input_ids], dim=1)
+        return F.pad(input_ids, (self.num_context, 0), value=-1)
 
     def _embed(self, context, input_ids, inputs_embeds, positions) -> torch.Tensor:
         """Byte embedding plus the embeddings of the hashed n-grams that end at each byte: (B, T, D)."""
@@ -827,7 +843,7 @@ class STLMModel(STLMPreTrainedModel):
             grams = grams.masked_fill(positions[..., None] < back, 0)
         terms = grams[:, :, None] * self.ngram_weights  # (B, T, tables, n)
         if self.has_words:  # the last table
-            terms[:, :, -1] *= word_so_far(self.byte_kinds, context, longest, positions)
+            terms[:, :, -1] *= word_so_far(self.byte_kinds, self.word_ends, context, longest, positions)
         # ExecuTorch sums integers in float32, so exported graphs add them one by one.
         digest = (sum(terms.unbind(-1)) if is_torchdynamo_exporting() else terms.sum(-1)) % HASH_PRIME
         ngrams = self.ngram_embed_tokens(digest % self.ngram_rows + self.ngram_offsets)  # (B, T, tables, size)
@@ -998,7 +1014,7 @@ class STLMModel(STLMPreTrainedModel):
             sums = sums.masked_fill(boundary[:, None], 0)
         pool.keys = sums
         pool.open_bytes, pool.memory = state
-        pool.context = context[:, 1:].clone()
+        pool.context = context[:, 1:].clone() if pool.is_compileable else context[:, 1:]
         pool.num_bytes = pool.num_bytes + 1
         return pool.visible[:, None], boundary[:, None]
 
@@ -1031,22 +1047,22 @@ class STLMModel(STLMPreTrainedModel):
         """
         pool = self._pool_slot(past_key_values)
         (num_rows, num_new, _), start = pooled.shape, pool.num_patches
-        if rows is None:
-            # Traced: all rows, and sizes that follow from shapes.
-            end, needs_mask = pool.patch_room(num_new), True
+        if rows is not None and len(rows) == num_rows:
+            rows = None
+        elif rows is not None:
+            pooled, start = pooled[rows], start[rows]
+        new = start[:, None] + torch.arange(num_new, device=start.device)  # (R, P)
+        if self._is_traced(past_key_values):  # all rows, and sizes that follow from shapes
+            at, end, needs_mask = new, pool.patch_room(num_new), True
         else:
-            if len(rows) == num_rows:
-                rows = None
-            else:
-                pooled, start = pooled[rows], start[rows]
             first, last = int(start.min()), int(start.max())
             end, needs_mask = last + num_new, last > 0 and (num_new > 1 or first != last)
+            at = slice(first, end) if rows is None and first == last else new
         allowed = None
         if needs_mask:
-            patch = start[:, None] + torch.arange(num_new, device=start.device)  # (R, P)
-            allowed = (torch.arange(end, device=start.device) <= patch[..., None])[:, None]
-        where = {"rows": rows, "start": start, "end": end}
-        patches = self.trunk(pooled, allowed, past_key_values, {"num_rows": num_rows, **where})
+            allowed = (torch.arange(end, device=start.device) <= new[..., None])[:, None]
+        where = {"rows": rows, "at": at, "end": end}
+        patches = self.trunk(pooled, allowed, new, past_key_values, {"num_rows": num_rows, **where})
         patches = self.unpool_proj(patches)
         if shares is not None:
             before = pool.visible
@@ -1157,7 +1173,7 @@ class STLMModel(STLMPreTrainedModel):
         if layout is not None:
             ids = history if layout.order is None else history.gather(1, layout.order)
             lengths = layout.lengths
-        state, whole = PatchState(pool.open_bytes, pool.memory), self._with_context(ids, pool)
+        state, whole = PatchState(pool.open_bytes, pool.memory), self._with_context(ids.clamp(min=-1), pool)
 
         # The last bytes of each row, enough for the front layers to be exact on the open patch and on all that the
         # back layers look at.
@@ -1183,7 +1199,7 @@ class STLMModel(STLMPreTrainedModel):
                 f"cannot crop the cache to within {num_replayed} bytes of embeddings that stand for no byte "
                 "(soft prompts): they are not kept"
             )
-        context = self._with_context(replayed, pool)
+        context = self._with_context(replayed.clamp(min=-1), pool)
         rows = self._rows(num_replayed, lengths, None, pool, replayed, None)
         hidden_states = self._embed(context, replayed.clamp(min=0), None, None)
         for layer in self.front_layers:
@@ -1344,6 +1360,32 @@ class STLMForCausalLM(STLMPreTrainedModel, GenerationMixin):
             forced = generation_config.forced_eos_token_id is not None
             processors.insert(0, UTF8LogitsProcessor(generation_config.max_length - forced))
         return processors
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: torch.LongTensor,
+        next_sequence_length: int | None = None,
+        past_key_values: Cache | None = None,
+        attention_mask: torch.LongTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        is_first_iteration: bool | None = False,
+        **kwargs,
+    ) -> dict:
+        is_step = next_sequence_length == 1 and past_key_values is not None and not is_first_iteration
+        if not is_step or past_key_values.is_compileable or input_ids.device != past_key_values.layers[0].device:
+            return super().prepare_inputs_for_generation(
+                input_ids,
+                next_sequence_length,
+                past_key_values,
+                attention_mask,
+                inputs_embeds,
+                is_first_iteration,
+                **kwargs,
+            )
+        # One more byte: what the library prepares beyond this has no effect, and takes as long as a byte layer.
+        kwargs.pop("position_ids", None)
+        inputs = {"input_ids": input_ids[:, -1:], "past_key_values": past_key_values, "attention_mask": attention_mask}
+        return inputs | kwargs
 
     @staticmethod
     def create_masks_for_generate(config, inputs_embeds, attention_mask, past_key_values, **kwargs):

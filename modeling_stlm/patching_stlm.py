@@ -12,7 +12,6 @@ is a few bytes of context and the small `PatchState`. Several documents in one r
 from typing import NamedTuple
 
 import torch
-from torch.nn import functional as F
 from transformers.utils.import_utils import is_torchdynamo_exporting
 
 
@@ -84,20 +83,27 @@ def hash_weights(order: int) -> list[int]:
     return [pow(HASH_BASE, i, HASH_PRIME) for i in range(order)]
 
 
+def word_ends() -> torch.Tensor:
+    """Whether a byte ends the word so far, by the kind of the byte before it and its own. Shape (7, 7), bool."""
+    before, kind = torch.arange(NUM_KINDS)[:, None], torch.arange(NUM_KINDS)
+    return ((kind == SPACE) & (before >= WORD) & (before <= LEAD4)) | (kind == SPECIAL)
+
+
 def word_so_far(
-    kinds: torch.Tensor, context: torch.Tensor, longest: int, positions: torch.Tensor | None
+    kinds: torch.Tensor, ends: torch.Tensor, context: torch.Tensor, longest: int, positions: torch.Tensor | None
 ) -> torch.Tensor:
     """Which of the last `longest` bytes up to each byte, oldest first, belong to its word: (B, T, longest) bool.
 
     A word goes on up to and including the first space-like byte behind it; special tokens end one, too. `context` is of
-    shape `(B, longest + T)`.
+    shape `(B, longest + T)`, `kinds` is `byte_kinds()` and `ends` is `word_ends()`.
     """
     kind = kinds[context.clamp(max=256)]
-    after_word = (kind[:, :-1] >= WORD) & (kind[:, :-1] <= LEAD4)
+    kind_before, kind = kind[:, :-1], kind[:, 1:]
     if positions is not None:  # the byte before a document's start says nothing
-        after_word[:, longest - 1 :] &= positions > 0
-    ended = (((kind[:, 1:] == SPACE) & after_word) | (kind[:, 1:] == SPECIAL)).cumsum(1)
-    before = F.pad(ended, (1, 0))[:, :-1].unfold(1, longest, 1)  # word ends up to the byte before each
+        kind_before = kind_before.clone()
+        kind_before[:, longest - 1 :].masked_fill_(positions == 0, MISSING)
+    ended = ends[kind_before, kind]
+    before = (ended.cumsum(1) - ended.long()).unfold(1, longest, 1)  # word ends up to the byte before each
     return before == before[..., -1:]
 
 
@@ -350,7 +356,8 @@ def step_boundary(
         event = event.masked_fill(_is_surprising(rule, context, 1, None)[:, 0], IS_SPECIAL)
     if routed is not None:
         event = event.masked_fill(routed, IS_SPECIAL)
-    index = (event * rule.cap_bytes + state.open_bytes) * rule.cap_characters + state.memory
+    index = torch.add(state.memory, state.open_bytes, alpha=rule.cap_characters)
+    index = torch.add(index, event, alpha=rule.cap_bytes * rule.cap_characters)
     ends, open_bytes, memory = rule.steps[:, index].unbind(0)
     return ends != 0, PatchState(open_bytes, memory)
 
