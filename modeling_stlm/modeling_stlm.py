@@ -15,6 +15,7 @@ Shapes: B rows, T bytes of this call, P patches, D byte width, G trunk width, H 
 Reference: Super Tiny Language Models, arXiv:2405.14159; sources of the parts are named where they stand.
 """
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -1361,32 +1362,6 @@ class STLMForCausalLM(STLMPreTrainedModel, GenerationMixin):
             processors.insert(0, UTF8LogitsProcessor(generation_config.max_length - forced))
         return processors
 
-    def prepare_inputs_for_generation(
-        self,
-        input_ids: torch.LongTensor,
-        next_sequence_length: int | None = None,
-        past_key_values: Cache | None = None,
-        attention_mask: torch.LongTensor | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        is_first_iteration: bool | None = False,
-        **kwargs,
-    ) -> dict:
-        is_step = next_sequence_length == 1 and past_key_values is not None and not is_first_iteration
-        if not is_step or past_key_values.is_compileable or input_ids.device != past_key_values.layers[0].device:
-            return super().prepare_inputs_for_generation(
-                input_ids,
-                next_sequence_length,
-                past_key_values,
-                attention_mask,
-                inputs_embeds,
-                is_first_iteration,
-                **kwargs,
-            )
-        # One more byte: what the library prepares beyond this has no effect, and takes as long as a byte layer.
-        kwargs.pop("position_ids", None)
-        inputs = {"input_ids": input_ids[:, -1:], "past_key_values": past_key_values, "attention_mask": attention_mask}
-        return inputs | kwargs
-
     @staticmethod
     def create_masks_for_generate(config, inputs_embeds, attention_mask, past_key_values, **kwargs):
         """With a static cache: the mask of the new bytes (B, T), or `None` if none is padding, so that shapes stay."""
@@ -1442,6 +1417,9 @@ class STLMForCausalLM(STLMPreTrainedModel, GenerationMixin):
             boundaries=outputs.boundaries,
             ratio_loss=outputs.ratio_loss,
         )
+
+    # `generate` looks at it in every step of a class from outside the library. Made once, it costs nothing then.
+    forward.__signature__ = inspect.signature(forward)
 
 
 class STLMForMaskedLM(STLMPreTrainedModel):

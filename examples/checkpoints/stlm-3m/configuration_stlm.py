@@ -65,8 +65,9 @@ class STLMConfig(PreTrainedConfig):
             Lengths in bytes of the hashed n-grams whose embeddings are added to the byte embedding (BLT,
             arXiv:2412.09871, section 3.2.1). An empty list turns them off. Defaults to `[2, 3, 4, 5]`.
         ngram_word_bytes (`int`, defaults to 12):
-            One more n-gram at each byte: the word so far, from the byte after the last word end (the first byte that is
-            neither letter, digit nor part of a multi-byte character) on, at most its last so many bytes. 0 turns it off.
+            One more n-gram at each byte: the word so far, at most its last so many bytes. A word ends with the first byte
+            behind it that is neither letter, digit nor part of a multi-byte character, and with any special token, a
+            mask included. 0 turns it off.
         ngram_rows (`int`, defaults to 39400):
             Rows of the embedding table of each n-gram length and of the words.
         ngram_embedding_size (`int`, *optional*, defaults to 32):
