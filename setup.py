@@ -22,7 +22,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=["modeling_stlm", "modeling_stlm.training", "tokenization_stlm"],
+    packages=["modeling_stlm", "modeling_stlm.training", "modeling_stlm.inference", "tokenization_stlm"],
     package_dir={"tokenization_stlm": "tokenization"},
     package_data={"modeling_stlm": ["presets/*.json"]},
     install_requires=["torch>=2.6", "transformers>=5.23,<6", "numpy"],

@@ -1,0 +1,278 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Generation with the steps in ONNX Runtime: PyTorch reads the prompt, three small graphs write the answer.
+
+    export_steps(model, "steps")
+    model.generate(**inputs, custom_generate=OnnxSteps("steps"))
+
+`front` takes a byte to where its patch stands, `trunk` runs for rows whose patch ended, `back` gives the logits. So a step
+costs what it computes: no modules, no Python between layers, and the trunk once a patch. Keys and values stay where they
+are; `trunk` returns those of the new patch alone. Same logits as `generate` within float32 rounding.
+
+Shapes: B rows, R rows whose patch ended, P patches, D byte width, G trunk width, H key/value heads, K head width.
+"""
+
+import copy
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+
+from modeling_stlm.modeling_stlm import Rows, STLMForCausalLM, rotary_embedding
+from modeling_stlm.patching_stlm import PatchState, step_boundary
+
+
+GRAPHS = ("front", "trunk", "back")
+RULES = ("spacelike", "fixed", "entropy")  # ONNX has no `searchsorted`, which "vocabulary" needs
+ONE_BYTE = Rows(None, None, None, None, None)
+
+
+class _ByteStates:
+    """Stands for a cache in a graph: inputs that convolutions keep, (B, N, D) by slot."""
+
+    def __init__(self, first_slot: int, states: tuple[torch.Tensor, ...]):
+        self.states = dict(enumerate(states, first_slot))
+
+    def update(self, inputs: torch.Tensor, _, slot: int, *, keep: int, lengths=None):
+        both = torch.cat([self.states[slot], inputs], dim=1)
+        self.states[slot] = both[:, 1:]
+        return both, None
+
+
+class _PatchStates:
+    """Stands for a cache in a graph: keys and values (R, P, H, K) of the patches so far; collects the new ones."""
+
+    def __init__(self, states: tuple[torch.Tensor, ...]):
+        self.states, self.new = states, []
+
+    def update(self, keys: torch.Tensor, values: torch.Tensor, index: int):
+        self.new += [keys.transpose(1, 2), values.transpose(1, 2)]
+        past = self.states[2 * index : 2 * index + 2]
+        return tuple(torch.cat([old, new], dim=1).transpose(1, 2) for old, new in zip(past, self.new[-2:]))
+
+
+class _Front(nn.Module):
+    """A byte up to its patch. `sums` are those of the open patch with this byte, `kept` those after it."""
+
+    def __init__(self, model: STLMForCausalLM):
+        super().__init__()
+        self.model = model.model
+
+    def forward(self, ids, context, kept, open_bytes, memory, *states):
+        model, cache = self.model, _ByteStates(0, states)
+        context = torch.cat([context, ids], dim=1)
+        hidden_states = model._embed(context, ids, None, None)
+        for layer in model.front_layers:
+            hidden_states = layer(hidden_states, ONE_BYTE, past_key_values=cache)
+        boundary, state = step_boundary(model._rule(), context, PatchState(open_bytes, memory))
+        last = hidden_states[:, 0]
+        sums = kept + model._pool_terms(last)
+        kept = sums.masked_fill(boundary[:, None], 0)
+        return boundary, last, sums, open_bytes + 1, context[:, 1:], kept, *state, *cache.states.values()
+
+
+class _Trunk(nn.Module):
+    """Patches that just ended: what bytes see of them (R, D), then their keys and values (R, 1, H, K) of every pass."""
+
+    def __init__(self, model: STLMForCausalLM):
+        super().__init__()
+        self.model = model.model
+
+    def forward(self, last, sums, num_bytes, start, *states):
+        model, trunk, cache = self.model, self.model.trunk, _PatchStates(states)
+        patches = model._pooled(sums, num_bytes, last)[:, None]
+        rotary = rotary_embedding(start[:, None], trunk.head_dim, trunk.rope_theta, patches.dtype)
+        past = torch.arange(states[0].shape[1], device=start.device) < start[:, None]  # (R, P)
+        allowed = torch.cat([past, torch.ones_like(start, dtype=torch.bool)[:, None]], dim=1)[:, None, None]
+        for index, (attention, feed_forward) in enumerate(trunk.schedule):
+            patches = trunk.attention_blocks[attention](patches, rotary, allowed, cache, {"index": index})
+            patches = trunk.feed_forward_blocks[feed_forward](patches)
+        return model.unpool_proj(trunk.norm(patches))[:, 0], *cache.new
+
+
+class _Back(nn.Module):
+    def __init__(self, model: STLMForCausalLM):
+        super().__init__()
+        self.model = model
+
+    def forward(self, last, visible, *states):
+        model = self.model.model
+        cache = _ByteStates(len(model.front_layers), states)
+        hidden_states = (last + visible)[:, None]
+        for layer in model.back_layers:
+            hidden_states = layer(hidden_states, ONE_BYTE, past_key_values=cache)
+        return self.model.lm_head(model.norm(hidden_states))[:, 0], *cache.states.values()
+
+
+def _check(model: STLMForCausalLM) -> None:
+    if not isinstance(model, STLMForCausalLM):
+        raise ValueError(f"steps are those of a STLMForCausalLM, got a {type(model).__name__}")
+    if model.model.has_attention or model.model.patching not in RULES:
+        raise ValueError(f"steps in ONNX need convolutions at the byte level and patching of {', '.join(RULES)}")
+
+
+@torch.no_grad()
+def export_steps(model: STLMForCausalLM, folder: str | Path, quantize: bool = False) -> None:
+    """Write the graphs of one step of `model`, for any number of rows, to `folder`.
+
+    Args:
+        quantize (`bool`, defaults to `False`): weights of matrices as 8-bit integers. Logits change by about a percent.
+
+    Raises:
+        ValueError: for a model with attention mixers, or with `patching` of `"vocabulary"` or `"learned"`.
+    """
+    _check(model)
+    import onnx
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    model, config = copy.deepcopy(model).float(), model.config
+    rows, patches, width, keep = 2, 3, config.hidden_size, config.conv_kernel_size - 1
+    counts = torch.arange(1, rows + 1)
+    terms = torch.zeros(rows, model.model.num_pool_terms)
+    context = torch.full((rows, model.model.num_context), 97)
+
+    def byte_states(num_layers: int) -> tuple[torch.Tensor, ...]:
+        return tuple(torch.zeros(rows, keep, width) for _ in range(num_layers))
+
+    heads = config.trunk_num_key_value_heads, config.trunk_head_dim
+    patch_states = tuple(torch.zeros(rows, patches, *heads) for _ in range(2 * len(config.trunk_schedule)))
+    last = torch.zeros(rows, width)
+    # Equal tensors, not the same one twice: the exporter would take them for one input.
+    inputs = {
+        "front": (
+            context[:, :1],
+            context,
+            terms,
+            counts,
+            torch.zeros_like(counts),
+            *byte_states(config.num_front_layers),
+        ),
+        "trunk": (last, terms, counts, counts + 1, *patch_states),
+        "back": (last, last.clone(), *byte_states(config.num_back_layers)),
+    }
+    row, patch = torch.export.Dim("rows", min=1, max=2**20), torch.export.Dim("patches", min=1, max=2**20)
+    for name, part in zip(GRAPHS, (_Front(model), _Trunk(model), _Back(model))):
+        num_states = {"front": config.num_front_layers, "trunk": len(patch_states), "back": config.num_back_layers}[
+            name
+        ]
+        sizes = {0: row, 1: patch} if name == "trunk" else {0: row}
+        num_fixed = len(inputs[name]) - num_states
+        names = list(part.forward.__code__.co_varnames[1 : 1 + num_fixed])
+        shapes = {argument: {0: row} for argument in names} | {"states": (sizes,) * num_states}
+        program = torch.onnx.export(part.eval(), inputs[name], dynamo=True, dynamic_shapes=shapes, verbose=False)
+        path = folder / f"{name}.onnx"
+        program.save(path)
+        if quantize:
+            graph = onnx.load(path)
+            graph.graph.ClearField("value_info")  # the exporter's shapes disagree with those that are inferred
+            quantize_dynamic(graph, path, weight_type=QuantType.QInt8)
+
+
+class OnnxSteps:
+    """A decoding loop for `generate(custom_generate=...)`, greedy or sampling, any number of rows.
+
+    Args:
+        folder (`str` or `Path`): what [`export_steps`] wrote for the same model.
+        num_threads (`int`, defaults to 1): of ONNX Runtime; graphs of this size gain nothing from more.
+    """
+
+    def __init__(self, folder: str | Path, num_threads: int = 1):
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = options.inter_op_num_threads = num_threads
+        self._sessions = {}
+        for name in GRAPHS:
+            path = Path(folder) / f"{name}.onnx"
+            if not path.is_file():
+                raise FileNotFoundError(f"{path} is missing: write it with export_steps(model, {str(folder)!r})")
+            session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+            self._sessions[name] = session, [argument.name for argument in session.get_inputs()]
+
+    def _run(self, name: str, *arrays: np.ndarray) -> list[np.ndarray]:
+        session, names = self._sessions[name]
+        return session.run(None, dict(zip(names, arrays)))
+
+    def __call__(
+        self,
+        model: STLMForCausalLM,
+        input_ids: torch.LongTensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        **model_kwargs,
+    ) -> torch.LongTensor:
+        """As the sampling loop of `generate`: ids (B, T) with the new ones behind.
+
+        Raises:
+            ValueError: for beams, for outputs other than ids, and without a cache.
+        """
+        _check(model)
+        if generation_config.num_beams > 1 or generation_config.return_dict_in_generate:
+            raise ValueError(
+                "OnnxSteps writes one greedy or sampled text a row and returns ids: no beams, no dictionary"
+            )
+        if not model_kwargs.get("use_cache", True):
+            raise ValueError("OnnxSteps needs use_cache=True")
+        outputs = model._prefill(input_ids, generation_config, model_kwargs)
+        logits = outputs.logits[:, -1].float()
+        step = _Step(self, model, outputs.past_key_values)
+        pad = generation_config._pad_token_tensor
+        has_end = any(hasattr(criteria, "eos_token_id") for criteria in stopping_criteria)
+        unfinished = torch.ones(len(input_ids), dtype=torch.long)
+        while True:
+            scores = logits_processor(input_ids, logits)
+            if generation_config.do_sample:
+                ids = torch.multinomial(scores.softmax(-1), num_samples=1)[:, 0]
+            else:
+                ids = scores.argmax(-1)
+            if has_end:
+                ids = ids * unfinished + pad * (1 - unfinished)
+            input_ids = torch.cat([input_ids, ids[:, None]], dim=1)
+            unfinished = unfinished & ~stopping_criteria(input_ids, None)
+            if not unfinished.any():
+                return input_ids
+            logits = torch.from_numpy(step(ids[:, None].numpy()))
+
+
+class _Step:
+    """The states of all rows, and one byte more in each."""
+
+    def __init__(self, steps: OnnxSteps, model: STLMForCausalLM, cache):
+        self.run, num_byte_layers = steps._run, model.model.num_byte_layers
+        num_front = len(model.model.front_layers)
+        bytes_kept = [layer.keys.numpy() for layer in cache.layers[:num_byte_layers]]
+        pool, patches = cache.layers[num_byte_layers], cache.layers[num_byte_layers + 1 :]
+        small = (pool.context, pool.keys, pool.open_bytes, pool.memory)
+        self.front = [tensor.numpy() for tensor in small] + bytes_kept[:num_front]
+        self.back = bytes_kept[num_front:]
+        self.visible, self.num_patches = pool.visible.numpy().copy(), pool.num_patches.numpy().copy()
+        config = model.config
+        shape = len(self.num_patches), 0, config.trunk_num_key_value_heads, config.trunk_head_dim
+        empty = torch.empty(shape)
+        states = [state for layer in patches for state in (layer.keys, layer.values)]
+        self.patches = [(empty if state is None else state.transpose(1, 2)).contiguous().numpy() for state in states]
+
+    def __call__(self, ids: np.ndarray) -> np.ndarray:
+        """Logits (B, V) after `ids` (B, 1)."""
+        boundary, last, sums, num_bytes, *self.front = self.run("front", ids, *self.front)
+        if boundary.any():
+            self._complete(boundary.nonzero()[0], last, sums, num_bytes)
+        logits, *self.back = self.run("back", last, self.visible, *self.back)
+        return logits
+
+    def _complete(self, rows: np.ndarray, last, sums, num_bytes) -> None:
+        start = self.num_patches[rows]
+        end = max(1, int(start.max()))  # at least one, which is masked where there is none
+        if self.patches[0].shape[1] <= end:
+            room = ((0, 0), (0, end + 16), (0, 0), (0, 0))
+            self.patches = [np.pad(states, room) for states in self.patches]
+        whole = len(rows) == len(self.num_patches)
+        past = [states[:, :end] if whole else states[rows, :end] for states in self.patches]
+        self.visible[rows], *new = self.run("trunk", last[rows], sums[rows], num_bytes[rows], start, *past)
+        for states, patch in zip(self.patches, new):
+            states[rows, start] = patch[:, 0]
+        self.num_patches[rows] += 1

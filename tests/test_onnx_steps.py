@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Steps of generation in ONNX Runtime, against `generate` as it is."""
+
+import pytest
+import torch
+
+from modeling_stlm.inference.onnx_steps import OnnxSteps, export_steps
+
+from .tiny import MIXERS, PATCHING, POOLING, SHARING, TEXT, batch, ids_of, tiny_model
+
+
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:# The axis name")]
+
+ROWS = [ids_of(TEXT)[:40], ids_of("x"), ids_of("Zoë 東京 and more, "), ids_of(TEXT)[5:23]]
+MODELS = {
+    "words, middle": {**SHARING["middle"]},
+    "fixed, cycle": {**PATCHING["fixed"], **POOLING["attention"], **SHARING["cycle"], "ngram_orders": []},
+    "entropy": {**PATCHING["entropy"], **POOLING["mean"], "ngram_embedding_size": None},
+}
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def model_and_steps(request, tmp_path_factory):
+    model = tiny_model(**MODELS[request.param])
+    folder = tmp_path_factory.mktemp("steps")
+    export_steps(model, folder)
+    return model, OnnxSteps(folder)
+
+
+def both(model, steps, rows, seed=0, side="left", **options) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids of `generate` without and with `steps`."""
+    options = {"max_new_tokens": 70, "do_sample": False, "eos_token_id": None, "use_cache": True} | options
+    texts = []
+    for custom in ({}, {"custom_generate": steps}):
+        torch.manual_seed(seed)
+        texts.append(model.generate(**batch(rows, side), **options, **custom))
+    return texts
+
+
+@pytest.mark.parametrize("rows", [ROWS, ROWS[:1], ROWS[1:2]], ids=["ragged", "one row", "one byte"])
+def test_steps_write_the_greedy_text(model_and_steps, rows):
+    expected, found = both(*model_and_steps, rows)
+    assert torch.equal(found, expected)
+
+
+def test_steps_sample_as_generate_does(model_and_steps):
+    for seed in range(3):
+        options = {"do_sample": True, "temperature": 0.7, "top_p": 0.9, "repetition_penalty": 1.2}
+        expected, found = both(*model_and_steps, ROWS, seed, **options)
+        assert torch.equal(found, expected)
+
+
+def test_steps_stop_where_generate_stops(model_and_steps):
+    model, steps = model_and_steps
+    text = both(model, steps, ROWS)[0][:, 40:]
+    ends = [int(text[0, 9]), int(text[2, 30])]
+    expected, found = both(model, steps, ROWS, eos_token_id=ends)
+    assert torch.equal(found, expected) and found.shape[1] <= 110
+    expected, found = both(model, steps, ROWS[:1], eos_token_id=ends[0])
+    assert torch.equal(found, expected) and found.shape[1] <= 50
+    expected, found = both(model, steps, ROWS[:1], valid_utf8=True)
+    assert torch.equal(found, expected)
+
+
+def test_quantized_steps_stay_close(tmp_path):
+    model = tiny_model()
+    export_steps(model, tmp_path, quantize=True)
+    expected, found = both(model, OnnxSteps(tmp_path), ROWS, max_new_tokens=8)
+    assert found.shape == expected.shape and torch.equal(found[:, :40], expected[:, :40])
+    assert (found == expected).float().mean() > 0.9
+
+
+def test_exporting_leaves_the_model_as_it_was(tmp_path):
+    model = tiny_model().train().bfloat16()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    export_steps(model, tmp_path)
+    assert model.training and model.dtype == torch.bfloat16
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_what_steps_cannot_do_is_said(model_and_steps, tmp_path):
+    model, steps = model_and_steps
+    with pytest.raises(ValueError, match="no beams"):
+        both(model, steps, ROWS, num_beams=2)
+    with pytest.raises(ValueError, match="no dictionary"):
+        both(model, steps, ROWS, return_dict_in_generate=True)
+    with pytest.raises(ValueError, match="use_cache"):
+        both(model, steps, ROWS, use_cache=False)
+    with pytest.raises(FileNotFoundError, match="export_steps"):
+        OnnxSteps(tmp_path)
+    for config in (MIXERS["both"], PATCHING["learned"], PATCHING["vocabulary"]):
+        with pytest.raises(ValueError, match="convolutions"):
+            export_steps(tiny_model(**config), tmp_path)
+    assert not list(tmp_path.iterdir())
