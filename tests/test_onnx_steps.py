@@ -86,6 +86,9 @@ def test_what_steps_cannot_do_is_said(model_and_steps, tmp_path):
         both(model, steps, ROWS, return_dict_in_generate=True)
     with pytest.raises(ValueError, match="use_cache"):
         both(model, steps, ROWS, use_cache=False)
+    other = tiny_model(**SHARING["none"])
+    with pytest.raises(ValueError, match="other weights"):
+        both(other, steps, ROWS)
     with pytest.raises(FileNotFoundError, match="export_steps"):
         OnnxSteps(tmp_path)
     for config in (MIXERS["both"], PATCHING["learned"], PATCHING["vocabulary"]):

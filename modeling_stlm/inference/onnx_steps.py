@@ -12,6 +12,9 @@ Shapes: B rows, R rows whose patch ended, P patches, D byte width, G trunk width
 """
 
 import copy
+import hashlib
+import json
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -112,12 +115,21 @@ def _check(model: STLMForCausalLM) -> None:
         raise ValueError(f"steps in ONNX need convolutions at the byte level and patching of {', '.join(RULES)}")
 
 
+def _fingerprint(model: STLMForCausalLM) -> str:
+    """The same for two models with the same weights."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().float().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
 @torch.no_grad()
 def export_steps(model: STLMForCausalLM, folder: str | Path, quantize: bool = False) -> None:
     """Write the graphs of one step of `model`, for any number of rows, to `folder`.
 
     Args:
-        quantize (`bool`, defaults to `False`): weights of matrices as 8-bit integers. Logits change by about a percent.
+        quantize (`bool`, defaults to `False`): weights of matrices as 8-bit integers. Then the text may be another.
 
     Raises:
         ValueError: for a model with attention mixers, or with `patching` of `"vocabulary"` or `"learned"`.
@@ -140,57 +152,60 @@ def export_steps(model: STLMForCausalLM, folder: str | Path, quantize: bool = Fa
     heads = config.trunk_num_key_value_heads, config.trunk_head_dim
     patch_states = tuple(torch.zeros(rows, patches, *heads) for _ in range(2 * len(config.trunk_schedule)))
     last = torch.zeros(rows, width)
-    # Equal tensors, not the same one twice: the exporter would take them for one input.
-    inputs = {
-        "front": (
-            context[:, :1],
-            context,
-            terms,
-            counts,
-            torch.zeros_like(counts),
-            *byte_states(config.num_front_layers),
-        ),
-        "trunk": (last, terms, counts, counts + 1, *patch_states),
-        "back": (last, last.clone(), *byte_states(config.num_back_layers)),
-    }
     row, patch = torch.export.Dim("rows", min=1, max=2**20), torch.export.Dim("patches", min=1, max=2**20)
-    for name, part in zip(GRAPHS, (_Front(model), _Trunk(model), _Back(model))):
-        num_states = {"front": config.num_front_layers, "trunk": len(patch_states), "back": config.num_back_layers}[
-            name
-        ]
-        sizes = {0: row, 1: patch} if name == "trunk" else {0: row}
-        num_fixed = len(inputs[name]) - num_states
-        names = list(part.forward.__code__.co_varnames[1 : 1 + num_fixed])
-        shapes = {argument: {0: row} for argument in names} | {"states": (sizes,) * num_states}
-        program = torch.onnx.export(part.eval(), inputs[name], dynamo=True, dynamic_shapes=shapes, verbose=False)
+    # No tensor twice: the exporter would take two inputs for one.
+    small = {"ids": context[:, :1], "context": context, "kept": terms}
+    small |= {"open_bytes": counts, "memory": torch.zeros_like(counts)}
+    ended = {"last": last, "sums": terms, "num_bytes": counts, "start": counts + 1}
+    seen = {"last": last, "visible": last.clone()}
+    parts = {
+        "front": (_Front(model), small, byte_states(config.num_front_layers), {0: row}),
+        "trunk": (_Trunk(model), ended, patch_states, {0: row, 1: patch}),
+        "back": (_Back(model), seen, byte_states(config.num_back_layers), {0: row}),
+    }
+    for name, (part, inputs, states, open_sizes) in parts.items():
+        shapes = {argument: {0: row} for argument in inputs} | {"states": (open_sizes,) * len(states)}
+        values = (*inputs.values(), *states)
+        program = torch.onnx.export(part.eval(), values, dynamo=True, dynamic_shapes=shapes, verbose=False)
         path = folder / f"{name}.onnx"
         program.save(path)
         if quantize:
             graph = onnx.load(path)
             graph.graph.ClearField("value_info")  # the exporter's shapes disagree with those that are inferred
             quantize_dynamic(graph, path, weight_type=QuantType.QInt8)
+    (folder / "steps.json").write_text(json.dumps({"model": _fingerprint(model), "quantized": quantize}))
 
 
 class OnnxSteps:
     """A decoding loop for `generate(custom_generate=...)`, greedy or sampling, any number of rows.
 
     Args:
-        folder (`str` or `Path`): what [`export_steps`] wrote for the same model.
+        folder (`str` or `Path`): what [`export_steps`] wrote for the same weights; after more training, export again.
         num_threads (`int`, defaults to 1): of ONNX Runtime; graphs of this size gain nothing from more.
     """
 
     def __init__(self, folder: str | Path, num_threads: int = 1):
         import onnxruntime
 
+        about = Path(folder) / "steps.json"  # written last
+        if not about.is_file():
+            raise FileNotFoundError(f"{about} is missing: write it with export_steps(model, {str(folder)!r})")
+        self._folder, self._fingerprint = folder, json.loads(about.read_text())["model"]
+        self._known = weakref.WeakSet()
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = options.inter_op_num_threads = num_threads
         self._sessions = {}
         for name in GRAPHS:
             path = Path(folder) / f"{name}.onnx"
-            if not path.is_file():
-                raise FileNotFoundError(f"{path} is missing: write it with export_steps(model, {str(folder)!r})")
             session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
             self._sessions[name] = session, [argument.name for argument in session.get_inputs()]
+
+    def _check(self, model: STLMForCausalLM) -> None:
+        """Once for each model."""
+        if model not in self._known:
+            if not isinstance(model, STLMForCausalLM) or _fingerprint(model) != self._fingerprint:
+                raise ValueError(f"{self._folder} holds the steps of a model with other weights: export them again")
+            self._known.add(model)
 
     def _run(self, name: str, *arrays: np.ndarray) -> list[np.ndarray]:
         session, names = self._sessions[name]
@@ -208,9 +223,9 @@ class OnnxSteps:
         """As the sampling loop of `generate`: ids (B, T) with the new ones behind.
 
         Raises:
-            ValueError: for beams, for outputs other than ids, and without a cache.
+            ValueError: for beams, for outputs other than ids, without a cache, and for a model with other weights.
         """
-        _check(model)
+        self._check(model)
         if generation_config.num_beams > 1 or generation_config.return_dict_in_generate:
             raise ValueError(
                 "OnnxSteps writes one greedy or sampled text a row and returns ids: no beams, no dictionary"
