@@ -118,11 +118,12 @@ def test_finetuning_lowers_bits_per_byte_and_saves_a_model(small_text, tmp_path,
 def test_generation_in_the_terminal(tmp_path):
     once = run("generate.py", "--prompt", "The ", "--max_new_tokens", 20, "--temperature", 0, cwd=tmp_path)
     assert len(once.splitlines()[-1]) > 10
-    chat = run("generate.py", "--chat", "--max_new_tokens", 20, cwd=tmp_path, input="Hi\nAnd?\n\n")
-    assert chat.count("> ") == 3
+    chat = ("--chat", "--max_new_tokens", 20, "--temperature", 0)
+    answers = run("generate.py", *chat, cwd=tmp_path, input="Hi\nAnd?\n\n")
+    assert answers.count("> ") >= 3  # the model may write some, too
 
 
-SHIPPED = {"stlm-3m": 8e6}  # and the largest size in bytes
+SHIPPED = {"stlm-3m": 8e6, "stlm-10m": 22e6}  # and the largest size in bytes
 
 
 @pytest.mark.parametrize("checkpoint", SHIPPED)

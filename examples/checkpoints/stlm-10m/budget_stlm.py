@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a model weighs and what a byte costs: one source for README, presets, benchmarks and tests."""
+
+from torch import nn
+
+
+class BudgetMixin:
+    """Adds `parameter_budget` and `flops_per_byte` to the models."""
+
+    def parameter_budget(self) -> dict[str, dict[str, int]]:
+        """Parameters by group, `{"stored": {...}, "effective": {...}}`, each with a `"total"`.
+
+        Stored parameters are those of the checkpoint. Effective ones count a block of the trunk once for each pass, and
+        the tied head beside the embedding: what an untied model of the same computation would store.
+        """
+        base = self.base_model
+        groups = {
+            "byte embedding": [base.embed_tokens],
+            "n-gram embedding": [*filter(None, [base.ngram_embed_tokens, base.ngram_proj])],
+            "front layers": [base.front_layers],
+            "pooling": [base.pool_proj, base.unpool_proj, *filter(None, [base.pool_scores, base.router])],
+            "trunk": [base.trunk],
+            "back layers": [base.back_layers, base.norm],
+        }
+        stored = {name: sum(map(_count, modules)) for name, modules in groups.items()}
+        stored["pooling"] += 0 if base.start is None else base.start.numel()
+        stored["heads"] = sum(p.numel() for p in self.parameters()) - sum(p.numel() for p in base.parameters())
+        stored["total"] = sum(stored.values())
+        total = sum(p.numel() for p in self.parameters())
+        assert stored["total"] == total, f"groups sum to {stored['total']}, the model has {total} parameters"
+
+        effective = {name: count for name, count in stored.items() if name != "total"}
+        schedule = self.config.trunk_schedule
+        effective["trunk"] = _count(base.trunk.norm) + sum(
+            _count(base.trunk.attention_blocks[attention]) + _count(base.trunk.feed_forward_blocks[feed_forward])
+            for attention, feed_forward in schedule
+        )
+        head = self.get_output_embeddings()
+        if head is not None and self.config.tie_word_embeddings:
+            effective["heads"] += head.weight.numel()
+        effective["total"] = sum(effective.values())
+        return {"stored": stored, "effective": effective}
+
+    def flops_per_byte(self, bytes_per_patch: float, context_bytes: int = 1024) -> float:
+        """Floating-point operations of one forward pass, per byte; training costs three times as many.
+
+        A multiply-add counts as two. Counted are matrix products and attention scores; norms, activations and table
+        look-ups are not.
+
+        Args:
+            bytes_per_patch (`float`): average length of a patch in the text at hand.
+            context_bytes (`int`): length of the text; attention of the trunk sees half of it on average.
+        """
+        base, config = self.base_model, self.config
+        per_byte = 2 * (_matmul_parameters(base.front_layers) + _matmul_parameters(base.back_layers))
+        per_byte += 2 * config.conv_kernel_size * config.hidden_size * config.byte_mixers.count("conv")
+        window = min(config.attention_window_bytes, context_bytes)
+        per_byte += 4 * window * config.num_attention_heads * config.head_dim * config.byte_mixers.count("attention")
+        for module in filter(None, [base.ngram_proj, base.pool_scores, base.router]):
+            per_byte += 2 * _matmul_parameters(module)
+        head = self.get_output_embeddings()
+        if head is not None:
+            per_byte += 2 * head.weight.numel()
+        trunk = base.trunk
+        per_patch = 2 * (_matmul_parameters(base.pool_proj) + _matmul_parameters(base.unpool_proj))
+        patches_seen = context_bytes / bytes_per_patch / 2
+        attention_width = config.trunk_num_attention_heads * config.trunk_head_dim
+        for attention, feed_forward in config.trunk_schedule:
+            per_patch += 2 * _matmul_parameters(trunk.attention_blocks[attention])
+            per_patch += 2 * _matmul_parameters(trunk.feed_forward_blocks[feed_forward])
+            per_patch += 4 * patches_seen * attention_width
+        return per_byte + per_patch / bytes_per_patch
+
+
+def _count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _matmul_parameters(module: nn.Module) -> int:
+    return sum(linear.weight.numel() for linear in module.modules() if isinstance(linear, nn.Linear))
