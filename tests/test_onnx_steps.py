@@ -1,11 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Steps of generation in ONNX Runtime, against `generate` as it is."""
 
+import copy
+
 import pytest
 import torch
+from transformers import LogitsProcessor, LogitsProcessorList
 
+from modeling_stlm import STLMForCausalLM
 from modeling_stlm.inference.onnx_steps import OnnxSteps, export_steps
 
+from .test_examples import ROOT
 from .tiny import MIXERS, PATCHING, POOLING, SHARING, TEXT, batch, ids_of, tiny_model
 
 
@@ -62,12 +67,30 @@ def test_steps_stop_where_generate_stops(model_and_steps):
     assert torch.equal(found, expected)
 
 
-def test_quantized_steps_stay_close(tmp_path):
-    model = tiny_model()
+class Follow(LogitsProcessor):
+    """Has `text` (B, T) written whatever the logits are, and keeps them."""
+
+    def __init__(self, text: torch.Tensor):
+        self.text, self.logits = text, []
+
+    def __call__(self, ids, logits):
+        self.logits.append(logits.clone())
+        return torch.full_like(logits, -torch.inf).scatter(1, self.text[:, ids.shape[1]][:, None], 0.0)
+
+
+def test_quantized_logits_stay_close(tmp_path):
+    """With trained weights: those of a random model of width 16 have nothing to round to."""
+    model = STLMForCausalLM.from_pretrained(ROOT / "examples" / "checkpoints" / "stlm-3m", dtype=torch.float32)
     export_steps(model, tmp_path, quantize=True)
-    expected, found = both(model, OnnxSteps(tmp_path), ROWS, max_new_tokens=8)
-    assert found.shape == expected.shape and torch.equal(found[:, :40], expected[:, :40])
-    assert (found == expected).float().mean() > 0.9
+    text = torch.tensor([ids_of(TEXT)[:40]])
+    runs = Follow(text), Follow(text)
+    for run, custom in zip(runs, ({}, {"custom_generate": OnnxSteps(tmp_path)})):
+        options = {"max_new_tokens": 36, "do_sample": False, "eos_token_id": None, "use_cache": True}
+        written = model.generate(text[:, :4], **options, **custom, logits_processor=LogitsProcessorList([run]))
+        assert torch.equal(written, text)
+    exact, rounded = (torch.stack(run.logits) for run in runs)
+    errors = (exact - rounded).norm(dim=-1) / exact.norm(dim=-1)
+    assert 0 < errors.mean() < 0.05 and errors.max() < 0.3
 
 
 def test_exporting_leaves_the_model_as_it_was(tmp_path):
@@ -86,6 +109,8 @@ def test_what_steps_cannot_do_is_said(model_and_steps, tmp_path):
         both(model, steps, ROWS, return_dict_in_generate=True)
     with pytest.raises(ValueError, match="use_cache"):
         both(model, steps, ROWS, use_cache=False)
+    with pytest.raises(ValueError, match=r"float32 on the CPU, got torch\.bfloat16"):
+        both(copy.deepcopy(model).bfloat16(), steps, ROWS)
     other = tiny_model(**SHARING["none"])
     with pytest.raises(ValueError, match="other weights"):
         both(other, steps, ROWS)
