@@ -36,8 +36,8 @@ style: $(VENV)/ready ## lint and format, with changes
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-benchmark: $(VENV)/ready ## speed and memory beside two Llamas
-	OMP_NUM_THREADS=1 $(BIN)/python examples/benchmark.py --preset stlm-3m
+benchmark: $(VENV)/ready ## speed and memory beside two Llamas and BLT
+	OMP_NUM_THREADS=1 $(BIN)/python examples/benchmark.py --preset stlm-3m --models stlm stlm-onnx llama-bytes llama-bpe
 	OMP_NUM_THREADS=1 $(BIN)/python examples/benchmark.py --preset stlm-10m
 
 report: $(VENV)/ready ## RESULTS.md from the measurements in examples/results

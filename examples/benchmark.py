@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Speed and memory of STLM against Llama over bytes and over an 8k BPE, at equal stored parameters, in one run.
+"""Speed and memory of STLM beside Llama over bytes, Llama over an 8k BPE and BLT, at equal stored parameters, in one run.
 
     OMP_NUM_THREADS=1 python examples/benchmark.py --preset stlm-10m --repeats 5
+    OMP_NUM_THREADS=1 python examples/benchmark.py --preset stlm-10m --repeats 3 --sweep --plot examples/speed.png
 
 Models take turns, so that a noisy machine is noisy for all; every figure is the median over the repeats with the lowest
 and the highest. Time is CPU time of this process (`--clock wall` for wall-clock). Peak memory comes from a process of
 its own for each model. All models are untrained: speed does not depend on it, except that the patch length of generated
-text would; so STLM generates the given text (`forced`), byte by byte, through the unchanged `generate`.
+text would; so all write the given text (`Forced`) through `generate`. `stlm-onnx` is `stlm` with its steps in ONNX
+Runtime (`modeling_stlm.inference.onnx_steps`), the same text. BLT ends patches where its byte model is surprised; its
+threshold is set so that untrained patches have 4.5 bytes, and it generates without its cache, which writes other text.
 The last line is one JSON document.
 """
 
@@ -16,21 +19,44 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import NamedTuple
 
 import torch
-from controls import bpe_llama, flat_byte_llama
+from controls import blt, bpe_llama, flat_byte_llama
 from costs import bytes_per_patch, effective_parameters, flops_per_byte
 from provenance import run_info
 from tables import markdown_table
-from transformers import AutoModelForCausalLM, LogitsProcessor, LogitsProcessorList
+from transformers import (
+    AutoModelForCausalLM,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from modeling_stlm import STLMConfig, STLMTokenizer
+from modeling_stlm.inference.onnx_steps import OnnxSteps, export_steps
 
 
 HERE = Path(__file__).parent
-MODELS = ("stlm", "llama-bytes", "llama-bpe")
-PROMPT_BYTES, NEW_BYTES = 512, 512
+MODELS = ("stlm", "stlm-onnx", "llama-bytes", "llama-bpe", "blt")
+PROMPT_BYTES, NEW_BYTES, SWEEP_BYTES = 1024, 256, 64
+CONTEXTS, BATCHES = (1024, 2048, 4096, 8192, 16384), (1, 4, 16, 64)
+
+
+class Peer(NamedTuple):
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    options: dict = {"use_cache": True}  # of `generate`
+    can_train: bool = True
+
+    @property
+    def num_steps(self) -> int | None:
+        """How many to time: a model without a cache runs the whole text for each byte, so that a few tell its speed."""
+        return None if self.options["use_cache"] else 3
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -39,25 +65,40 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--text", type=Path, default=HERE / "data" / "shakespeare.txt")
     parser.add_argument("--vocab_size", type=int, default=8192)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--only", choices=("train", "generate"), help="leave the rest out, and memory")
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
+    parser.add_argument("--only", nargs="+", help="names of measures, or their first words; leaves memory out")
+    parser.add_argument(
+        "--sweep", action="store_true", help="generation by length of the context and by batch instead"
+    )
+    parser.add_argument("--plot", type=Path, help="with --sweep: where to draw it")
     parser.add_argument("--clock", choices=("cpu", "wall"), default="cpu")
     parser.add_argument("--memory_of", choices=MODELS, help=argparse.SUPPRESS)
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.plot and not args.sweep:
+        parser.error("--plot draws what --sweep measures")
+    return args
 
 
-def build(name: str, args: argparse.Namespace):
-    """Model and tokenizer."""
+def build(name: str, args: argparse.Namespace) -> Peer:
     torch.manual_seed(0)
+    text = args.text.read_text(encoding="utf-8")
     preset = STLMConfig.from_preset(args.preset)
     with torch.device("meta"):
         stored = AutoModelForCausalLM.from_config(preset).num_parameters()
-    if name == "stlm":
+    if name.startswith("stlm"):
         config, tokenizer = preset, STLMTokenizer()
     elif name == "llama-bytes":
         config, tokenizer = flat_byte_llama(stored)
+    elif name == "llama-bpe":
+        config, tokenizer = bpe_llama(stored, args.vocab_size, [text])
     else:
-        config, tokenizer = bpe_llama(stored, args.vocab_size, [args.text.read_text(encoding="utf-8")])
-    return AutoModelForCausalLM.from_config(config), tokenizer
+        return Peer(*blt(stored, text), {"use_cache": False})
+    peer = Peer(AutoModelForCausalLM.from_config(config), tokenizer)
+    if name != "stlm-onnx":
+        return peer
+    with TemporaryDirectory() as folder:
+        export_steps(peer.model, folder)
+        return peer._replace(options=peer.options | {"custom_generate": OnnxSteps(folder)}, can_train=False)
 
 
 class Forced(LogitsProcessor):
@@ -83,40 +124,74 @@ def ids_of(tokenizer, texts: list[str]) -> torch.Tensor:
     return torch.tensor([row[:shortest] for row in rows])
 
 
-def train_bytes_per_second(model, tokenizer, text: bytes, now) -> float:
-    model.train()
-    optimizer = torch.optim.AdamW(model.parameters())
-    texts = rows_of(text, 8, 1024)
-    ids = ids_of(tokenizer, texts)
-    # Packed windows, as `pretrain.py` feeds them: here one of eight rows holds two documents.
-    positions = torch.arange(ids.shape[1]).repeat(len(ids), 1)
-    positions[0, ids.shape[1] // 2 :] -= ids.shape[1] // 2
+def num_bytes_of(tokenizer, ids: torch.Tensor) -> int:
+    return sum(len(tokenizer.decode(row).encode()) for row in ids)
+
+
+def train_bytes_per_second(peer: Peer, text: bytes, now) -> float:
+    model = peer.model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    ids = ids_of(peer.tokenizer, rows_of(text, 8, 1024))
+    inputs = {"input_ids": ids, "labels": ids}
+    if peer.options["use_cache"]:
+        # Packed windows, as `pretrain.py` feeds them: here one of eight rows holds two documents.
+        inputs["position_ids"] = torch.arange(ids.shape[1]).repeat(len(ids), 1)
+        inputs["position_ids"][0, ids.shape[1] // 2 :] -= ids.shape[1] // 2
     started = now()
     for _ in range(2):
-        model(input_ids=ids, position_ids=positions, labels=ids).loss.backward()
+        model(**inputs).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    return 2 * sum(len(tokenizer.decode(row).encode()) for row in ids) / (now() - started)
+    return 2 * num_bytes_of(peer.tokenizer, ids) / (now() - started)
 
 
-def generated_bytes_per_second(model, tokenizer, text: bytes, num_rows: int, now) -> float:
-    model.eval()
-    # Single-byte characters only, so that any cut is a text.
-    prompts = rows_of(text, num_rows, PROMPT_BYTES + NEW_BYTES)
-    ids = ids_of(tokenizer, [prompt[:PROMPT_BYTES] for prompt in prompts])
-    new = ids_of(tokenizer, [prompt[PROMPT_BYTES:] for prompt in prompts])
-    num_bytes = sum(len(tokenizer.decode(row).encode()) for row in new)
-    started = now()
-    model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
+def generate(peer: Peer, prompt: torch.Tensor, new: torch.Tensor) -> None:
+    peer.model.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
         max_new_tokens=new.shape[1],
         do_sample=False,
         eos_token_id=None,
-        pad_token_id=tokenizer.pad_token_id,
-        logits_processor=LogitsProcessorList([Forced(new, ids.shape[1])]),
+        pad_token_id=peer.tokenizer.pad_token_id,
+        logits_processor=LogitsProcessorList([Forced(new, prompt.shape[1])]),
+        **peer.options,
     )
-    return num_bytes / (now() - started)
+
+
+def generated_bytes_per_second(peer: Peer, text: bytes, num_rows: int, now, prompt_bytes=PROMPT_BYTES) -> float:
+    """Of `num_rows` rows, prompt included in the time but not in the bytes."""
+    peer.model.eval()
+    # Single-byte characters only, so that any cut is a text.
+    rows = rows_of(text, num_rows, prompt_bytes + NEW_BYTES)
+    prompt = ids_of(peer.tokenizer, [row[:prompt_bytes] for row in rows])
+    new = ids_of(peer.tokenizer, [row[prompt_bytes:] for row in rows])[:, : peer.num_steps]
+    started = now()
+    generate(peer, prompt, new)
+    return num_bytes_of(peer.tokenizer, new) / (now() - started)
+
+
+def decoded_bytes_per_second(peer: Peer, text: bytes, num_rows: int, context: int, now) -> float:
+    """Without the prompt's time: that of one byte less than that of many."""
+    peer.model.eval()
+    rows = rows_of(text, num_rows, context + SWEEP_BYTES)
+    prompt = ids_of(peer.tokenizer, [row[:context] for row in rows])
+    new = ids_of(peer.tokenizer, [row[context:] for row in rows])[:, : peer.num_steps]
+    started = now()
+    generate(peer, prompt, new[:, :1])
+    first = now() - started
+    started = now()
+    generate(peer, prompt, new)
+    return num_bytes_of(peer.tokenizer, new[:, 1:]) / (now() - started - first)
+
+
+def first_byte_ms(peer: Peer, text: bytes, prompt_bytes: int, now) -> float:
+    """Time to the first byte of an answer: tokenizing, prompt, one step."""
+    peer.model.eval()
+    prompt = rows_of(text, 1, prompt_bytes)
+    started = now()
+    ids = ids_of(peer.tokenizer, prompt)
+    generate(peer, ids, torch.full((1, 1), 97))
+    return 1000 * (now() - started)
 
 
 def peak_memory_mb(name: str, args: argparse.Namespace) -> dict[str, float]:
@@ -137,64 +212,50 @@ def measure_memory(name: str, args: argparse.Namespace) -> dict[str, float]:
 
     text = args.text.read_bytes()
     before_model = resident_mb("VmRSS")
-    model, tokenizer = build(name, args)
+    peer = build(name, args)
     reset_peak()
-    generated_bytes_per_second(model, tokenizer, text, 16, time.process_time)
+    generated_bytes_per_second(peer, text, 16, time.process_time)
     generating = resident_mb("VmHWM") - before_model
     reset_peak()
-    train_bytes_per_second(model, tokenizer, text, time.process_time)
-    return {"generate_mb": generating, "train_mb": resident_mb("VmHWM") - before_model}
+    if peer.can_train:
+        train_bytes_per_second(peer, text, time.process_time)
+    training = resident_mb("VmHWM") - before_model if peer.can_train else None
+    return {"MB generating (16)": generating, "MB training": training}
 
 
-def main():
-    args = parse_arguments()
-    if args.memory_of:
-        print(json.dumps(measure_memory(args.memory_of, args)))
-        return
+def measures_of(args: argparse.Namespace, text: bytes) -> dict[str, Callable[[Peer], float]]:
     now = time.process_time if args.clock == "cpu" else time.perf_counter
-    text = args.text.read_bytes()
-    models = {name: build(name, args) for name in MODELS}
-    info = run_info()
-    print(f"{args.preset}, {info['device']}, commit {info['commit']}, {args.repeats} repeats, {args.clock} clock")
+    if args.sweep:
+        runs = {
+            f"context {context}": lambda peer, context=context: decoded_bytes_per_second(peer, text, 1, context, now)
+            for context in CONTEXTS
+        }
+        runs |= {
+            f"batch {rows}": lambda peer, rows=rows: decoded_bytes_per_second(peer, text, rows, PROMPT_BYTES, now)
+            for rows in BATCHES
+        }
+    else:
+        runs = {
+            "train bytes/s": lambda peer: train_bytes_per_second(peer, text, now),
+            "generate bytes/s, batch 1": lambda peer: generated_bytes_per_second(peer, text, 1, now),
+            "generate bytes/s, batch 16": lambda peer: generated_bytes_per_second(peer, text, 16, now),
+            "first byte ms, 2 kB": lambda peer: first_byte_ms(peer, text, 2048, now),
+            "first byte ms, 8 kB": lambda peer: first_byte_ms(peer, text, 8192, now),
+        }
+    return {name: run for name, run in runs.items() if not args.only or name.startswith(tuple(args.only))}
 
-    measures = {
-        "train bytes/s": lambda model, tokenizer: train_bytes_per_second(model, tokenizer, text, now),
-        "generate bytes/s, batch 1": lambda model, tokenizer: generated_bytes_per_second(
-            model, tokenizer, text, 1, now
-        ),
-        "generate bytes/s, batch 16": lambda model, tokenizer: generated_bytes_per_second(
-            model, tokenizer, text, 16, now
-        ),
-    }
-    measures = {name: run for name, run in measures.items() if not args.only or name.startswith(args.only)}
-    results = {name: {measure: [] for measure in measures} for name in MODELS}
-    for repeat in range(args.repeats + 1):
-        for measure, run in measures.items():
-            for name, (model, tokenizer) in models.items():
-                value = run(model, tokenizer)
-                if repeat:  # the first round warms up
-                    results[name][measure].append(value)
 
-    table = {}
-    for name, (model, tokenizer) in models.items():
+def about(name: str, peer: Peer, text: bytes) -> dict:
+    row = {"stored": peer.model.num_parameters()}
+    if name == "blt":
+        return row
+    row["effective"] = effective_parameters(peer.model)
+    if name.startswith("stlm"):
+        length = bytes_per_patch(peer.model, ids_of(peer.tokenizer, rows_of(text, 8, 1024)))
+    else:
         sample = text[:100_000].decode()
-        row = {"stored": model.num_parameters(), "effective": effective_parameters(model)}
-        if name == "stlm":
-            unit, length = "patch", bytes_per_patch(model, ids_of(tokenizer, rows_of(text, 8, 1024)))
-        else:
-            unit, length = "token", len(sample) / len(tokenizer(sample)["input_ids"])
-        row |= {f"bytes per {unit}": round(length, 2), "MFLOP/byte": flops_per_byte(model, length) / 1e6}
-        table[name] = row | {measure: summary(values) for measure, values in results[name].items()}
-        if not args.only:
-            table[name] |= peak_memory_mb(name, args)
-
-    columns = ["stored", "effective", "MFLOP/byte", *measures, *([] if args.only else ["generate_mb", "train_mb"])]
-    rows = [[name, *(cell(row[column]) for column in columns)] for name, row in table.items()]
-    print(markdown_table(["model", *columns], rows))
-    for name in MODELS[1:]:
-        ratios = (f"{m} {table['stlm'][m]['median'] / table[name][m]['median']:.2f}x" for m in measures)
-        print(f"stlm / {name}: " + ", ".join(ratios))
-    print(json.dumps({"table": table, "arguments": {k: str(v) for k, v in vars(args).items()}} | info))
+        length = len(sample) / len(peer.tokenizer(sample)["input_ids"])
+    return row | {"bytes a unit": round(length, 2), "MFLOP/byte": flops_per_byte(peer.model, length) / 1e6}
 
 
 def summary(values: list[float]) -> dict[str, float]:
@@ -203,8 +264,88 @@ def summary(values: list[float]) -> dict[str, float]:
 
 def cell(value) -> str:
     if isinstance(value, dict):
-        return f"{value['median']:,.0f} ({value['low']:,.0f}-{value['high']:,.0f})"
-    return f"{value:,}" if isinstance(value, int) else f"{value:,.1f}"
+        digits = 0 if value["median"] >= 100 else 1
+        return f"{value['median']:,.{digits}f} ({value['low']:,.{digits}f}-{value['high']:,.{digits}f})"
+    return "" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:,.1f}"
+
+
+def ratios(ours: dict, theirs: dict, measures) -> str:
+    """How many times better we are."""
+    cells = []
+    for measure in measures:
+        if measure in ours and measure in theirs:
+            quotient = ours[measure]["median"] / theirs[measure]["median"]
+            cells.append(f"{measure} {1 / quotient if 'ms' in measure else quotient:.2f}x")
+    return ", ".join(cells)
+
+
+def draw(table: dict, path: Path, title: str) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    panels = {"context": "bytes of context, batch 1", "batch": f"rows, {PROMPT_BYTES} bytes of context"}
+    measured = [kind for kind in panels if any(m.startswith(f"{kind} ") for row in table.values() for m in row)]
+    figure, axes = plt.subplots(
+        1, len(measured), figsize=(5 * len(measured), 4), squeeze=False, constrained_layout=True
+    )
+    for axis, kind in zip(axes[0], measured):
+        for name, row in table.items():
+            cells = {int(m.removeprefix(f"{kind} ")): cell for m, cell in row.items() if m.startswith(f"{kind} ")}
+            medians = [cell["median"] for cell in cells.values()]
+            spread = [[abs(cell[end] - cell["median"]) for cell in cells.values()] for end in ("low", "high")]
+            axis.errorbar(list(cells), medians, spread, marker="o", capsize=2, label=name)
+        axis.set(xscale="log", yscale="log", xlabel=panels[kind], ylabel="bytes generated per CPU second")
+        axis.set_xticks(list(cells), map(str, cells), minor=False)
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+    axes[0, 0].legend()
+    figure.suptitle(title)
+    figure.savefig(path, dpi=110)
+
+
+def main():
+    args = parse_arguments()
+    if args.memory_of:
+        print(json.dumps(measure_memory(args.memory_of, args)))
+        return
+    text = args.text.read_bytes()
+    peers = {name: build(name, args) for name in args.models}
+    info = run_info()
+    title = f"{args.preset}, {info['device']}, commit {info['commit']}"
+    print(f"{title}, {args.repeats} repeats, {args.clock} clock")
+    measures = measures_of(args, text)
+    results = {name: {measure: [] for measure in measures} for name in peers}
+    for repeat in range(0 if args.sweep else -1, args.repeats):
+        for measure, run in measures.items():
+            for name, peer in peers.items():
+                if measure.startswith("train") and not peer.can_train:
+                    continue
+                value = run(peer)
+                if repeat >= 0:  # one round warms up, except where each figure has its own first run
+                    results[name][measure].append(value)
+    table = {
+        name: about(name, peer, text)
+        | {measure: summary(values) for measure, values in results[name].items() if values}
+        for name, peer in peers.items()
+    }
+    if not args.only and not args.sweep:
+        for name in peers:
+            table[name] |= peak_memory_mb(name, args)
+    columns = list(table[args.models[0]])
+    print(
+        markdown_table(
+            ["model", *columns], [[name, *(cell(row.get(c)) for c in columns)] for name, row in table.items()]
+        )
+    )
+    for ours in filter(lambda name: name.startswith("stlm"), args.models):
+        for name in args.models:
+            if not name.startswith("stlm"):
+                print(f"{ours} / {name}: {ratios(table[ours], table[name], measures)}")
+    print(json.dumps({"table": table, "arguments": {k: str(v) for k, v in vars(args).items()}} | info))
+    if args.plot:
+        draw(table, args.plot, title)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The two models STLM is compared with: Llama over bytes and Llama over a BPE vocabulary, at a given stored size."""
+"""The models STLM is compared with, at a given stored size: Llama over bytes, Llama over a BPE vocabulary, and BLT."""
 
 from collections.abc import Iterable
 
+import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import (
+    BltConfig,
+    BltForCausalLM,
+    LlamaConfig,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
 from tokenization_stlm import STLMTokenizer
 
@@ -65,3 +72,52 @@ def bpe_llama(
 ) -> tuple[LlamaConfig, PreTrainedTokenizerFast]:
     tokenizer = train_bpe(texts, vocab_size)
     return llama_config(tokenizer, stored_parameters), tokenizer
+
+
+def blt_config(stored_parameters: int) -> BltConfig:
+    """The BLT of transformers: small local parts as in arXiv:2412.09871, the widest global part that fits, the rest hash rows."""
+
+    def part(width: int, num_layers: int, **more) -> dict:
+        sizes = {"hidden_size": width, "intermediate_size": 8 * width // 3 // 8 * 8, "num_hidden_layers": num_layers}
+        heads = {"num_attention_heads": width // 64, "num_key_value_heads": width // 64}
+        return sizes | heads | {"vocab_size": 320, "max_position_embeddings": 16384} | more
+
+    def model_of(width: int, hash_rows: int) -> tuple[BltConfig, int]:
+        config = BltConfig(
+            vocab_size=320,
+            max_position_embeddings=16384,
+            encoder_hash_byte_group_vocab=hash_rows,
+            patcher_config=part(128, 2),
+            encoder_config=part(192, 1, hidden_size_global=width),
+            decoder_config=part(192, 3, hidden_size_global=width),
+            global_config=part(width, 4),
+            pad_token_id=256,
+            bos_token_id=257,
+            eos_token_id=258,
+        )
+        for name, value in part(width, 4).items():  # `generate` looks for sizes in the config itself
+            setattr(config, name, value)
+        with torch.device("meta"):
+            return config, BltForCausalLM(config).num_parameters()
+
+    rows, width = 2048, 192
+    if model_of(width, rows)[1] > stored_parameters:
+        raise ValueError(f"{stored_parameters} parameters are too few for a BLT")
+    while model_of(width + 64, rows)[1] <= stored_parameters:
+        width += 64
+    config, used = model_of(width, rows)
+    row_cost = len(config.encoder_hash_byte_group_size) * config.encoder_config.hidden_size
+    return model_of(width, rows + (stored_parameters - used) // row_cost)[0]
+
+
+@torch.no_grad()
+def blt(stored_parameters: int, text: str, patch_bytes: float = 4.5) -> tuple[BltForCausalLM, STLMTokenizer]:
+    """An untrained BLT that ends a patch every `patch_bytes` bytes of `text` on average.
+
+    Its byte model is untrained, too: nearly every byte surprises it, so the threshold is the quantile of its entropies.
+    """
+    model, tokenizer = BltForCausalLM(blt_config(stored_parameters)).eval(), STLMTokenizer()
+    sample = torch.tensor([tokenizer(text[:4096])["input_ids"]])
+    entropies, _, _ = model.model.patcher(sample)
+    model.config.patching_threshold = float(entropies.flatten().quantile(1 - 1 / patch_bytes))
+    return model, tokenizer

@@ -246,3 +246,19 @@ def test_the_report_measures_and_writes(tmp_path):
     written = (tmp_path / "RESULTS.md").read_text()
     assert f"| two | {measured['held_out']['test']['two']['bits_per_byte']:.3f} |" in written
     assert "## Robustness" in written and "| homoglyph |" in written and "| copa | acc |" in written
+
+
+@pytest.mark.slow
+def test_speed_is_measured_beside_another_model(tmp_path):
+    models = ("--models", "stlm", "llama-bpe", "--vocab_size", 512)
+    options = ("--preset", "stlm-3m", "--repeats", 1, *models)
+    last = run("benchmark.py", *options, "--only", "first byte ms, 2 kB", cwd=tmp_path).splitlines()[-1]
+    table = json.loads(last)["table"]
+    for row in table.values():
+        figure = row["first byte ms, 2 kB"]
+        assert 0 < figure["low"] <= figure["median"] <= figure["high"] < 1e5
+    assert table["stlm"]["bytes a unit"] > 3 and abs(table["llama-bpe"]["stored"] / table["stlm"]["stored"] - 1) < 0.02
+
+    sweep = run("benchmark.py", *options, "--sweep", "--only", "context 1024", "--plot", "plot.png", cwd=tmp_path)
+    assert json.loads(sweep.splitlines()[-1])["table"]["stlm"]["context 1024"]["median"] > 0
+    assert (tmp_path / "plot.png").read_bytes()[:4] == b"\x89PNG"
