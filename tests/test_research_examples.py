@@ -262,3 +262,14 @@ def test_speed_is_measured_beside_another_model(tmp_path):
     sweep = run("benchmark.py", *options, "--sweep", "--only", "context 1024", "--plot", "plot.png", cwd=tmp_path)
     assert json.loads(sweep.splitlines()[-1])["table"]["stlm"]["context 1024"]["median"] > 0
     assert (tmp_path / "plot.png").read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.slow
+def test_start_up_and_memory_are_measured(tmp_path):
+    output = run("startup.py", "--preset", "stlm-3m", "--repeats", 1, "--new_bytes", 300, cwd=tmp_path)
+    results = json.loads(output.splitlines()[-1])["results"]
+    (ours,), (theirs,) = results["stlm"], results["llama"]
+    assert ours["import CPU s"] < 2 * theirs["import CPU s"]
+    assert (
+        11 < ours["weights and cache MB"] < 20 and 2 < ours["peak MB"] < 40
+    )  # pages of weights come when they are read
