@@ -43,7 +43,7 @@ from modeling_stlm.inference.onnx_steps import OnnxSteps, export_steps
 
 HERE = Path(__file__).parent
 MODELS = ("stlm", "stlm-onnx", "llama-bytes", "llama-bpe", "blt")
-PROMPT_BYTES, NEW_BYTES, SWEEP_BYTES = 1024, 256, 64
+PROMPT_BYTES, NEW_BYTES, SWEEP_BYTES = 1024, 256, 128
 CONTEXTS, BATCHES = (1024, 2048, 4096, 8192, 16384), (1, 4, 16, 64)
 
 
@@ -102,12 +102,13 @@ def build(name: str, args: argparse.Namespace) -> Peer:
 
 
 class Forced(LogitsProcessor):
-    """Makes `generate` write given ids (B, N) whatever the logits are."""
+    """Makes `generate` write given ids (B, N) whatever the logits are, and notes when each is written."""
 
-    def __init__(self, ids: torch.Tensor, num_prompt: int):
-        self.ids, self.num_prompt = ids, num_prompt
+    def __init__(self, ids: torch.Tensor, num_prompt: int, now: Callable[[], float]):
+        self.ids, self.num_prompt, self.now, self.times = ids, num_prompt, now, []
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        self.times.append(self.now())
         next_ids = self.ids[:, input_ids.shape[1] - self.num_prompt, None]
         return torch.full_like(scores, -torch.inf).scatter(1, next_ids, 0.0)
 
@@ -145,7 +146,9 @@ def train_bytes_per_second(peer: Peer, text: bytes, now) -> float:
     return 2 * num_bytes_of(peer.tokenizer, ids) / (now() - started)
 
 
-def generate(peer: Peer, prompt: torch.Tensor, new: torch.Tensor) -> None:
+def generate(peer: Peer, prompt: torch.Tensor, new: torch.Tensor, now: Callable[[], float]) -> list[float]:
+    """Has `new` (B, N) written behind `prompt`; when each of the N was."""
+    forced = Forced(new, prompt.shape[1], now)
     peer.model.generate(
         prompt,
         attention_mask=torch.ones_like(prompt),
@@ -153,9 +156,10 @@ def generate(peer: Peer, prompt: torch.Tensor, new: torch.Tensor) -> None:
         do_sample=False,
         eos_token_id=None,
         pad_token_id=peer.tokenizer.pad_token_id,
-        logits_processor=LogitsProcessorList([Forced(new, prompt.shape[1])]),
+        logits_processor=LogitsProcessorList([forced]),
         **peer.options,
     )
+    return forced.times
 
 
 def generated_bytes_per_second(peer: Peer, text: bytes, num_rows: int, now, prompt_bytes=PROMPT_BYTES) -> float:
@@ -166,22 +170,18 @@ def generated_bytes_per_second(peer: Peer, text: bytes, num_rows: int, now, prom
     prompt = ids_of(peer.tokenizer, [row[:prompt_bytes] for row in rows])
     new = ids_of(peer.tokenizer, [row[prompt_bytes:] for row in rows])[:, : peer.num_steps]
     started = now()
-    generate(peer, prompt, new)
+    generate(peer, prompt, new, now)
     return num_bytes_of(peer.tokenizer, new) / (now() - started)
 
 
 def decoded_bytes_per_second(peer: Peer, text: bytes, num_rows: int, context: int, now) -> float:
-    """Without the prompt's time: that of one byte less than that of many."""
+    """Without the prompt, whose time ends when the first byte is written."""
     peer.model.eval()
     rows = rows_of(text, num_rows, context + SWEEP_BYTES)
     prompt = ids_of(peer.tokenizer, [row[:context] for row in rows])
     new = ids_of(peer.tokenizer, [row[context:] for row in rows])[:, : peer.num_steps]
-    started = now()
-    generate(peer, prompt, new[:, :1])
-    first = now() - started
-    started = now()
-    generate(peer, prompt, new)
-    return num_bytes_of(peer.tokenizer, new[:, 1:]) / (now() - started - first)
+    times = generate(peer, prompt, new, now)
+    return num_bytes_of(peer.tokenizer, new[:, 1:]) / (times[-1] - times[0])
 
 
 def first_byte_ms(peer: Peer, text: bytes, prompt_bytes: int, now) -> float:
@@ -190,7 +190,7 @@ def first_byte_ms(peer: Peer, text: bytes, prompt_bytes: int, now) -> float:
     prompt = rows_of(text, 1, prompt_bytes)
     started = now()
     ids = ids_of(peer.tokenizer, prompt)
-    generate(peer, ids, torch.full((1, 1), 97))
+    generate(peer, ids, torch.full((1, 1), 97), now)
     return 1000 * (now() - started)
 
 
@@ -317,13 +317,13 @@ def main():
     print(f"{title}, {args.repeats} repeats, {args.clock} clock")
     measures = measures_of(args, text)
     results = {name: {measure: [] for measure in measures} for name in peers}
-    for repeat in range(0 if args.sweep else -1, args.repeats):
+    for repeat in range(-1, args.repeats):
         for measure, run in measures.items():
             for name, peer in peers.items():
                 if measure.startswith("train") and not peer.can_train:
                     continue
                 value = run(peer)
-                if repeat >= 0:  # one round warms up, except where each figure has its own first run
+                if repeat >= 0:  # one round warms up
                     results[name][measure].append(value)
     table = {
         name: about(name, peer, text)
