@@ -317,13 +317,13 @@ def main():
     print(f"{title}, {args.repeats} repeats, {args.clock} clock")
     measures = measures_of(args, text)
     results = {name: {measure: [] for measure in measures} for name in peers}
-    for repeat in range(-1, args.repeats):
+    for repeat in range(0 if args.sweep else -1, args.repeats):
         for measure, run in measures.items():
             for name, peer in peers.items():
                 if measure.startswith("train") and not peer.can_train:
                     continue
                 value = run(peer)
-                if repeat >= 0:  # one round warms up
+                if repeat >= 0:  # one round warms up; in a sweep the prompt does
                     results[name][measure].append(value)
     table = {
         name: about(name, peer, text)
