@@ -36,7 +36,7 @@ style: $(VENV)/ready ## lint and format, with changes
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-benchmark: $(VENV)/ready ## speed and memory beside two Llamas and BLT
+benchmark: $(VENV)/ready ## speed and memory beside two Llamas and, at 10M, BLT
 	OMP_NUM_THREADS=1 $(BIN)/python examples/benchmark.py --preset stlm-3m --models stlm stlm-onnx llama-bytes llama-bpe
 	OMP_NUM_THREADS=1 $(BIN)/python examples/benchmark.py --preset stlm-10m
 

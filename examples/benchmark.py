@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Speed and memory of STLM beside Llama over bytes, Llama over an 8k BPE and BLT, at equal stored parameters, in one run.
+"""Speed and memory of STLM beside Llama over bytes, Llama over BPE and BLT, at equal stored parameters, in one run.
 
     OMP_NUM_THREADS=1 python examples/benchmark.py --preset stlm-10m --repeats 5
     OMP_NUM_THREADS=1 python examples/benchmark.py --preset stlm-10m --repeats 3 --sweep --plot examples/speed.png
@@ -9,7 +9,8 @@ and the highest. Time is CPU time of this process (`--clock wall` for wall-clock
 its own for each model. All models are untrained: speed does not depend on it, except that the patch length of generated
 text would; so all write the given text (`Forced`) through `generate`. `stlm-onnx` is `stlm` with its steps in ONNX
 Runtime (`modeling_stlm.inference.onnx_steps`), the same text. BLT ends patches where its byte model is surprised; its
-threshold is set so that untrained patches have 4.5 bytes, and it generates without its cache, which writes other text.
+threshold is set so that untrained patches have 4.5 bytes, it trains on whole rows, where the others have one with two
+documents, and it generates without its cache, which writes other text, three bytes instead of all.
 The last line is one JSON document.
 """
 
@@ -44,7 +45,8 @@ from modeling_stlm.inference.onnx_steps import OnnxSteps, export_steps
 HERE = Path(__file__).parent
 MODELS = ("stlm", "stlm-onnx", "llama-bytes", "llama-bpe", "blt")
 PROMPT_BYTES, NEW_BYTES, SWEEP_BYTES = 1024, 256, 128
-CONTEXTS, BATCHES = (1024, 2048, 4096, 8192, 16384), (1, 4, 16, 64)
+PATCH_BYTES = 4.5  # of BLT
+CONTEXTS, BATCHES = (1024, 2048, 4096, 8192, 16384 - SWEEP_BYTES), (1, 4, 16, 64)
 
 
 class Peer(NamedTuple):
@@ -92,7 +94,7 @@ def build(name: str, args: argparse.Namespace) -> Peer:
     elif name == "llama-bpe":
         config, tokenizer = bpe_llama(stored, args.vocab_size, [text])
     else:
-        return Peer(*blt(stored, text), {"use_cache": False})
+        return Peer(*blt(stored, text, PATCH_BYTES), {"use_cache": False})
     peer = Peer(AutoModelForCausalLM.from_config(config), tokenizer)
     if name != "stlm-onnx":
         return peer
@@ -198,7 +200,7 @@ def peak_memory_mb(name: str, args: argparse.Namespace) -> dict[str, float]:
     """Peak memory of generating at batch 16 and of training, over that of the interpreter with its libraries."""
     command = [sys.executable, __file__, "--memory_of", name, "--preset", args.preset, "--text", str(args.text)]
     command += ["--vocab_size", str(args.vocab_size)]
-    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
     return json.loads(output.splitlines()[-1])
 
 
@@ -217,10 +219,8 @@ def measure_memory(name: str, args: argparse.Namespace) -> dict[str, float]:
     generated_bytes_per_second(peer, text, 16, time.process_time)
     generating = resident_mb("VmHWM") - before_model
     reset_peak()
-    if peer.can_train:
-        train_bytes_per_second(peer, text, time.process_time)
-    training = resident_mb("VmHWM") - before_model if peer.can_train else None
-    return {"MB generating (16)": generating, "MB training": training}
+    train_bytes_per_second(peer, text, time.process_time)
+    return {"MB generating (16)": generating, "MB training": resident_mb("VmHWM") - before_model}
 
 
 def measures_of(args: argparse.Namespace, text: bytes) -> dict[str, Callable[[Peer], float]]:
@@ -242,13 +242,18 @@ def measures_of(args: argparse.Namespace, text: bytes) -> dict[str, Callable[[Pe
             "first byte ms, 2 kB": lambda peer: first_byte_ms(peer, text, 2048, now),
             "first byte ms, 8 kB": lambda peer: first_byte_ms(peer, text, 8192, now),
         }
-    return {name: run for name, run in runs.items() if not args.only or name.startswith(tuple(args.only))}
+    chosen = {name: run for name, run in runs.items() if not args.only or name.startswith(tuple(args.only))}
+    if not chosen:
+        raise SystemExit(
+            f"--only {' '.join(args.only)} fits no measure: expected the start of one of {', '.join(runs)}"
+        )
+    return chosen
 
 
 def about(name: str, peer: Peer, text: bytes) -> dict:
     row = {"stored": peer.model.num_parameters()}
     if name == "blt":
-        return row
+        return row | {"bytes a unit": PATCH_BYTES}
     row["effective"] = effective_parameters(peer.model)
     if name.startswith("stlm"):
         length = bytes_per_patch(peer.model, ids_of(peer.tokenizer, rows_of(text, 8, 1024)))
@@ -279,7 +284,7 @@ def ratios(ours: dict, theirs: dict, measures) -> str:
     return ", ".join(cells)
 
 
-def draw(table: dict, path: Path, title: str) -> None:
+def draw(table: dict, path: Path, title: str, clock: str) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -296,7 +301,7 @@ def draw(table: dict, path: Path, title: str) -> None:
             medians = [cell["median"] for cell in cells.values()]
             spread = [[abs(cell[end] - cell["median"]) for cell in cells.values()] for end in ("low", "high")]
             axis.errorbar(list(cells), medians, spread, marker="o", capsize=2, label=name)
-        axis.set(xscale="log", yscale="log", xlabel=panels[kind], ylabel="bytes generated per CPU second")
+        axis.set(xscale="log", yscale="log", xlabel=panels[kind], ylabel=f"bytes generated per second ({clock})")
         axis.set_xticks(list(cells), map(str, cells), minor=False)
         axis.minorticks_off()
         axis.grid(alpha=0.3)
@@ -311,19 +316,21 @@ def main():
         print(json.dumps(measure_memory(args.memory_of, args)))
         return
     text = args.text.read_bytes()
+    measures = measures_of(args, text)
     peers = {name: build(name, args) for name in args.models}
     info = run_info()
     title = f"{args.preset}, {info['device']}, commit {info['commit']}"
     print(f"{title}, {args.repeats} repeats, {args.clock} clock")
-    measures = measures_of(args, text)
     results = {name: {measure: [] for measure in measures} for name in peers}
+    for peer in peers.values():  # whatever is made at the first step
+        decoded_bytes_per_second(peer, text, 1, 256, time.process_time)
     for repeat in range(0 if args.sweep else -1, args.repeats):
         for measure, run in measures.items():
             for name, peer in peers.items():
                 if measure.startswith("train") and not peer.can_train:
                     continue
                 value = run(peer)
-                if repeat >= 0:  # one round warms up; in a sweep the prompt does
+                if repeat >= 0:  # one round warms up; in a sweep every prompt does
                     results[name][measure].append(value)
     table = {
         name: about(name, peer, text)
@@ -331,9 +338,10 @@ def main():
         for name, peer in peers.items()
     }
     if not args.only and not args.sweep:
-        for name in peers:
-            table[name] |= peak_memory_mb(name, args)
-    columns = list(table[args.models[0]])
+        for name, peer in peers.items():
+            if peer.can_train:  # the process of the other one has exported graphs, too
+                table[name] |= peak_memory_mb(name, args)
+    columns = list(dict.fromkeys(column for row in table.values() for column in row))
     print(
         markdown_table(
             ["model", *columns], [[name, *(cell(row.get(c)) for c in columns)] for name, row in table.items()]
@@ -345,7 +353,7 @@ def main():
                 print(f"{ours} / {name}: {ratios(table[ours], table[name], measures)}")
     print(json.dumps({"table": table, "arguments": {k: str(v) for k, v in vars(args).items()}} | info))
     if args.plot:
-        draw(table, args.plot, title)
+        draw(table, args.plot, title, args.clock)
 
 
 if __name__ == "__main__":

@@ -75,7 +75,11 @@ def bpe_llama(
 
 
 def blt_config(stored_parameters: int) -> BltConfig:
-    """The BLT of transformers: small local parts as in arXiv:2412.09871, the widest global part that fits, the rest hash rows."""
+    """BLT (arXiv:2412.09871) with small local parts, the widest global part that fits, and hash rows for the rest.
+
+    Raises:
+        ValueError: where not even the smallest fits, as at the size of `stlm-3m`.
+    """
 
     def part(width: int, num_layers: int, **more) -> dict:
         sizes = {"hidden_size": width, "intermediate_size": 8 * width // 3 // 8 * 8, "num_hidden_layers": num_layers}
@@ -102,7 +106,10 @@ def blt_config(stored_parameters: int) -> BltConfig:
 
     rows, width = 2048, 192
     if model_of(width, rows)[1] > stored_parameters:
-        raise ValueError(f"{stored_parameters} parameters are too few for a BLT")
+        raise ValueError(
+            f"{stored_parameters:,} parameters are too few for BLT, whose smallest has {model_of(width, rows)[1]:,}: "
+            "leave it out"
+        )
     while model_of(width + 64, rows)[1] <= stored_parameters:
         width += 64
     config, used = model_of(width, rows)

@@ -165,10 +165,15 @@ def document(results: list[dict]) -> str:
     def bits(cell: dict) -> float:
         return cell["bits_per_byte"]
 
+    def budget(limits: dict) -> str:
+        clock = {"cpu": " of CPU time"}.get(limits.get("clock"), "")
+        return f"{limits['minutes']:g} minutes{clock}" if limits.get("minutes") else ""
+
     about = [
         ["stored parameters", *(f"{result['stored_parameters']:,}" for result in results)],
         ["effective parameters", *(f"{result['effective_parameters']:,}" for result in results)],
         ["bytes seen", *(f"{result.get('training', {}).get('bytes_seen', 0):,}" for result in results)],
+        ["budget of training", *(budget(result.get("training", {}).get("budget", {})) for result in results)],
         ["trained at commit", *(result.get("training", {}).get("commit", "") for result in results)],
     ]
     sections = [

@@ -10,6 +10,7 @@ one JSON document.
 """
 
 import argparse
+import ctypes
 import gc
 import json
 import statistics
@@ -36,11 +37,13 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def make_checkpoints(preset: str, folder: Path) -> None:
+    import torch
     from controls import flat_byte_llama
     from transformers import LlamaForCausalLM
 
     from modeling_stlm import STLMConfig, STLMForCausalLM
 
+    torch.manual_seed(0)
     model = STLMForCausalLM(STLMConfig.from_preset(preset))
     model.save_pretrained(folder / "stlm")
     LlamaForCausalLM(flat_byte_llama(model.num_parameters())[0]).save_pretrained(folder / "llama")
@@ -69,6 +72,7 @@ def child(name: str, folder: str, new_bytes: int) -> dict[str, float]:
     prompt = torch.full((1, 8), 97)
     AutoModelForCausalLM.from_config(config).generate(prompt, max_new_tokens=1)  # sets up what libraries keep
     gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what was freed is not to be used again unseen
     before, ready = resident_mb("VmRSS"), time.process_time()
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     loaded = time.process_time()
@@ -76,6 +80,7 @@ def child(name: str, folder: str, new_bytes: int) -> dict[str, float]:
     if name != "stlm":
         return costs
     options = {"do_sample": True, "eos_token_id": None, "pad_token_id": 256, "return_dict_in_generate": True}
+    torch.manual_seed(0)
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     output = model.generate(prompt, max_new_tokens=new_bytes, **options)
     peak = resident_mb("VmHWM")

@@ -27,7 +27,8 @@ from .tiny import tiny_model
 
 
 sys.path.insert(0, str(ROOT / "examples"))
-ablate, costs, noise, scoring = (importlib.import_module(name) for name in ("ablate", "costs", "noise", "scoring"))
+EXAMPLES = ("ablate", "controls", "costs", "noise", "scoring")
+ablate, controls, costs, noise, scoring = (importlib.import_module(name) for name in EXAMPLES)
 
 
 def json_lines(path: Path, rows: list[dict]) -> Path:
@@ -249,10 +250,24 @@ def test_the_report_measures_and_writes(tmp_path):
 
 
 @pytest.mark.slow
+def test_blt_has_the_size_and_the_patches_that_are_asked_for():
+    text = (ROOT / "examples" / "data" / "shakespeare.txt").read_text()
+    model, tokenizer = controls.blt(9_885_504, text, patch_bytes=4.5)
+    assert 0.99 < model.num_parameters() / 9_885_504 <= 1
+    ids = torch.tensor([tokenizer(text[4096:8192])["input_ids"]])
+    config = model.config
+    options = {"patch_size": config.patch_size, "max_patch_length": config.max_patch_length}
+    lengths = model.model.patcher(ids, threshold=config.patching_threshold, **options)[1]
+    assert 4 < 4096 / (lengths > 0).sum() < 5
+    with pytest.raises(ValueError, match="100,000 parameters are too few"):
+        controls.blt(100_000, text)
+
+
+@pytest.mark.slow
 def test_speed_is_measured_beside_another_model(tmp_path):
-    models = ("--models", "stlm", "llama-bpe", "--vocab_size", 512)
+    models = ("--vocab_size", 512, "--models", "stlm", "llama-bpe")
     options = ("--preset", "stlm-3m", "--repeats", 1, *models)
-    last = run("benchmark.py", *options, "--only", "first byte ms, 2 kB", cwd=tmp_path).splitlines()[-1]
+    last = run("benchmark.py", *options, "stlm-onnx", "--only", "first byte ms, 2 kB", cwd=tmp_path).splitlines()[-1]
     table = json.loads(last)["table"]
     for row in table.values():
         figure = row["first byte ms, 2 kB"]

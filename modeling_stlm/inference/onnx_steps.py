@@ -223,8 +223,8 @@ class OnnxSteps:
         """As the sampling loop of `generate`: ids (B, T) with the new ones behind.
 
         Raises:
-            ValueError: for beams, for outputs other than ids, without a cache, and for a model with other weights, not in
-                float32 or not on the CPU.
+            ValueError: for beams, for outputs other than ids, without a cache, and for a model with other weights, not
+                in float32 or not on the CPU.
         """
         if model.dtype != torch.float32 or model.device.type != "cpu":
             raise ValueError(f"OnnxSteps needs a model in float32 on the CPU, got {model.dtype} on {model.device}")
