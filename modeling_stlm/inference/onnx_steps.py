@@ -43,18 +43,6 @@ class _ByteStates:
         return both, None
 
 
-class _PatchStates:
-    """Stands for a cache in a graph: keys and values (R, P, H, K) of the patches so far; collects the new ones."""
-
-    def __init__(self, states: tuple[torch.Tensor, ...]):
-        self.states, self.new = states, []
-
-    def update(self, keys: torch.Tensor, values: torch.Tensor, index: int):
-        self.new += [keys.transpose(1, 2), values.transpose(1, 2)]
-        past = self.states[2 * index : 2 * index + 2]
-        return tuple(torch.cat([old, new], dim=1).transpose(1, 2) for old, new in zip(past, self.new[-2:]))
-
-
 class _Front(nn.Module):
     """A byte up to its patch. `sums` are those of the open patch with this byte, `kept` those after it."""
 
@@ -76,22 +64,35 @@ class _Front(nn.Module):
 
 
 class _Trunk(nn.Module):
-    """Patches that just ended: what bytes see of them (R, D), then their keys and values (R, 1, H, K) of every pass."""
+    """Patches that just ended: what bytes see of them (R, D), then their keys and values (R, 1, H, K) of every pass.
+
+    One query a row, so attention is written out: two products for each key head, without a copy of keys and values for
+    every query head that shares them.
+    """
 
     def __init__(self, model: STLMForCausalLM):
         super().__init__()
         self.model = model.model
 
     def forward(self, last, sums, num_bytes, start, *states):
-        model, trunk, cache = self.model, self.model.trunk, _PatchStates(states)
-        patches = model._pooled(sums, num_bytes, last)[:, None]
+        model, trunk = self.model, self.model.trunk
+        patches = model._pooled(sums, num_bytes, last)[:, None]  # (R, 1, G)
         rotary = rotary_embedding(start[:, None], trunk.head_dim, trunk.rope_theta, patches.dtype)
-        past = torch.arange(states[0].shape[1], device=start.device) < start[:, None]  # (R, P)
-        allowed = torch.cat([past, torch.ones_like(start, dtype=torch.bool)[:, None]], dim=1)[:, None, None]
+        is_past = torch.arange(states[0].shape[1], device=start.device) < start[:, None]
+        bias = torch.where(is_past, 0.0, float("-inf"))  # (R, P)
+        bias = torch.cat([bias, torch.zeros_like(bias[:, :1])], dim=1)[:, None, None]
+        new = []
         for index, (attention, feed_forward) in enumerate(trunk.schedule):
-            patches = trunk.attention_blocks[attention](patches, rotary, allowed, cache, {"index": index})
+            block, past = trunk.attention_blocks[attention], states[2 * index : 2 * index + 2]
+            query, *made = block.attention.project(block.norm(patches), rotary)  # (R, 1, H, K)
+            keys, values = (torch.cat([old, latest], dim=1) for old, latest in zip(past, made))  # (R, P + 1, H, K)
+            groups = query[:, 0].unflatten(1, (keys.shape[2], -1)) * block.attention.scaling  # (R, H, queries, K)
+            weights = (groups @ keys.permute(0, 2, 3, 1) + bias).softmax(-1)  # (R, H, queries, P + 1)
+            output = weights @ values.transpose(1, 2)  # (R, H, queries, K)
+            patches = patches + block.attention.o_proj(output.flatten(1)[:, None])
             patches = trunk.feed_forward_blocks[feed_forward](patches)
-        return model.unpool_proj(trunk.norm(patches))[:, 0], *cache.new
+            new += made
+        return model.unpool_proj(trunk.norm(patches))[:, 0], *new
 
 
 class _Back(nn.Module):
