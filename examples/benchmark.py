@@ -164,13 +164,13 @@ def generate(peer: Peer, prompt: torch.Tensor, new: torch.Tensor, now: Callable[
     return forced.times
 
 
-def generated_bytes_per_second(peer: Peer, text: bytes, num_rows: int, now, prompt_bytes=PROMPT_BYTES) -> float:
+def generated_bytes_per_second(peer: Peer, text: bytes, num_rows: int, now) -> float:
     """Of `num_rows` rows, prompt included in the time but not in the bytes."""
     peer.model.eval()
     # Single-byte characters only, so that any cut is a text.
-    rows = rows_of(text, num_rows, prompt_bytes + NEW_BYTES)
-    prompt = ids_of(peer.tokenizer, [row[:prompt_bytes] for row in rows])
-    new = ids_of(peer.tokenizer, [row[prompt_bytes:] for row in rows])[:, : peer.num_steps]
+    rows = rows_of(text, num_rows, PROMPT_BYTES + NEW_BYTES)
+    prompt = ids_of(peer.tokenizer, [row[:PROMPT_BYTES] for row in rows])
+    new = ids_of(peer.tokenizer, [row[PROMPT_BYTES:] for row in rows])[:, : peer.num_steps]
     started = now()
     generate(peer, prompt, new, now)
     return num_bytes_of(peer.tokenizer, new) / (now() - started)
