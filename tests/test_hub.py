@@ -234,8 +234,15 @@ def test_private_and_missing_repositories_and_revisions_are_named_in_the_error(h
 
 TRAIN = """
 import sys, torch
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 from modeling_stlm import STLMTokenizer
+
+class LongSteps(TrainerCallback):
+    # Between two saves of a real training a push ends; one that meets the next save reads files that change.
+    def on_step_begin(self, *args, **kwargs):
+        if trainer.push_in_progress is not None:
+            trainer.push_in_progress.wait_until_done()
+
 checkpoint, out = sys.argv[1:]
 ids = torch.load(out)
 row = {"input_ids": ids[0], "labels": ids[0]}
@@ -245,7 +252,7 @@ args = TrainingArguments(
     max_steps=4, save_steps=2, eval_strategy="steps", eval_steps=2, logging_steps=1, learning_rate=1e-2,
     per_device_train_batch_size=1, report_to="none", use_cpu=True)
 trainer = Trainer(model=model, args=args, train_dataset=[row] * 4, eval_dataset=[row],
-                  processing_class=STLMTokenizer())
+                  processing_class=STLMTokenizer(), callbacks=[LongSteps()])
 trainer.train()
 trainer.push_to_hub(language="en", license="apache-2.0", tags="stlm")
 with torch.no_grad():

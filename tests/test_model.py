@@ -210,8 +210,8 @@ def test_logits_to_keep_gives_the_last_logits():
     model = tiny_model()
     ids = torch.tensor([ids_of(TEXT)])
     full = model(ids).logits
-    assert torch.equal(model(ids, logits_to_keep=3).logits, full[:, -3:])
-    assert torch.equal(model(ids, logits_to_keep=torch.tensor([1, 5])).logits, full[:, [1, 5]])
+    assert_equal(model(ids, logits_to_keep=3).logits, full[:, -3:])
+    assert_equal(model(ids, logits_to_keep=torch.tensor([1, 5])).logits, full[:, [1, 5]])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -80,7 +80,7 @@ def randomize(model: torch.nn.Module) -> torch.nn.Module:
     with torch.no_grad():
         for parameter in model.parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(noise * (0.3 if parameter.ndim > 1 else 0.1) + (parameter.ndim == 1))
+            parameter.copy_(noise * (0.25 if parameter.ndim > 1 else 0.1) + (parameter.ndim == 1))
         for name, table in model.named_buffers():
             if name.endswith("entropy_table"):  # a patch ends after a quarter of all n-grams
                 table.copy_(torch.randint(0, 86, table.shape, generator=generator))

@@ -15,6 +15,7 @@ Shapes: B rows, T bytes of this call, N bytes kept, P patches, D byte width, H k
 
 import torch
 from transformers.cache_utils import CacheLayerMixin, StaticLayer
+from transformers.utils.import_utils import is_torchdynamo_exporting
 
 
 RECORDED_BYTES = 64  # longest call that is recorded
@@ -294,7 +295,7 @@ class STLMPatchCacheLayer(STLMCacheLayer):
         self.keys = write_patches(self.keys, key_states, rows, at, end, dim=2)
         self.values = write_patches(self.values, value_states, rows, at, end, dim=2)
         keys, values = self.keys[:, :, :end], self.values[:, :, :end]
-        return (keys, values) if rows is None else (keys[rows], values[rows])
+        return (keys, values) if rows is None else (keys.index_select(0, rows), values.index_select(0, rows))
 
     def crop(self, tokens_to_remove: int) -> None:
         self._check_crop(tokens_to_remove)  # the pool slot knows the counts; entries past them are never read
@@ -310,13 +311,15 @@ def write_patches(
         store = store.clone()  # an earlier call may have saved it for its backward
     if isinstance(at, slice):
         store.narrow(dim, at.start, new.shape[dim]).copy_(new)
-    elif rows is None:
+    elif rows is None and is_torchdynamo_exporting():  # ONNX Runtime is given other numbers by the index below
         index = at[..., None] if dim == 1 else at[:, None, :, None]
         store.scatter_(dim, index.expand_as(new), new)
-    elif dim == 1:
-        store[rows[:, None], at] = new
-    else:
-        store[rows[:, None], :, at] = new.transpose(1, 2)
+    else:  # of a scatter a compiled graph makes a copy of the whole store
+        rows = (torch.arange(store.shape[0], device=store.device) if rows is None else rows)[:, None]
+        if dim == 1:
+            store[rows, at] = new
+        else:
+            store[rows, :, at] = new.transpose(1, 2)
     return store
 
 

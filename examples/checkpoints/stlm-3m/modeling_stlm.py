@@ -966,12 +966,12 @@ class STLMModel(STLMPreTrainedModel):
         found = find_boundaries(self._rule(), context, num_bytes, state, lengths, routed=routed)
         traced = self._is_traced(past_key_values)
         index = index_patches(found, num_bytes if traced else None)
-        rows = None if traced else index.counts.nonzero()[:, 0]
+        rows = None if traced else _some_rows(index.counts)
         terms = self._pool_terms(hidden_states)
         self._record(pool, context, terms, lengths)
         if rows is None or len(rows):
             sums, last = pool_patches(hidden_states, terms, index, pool.keys)
-            pooled = self._pooled(sums, index.num_bytes, last)
+            pooled = self._pooled(*_of_rows(rows, sums, index.num_bytes, last))
             self._append_patches(past_key_values, pooled, rows, self._shares(pool, probability, index.ends))
         visible = self._count_patches(pool, found, terms, lengths)
         self._note_bytes(pool, context, lengths)
@@ -1002,9 +1002,9 @@ class STLMModel(STLMPreTrainedModel):
         terms = self._pool_terms(last)
         self._record(pool, context, terms[:, None], None)
         sums = pool.keys + terms
-        rows = None if self._is_traced(past_key_values) else boundary.nonzero()[:, 0]
+        rows = None if self._is_traced(past_key_values) else _some_rows(boundary)
         if rows is None or len(rows):
-            pooled = self._pooled(sums, pool.open_bytes + 1, last)[:, None]
+            pooled = self._pooled(*_of_rows(rows, sums, pool.open_bytes + 1, last))[:, None]
             shares = self._shares(pool, probability, torch.zeros_like(pool.num_bytes)[:, None])
             patches = self._append_patches(past_key_values, pooled, rows, shares)[:, 0].to(pool.visible.dtype)
             if rows is None:
@@ -1041,17 +1041,14 @@ class STLMModel(STLMPreTrainedModel):
     def _append_patches(
         self, past_key_values: Cache, pooled: torch.Tensor, rows: torch.Tensor | None, shares: torch.Tensor | None
     ) -> torch.Tensor:
-        """Run the trunk on the new patches `pooled (B, P, G)` of `rows (R,)`, and store them: (R, P, D).
+        """Run the trunk on the new patches `pooled (R, P, G)` of `rows (R,)`, and store them: (R, P, D).
 
         Entries past what a row completed are stored too: the row's next patches go over them, and nobody reads them
-        before.
+        before. `shares (B, P)` are of all rows.
         """
-        pool = self._pool_slot(past_key_values)
-        (num_rows, num_new, _), start = pooled.shape, pool.num_patches
-        if rows is not None and len(rows) == num_rows:
-            rows = None
-        elif rows is not None:
-            pooled, start = pooled[rows], start[rows]
+        pool, num_new = self._pool_slot(past_key_values), pooled.shape[1]
+        num_rows = pool.num_patches.shape[0]
+        (start,) = _of_rows(rows, pool.num_patches)
         new = start[:, None] + torch.arange(num_new, device=start.device)  # (R, P)
         if self._is_traced(past_key_values):  # all rows, and sizes that follow from shapes
             at, end, needs_mask = new, pool.patch_room(num_new), True
@@ -1066,10 +1063,7 @@ class STLMModel(STLMPreTrainedModel):
         patches = self.trunk(pooled, allowed, new, past_key_values, {"num_rows": num_rows, **where})
         patches = self.unpool_proj(patches)
         if shares is not None:
-            before = pool.visible
-            if rows is not None:
-                shares, before = shares[rows], before[rows]
-            patches = smooth_patches(patches, shares, before)
+            patches = smooth_patches(patches, *_of_rows(rows, shares, pool.visible))
         past_key_values.update(pool.keys, patches, self.num_byte_layers, **where)
         return patches
 
@@ -1218,6 +1212,18 @@ class STLMModel(STLMPreTrainedModel):
         pool.num_patches = ended[:, -1]
         pool.open_bytes, pool.memory = found.state
         self._note_bytes(pool, context, lengths)
+
+
+def _some_rows(flags: torch.Tensor) -> torch.Tensor | None:
+    """Rows (R,) whose flag (B,) is not zero; `None` for all of them."""
+    rows = flags.nonzero()[:, 0]
+    return None if len(rows) == len(flags) else rows
+
+
+def _of_rows(rows: torch.Tensor | None, *states: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """`states` (B, ...) of `rows` (R,); of all for `None`."""
+    # `states[rows]` takes three times as long.
+    return states if rows is None else tuple(state.index_select(0, rows) for state in states)
 
 
 def _gather_bytes(states: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
