@@ -28,6 +28,7 @@ from typing import NamedTuple
 import torch
 from controls import blt, bpe_llama, flat_byte_llama
 from costs import bytes_per_patch, effective_parameters, flops_per_byte
+from memory import reset_peak, resident_mb
 from provenance import run_info
 from tables import markdown_table
 from transformers import (
@@ -205,13 +206,6 @@ def peak_memory_mb(name: str, args: argparse.Namespace) -> dict[str, float]:
 
 
 def measure_memory(name: str, args: argparse.Namespace) -> dict[str, float]:
-    def resident_mb(field: str) -> float:
-        line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
-        return int(line.split()[1]) / 1024
-
-    def reset_peak() -> None:
-        Path("/proc/self/clear_refs").write_text("5")
-
     text = args.text.read_bytes()
     before_model = resident_mb("VmRSS")
     peer = build(name, args)

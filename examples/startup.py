@@ -5,7 +5,7 @@
 
 Importing and loading beside a Llama over bytes of equal stored parameters, in processes that take turns: CPU seconds,
 median (lowest to highest). Memory is the peak of resident memory over that before the model is loaded (another of its
-kind has written a byte by then), beside the bytes of the weights and of what the cache holds at the end. The last line is
+kind has written 64 bytes by then), beside the bytes of the weights and of what the cache holds at the end. The last line is
 one JSON document.
 """
 
@@ -20,6 +20,7 @@ import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from memory import reset_peak, resident_mb
 from provenance import run_info
 from tables import markdown_table
 
@@ -49,11 +50,6 @@ def make_checkpoints(preset: str, folder: Path) -> None:
     LlamaForCausalLM(flat_byte_llama(model.num_parameters())[0]).save_pretrained(folder / "llama")
 
 
-def resident_mb(field: str) -> float:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
-    return int(line.split()[1]) / 1024
-
-
 def tensors_mb(things) -> float:
     import torch
 
@@ -70,7 +66,8 @@ def child(name: str, folder: str, new_bytes: int) -> dict[str, float]:
 
     config = AutoConfig.from_pretrained(folder)
     prompt = torch.full((1, 8), 97)
-    AutoModelForCausalLM.from_config(config).generate(prompt, max_new_tokens=1)  # sets up what libraries keep
+    options = {"do_sample": True, "eos_token_id": None, "pad_token_id": 256, "return_dict_in_generate": True}
+    AutoModelForCausalLM.from_config(config).generate(prompt, max_new_tokens=64, **options)  # code is memory, too
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # what was freed is not to be used again unseen
     before, ready = resident_mb("VmRSS"), time.process_time()
@@ -79,9 +76,8 @@ def child(name: str, folder: str, new_bytes: int) -> dict[str, float]:
     costs = {"import CPU s": imported - started, "load CPU s": loaded - ready}
     if name != "stlm":
         return costs
-    options = {"do_sample": True, "eos_token_id": None, "pad_token_id": 256, "return_dict_in_generate": True}
     torch.manual_seed(0)
-    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+    reset_peak()
     output = model.generate(prompt, max_new_tokens=new_bytes, **options)
     peak = resident_mb("VmHWM")
     held = [tensor for layer in output.past_key_values.layers for tensor in vars(layer).values()]
