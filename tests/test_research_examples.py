@@ -23,12 +23,13 @@ from modeling_stlm import STLMTokenizer
 
 from .test_examples import ROOT, TEXT, pretrain, run
 from .test_examples import small_text as small_text  # a fixture
-from .tiny import tiny_model
+from .tiny import TEXT as SAMPLE
+from .tiny import ids_of, tiny_model
 
 
 sys.path.insert(0, str(ROOT / "examples"))
-EXAMPLES = ("ablate", "controls", "costs", "noise", "scoring")
-ablate, controls, costs, noise, scoring = (importlib.import_module(name) for name in EXAMPLES)
+EXAMPLES = ("ablate", "controls", "costs", "drafts", "noise", "scoring")
+ablate, controls, costs, drafts, noise, scoring = (importlib.import_module(name) for name in EXAMPLES)
 
 
 def json_lines(path: Path, rows: list[dict]) -> Path:
@@ -288,3 +289,66 @@ def test_start_up_and_memory_are_measured(tmp_path):
     assert (
         11 < ours["weights and cache MB"] < 20 and 2 < ours["peak MB"] < 40
     )  # pages of weights come when they are read
+
+
+def test_passes_over_drafts_are_counted():
+    # Byte 0 alone, bytes 1 to 3, bytes 4 and 5; and a row whose last drafts reach behind its end.
+    assert drafts.bytes_a_pass(torch.tensor([[0, 2, 9, 9, 1, 9]])) == 2
+    assert drafts.bytes_a_pass(torch.tensor([[1, 9, 3], [0, 0, 0]])) == (2 + 4 + 3) / 5
+
+
+@torch.no_grad()
+def test_drafters_agree_with_a_loop_over_the_text():
+    torch.manual_seed(0)
+    model, layer, drafted = tiny_model(), drafts.DraftLayer(16, 8), 3
+    layer.down_proj.weight.normal_(std=0.3)
+    ids = torch.tensor([(ids_of(SAMPLE) * 3)[:400]])
+    found = drafts.measure(layer, model, ids, drafted)
+    outputs = model(ids, output_boundaries=True)
+    hidden, table = model.model(ids).last_hidden_state[0], model.get_input_embeddings().weight
+    likeliest, ends, text = outputs.logits[0].argmax(-1).tolist(), outputs.boundaries[0].tolist(), ids[0].tolist()
+    counts = {name: [] for name in found}
+    for t in range(drafts.PROMPT // 2, len(text) - drafted - 1):
+        state, byte, own, lookup = hidden[t], text[t + 1], [], []
+        for _ in range(drafted):
+            state = layer(state, table[byte])
+            byte = int((table @ layer.norm(state)).argmax())
+            own.append(byte)
+        for size in (2, 1):  # what followed the same bytes before, for the first time
+            last = text[t + 2 - size : t + 2]
+            places = [i for i in range(t + 2 - size) if text[i : i + size] == last]
+            if places and not lookup:
+                lookup = text[places[0] + size : t + 2][:drafted]
+        coming = range(t + 2, t + 2 + drafted)
+        proposals = {
+            "layer": (own, False),
+            "layer, inside a patch": (own, True),
+            "lookup": (lookup, False),
+            "perfect, inside a patch": ([likeliest[i - 1] for i in coming], True),
+        }
+        for name, (proposal, inside) in proposals.items():
+            agreed = 0
+            for i, byte in zip(coming, proposal):
+                if byte != text[i] or (inside and ends[i]):
+                    break
+                agreed += 1
+            counts[name].append(agreed)
+    for name, agreed in counts.items():
+        assert found[name] == drafts.bytes_a_pass(torch.tensor([agreed])), name
+    assert found["lookup"] > 2  # the text repeats itself
+
+
+@pytest.mark.slow
+def test_drafts_of_a_checkpoint_in_one_command(tmp_path):
+    tiny_model(use_cache=True).save_pretrained(tmp_path / "model")
+    STLMTokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "train.txt").write_text(SAMPLE * 60)
+    rows = [{"text": SAMPLE * 30, "source": source} for source in ("a/b", "c")]
+    validation = json_lines(tmp_path / "validation.jsonl.gz", rows)
+    command = ["model", "--train", "train.txt", "--validation", validation, "--minutes", "0.02", "--rows", "2"]
+    output = run("drafts.py", *command, cwd=tmp_path)
+    found = json.loads(output.splitlines()[-1])
+    assert set(found["results"]) == {"a", "c", "written greedily", "sampled", "sampled, temperature 0.7"}
+    assert all(1 <= value <= 5 for row in found["results"].values() for value in row.values())
+    assert found["results"]["a"]["lookup"] > 3  # the text repeats itself
+    assert all(value > 0 for kind in found["milliseconds"].values() for value in kind.values())

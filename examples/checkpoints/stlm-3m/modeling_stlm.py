@@ -73,6 +73,7 @@ from .patching_stlm import (
 
 
 ENTROPY_STEPS = 32  # of the entropy table in a bit
+FEW_BYTES = 16  # for which a product of windows is faster than the convolution of the library
 POOL_SCORE_CAP = 10.0
 SOFT_ID = -2  # in the byte history: an embedding that stands for no id
 
@@ -329,6 +330,8 @@ class STLMShortConv(nn.Module):
         taps = self.conv.weight[:, 0].t()  # (N, D), oldest byte first
         if num_bytes == 1 and self.num_after == 0:
             output = (inputs * taps).sum(1, keepdim=True)
+        elif self.num_after == 0 and rows.positions is None and not is_tracing() and num_bytes <= FEW_BYTES:
+            output = (inputs.unfold(1, self.kernel_size, 1) * taps.t()).sum(-1)
         elif rows.positions is None and (self.num_after == 0 or rows.lengths is None):
             output = self.conv(inputs.transpose(1, 2)).transpose(1, 2)
         elif self.num_after == 0 and not is_tracing():
@@ -965,11 +968,11 @@ class STLMModel(STLMPreTrainedModel):
         probability, routed = self._route(pool, hidden_states, lengths)
         found = find_boundaries(self._rule(), context, num_bytes, state, lengths, routed=routed)
         traced = self._is_traced(past_key_values)
-        index = index_patches(found, num_bytes if traced else None)
-        rows = None if traced else _some_rows(index.counts)
+        rows = None if traced else _some_rows(found.boundary.any(1))
         terms = self._pool_terms(hidden_states)
         self._record(pool, context, terms, lengths)
         if rows is None or len(rows):
+            index = index_patches(found, num_bytes if traced else None)
             sums, last = pool_patches(hidden_states, terms, index, pool.keys)
             pooled = self._pooled(*_of_rows(rows, sums, index.num_bytes, last))
             self._append_patches(past_key_values, pooled, rows, self._shares(pool, probability, index.ends))

@@ -1,0 +1,221 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How many bytes a pass of the model could confirm if something cheap drafted them (lossless speculative decoding).
+
+    python examples/drafts.py examples/checkpoints/stlm-10m --train 'train/*.jsonl.gz' --validation validation.jsonl.gz
+
+Trains a small recurrent draft layer on the frozen model (as EAGLE, arXiv:2401.15077, and Hydra, arXiv:2402.05109, do): from
+the hidden state of a byte and the byte after it to the next one, and so on. Then counts, for texts of several kinds, the
+bytes that one pass would yield: the one that the model gives anyway, and the drafted ones before the first mistake. Kinds
+are held-out text by source (what sampling writes, if the model is right) and what the model writes itself. Drafters:
+
+- `layer`: the draft layer, greedily. `layer, inside a patch`: it stops before a byte that would end a patch, so that no
+  pass runs the trunk for a patch that is taken back.
+- `lookup`: what followed the last two bytes before (`generate(prompt_lookup_num_tokens=...)`).
+- `perfect, inside a patch`: the likeliest byte of the model itself, which no drafter of one proposal can beat.
+
+Beside them CPU milliseconds: of a plain step and of a pass over several bytes that ends no patch, and of a byte of greedy
+`generate`, plain and with lookup, in turns.
+"""
+
+import argparse
+import json
+import time
+from itertools import cycle
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from datasets import load_dataset
+from provenance import run_info
+from scoring import documents
+from tables import markdown_table
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers.generation import PromptLookupCandidateGenerator
+
+from modeling_stlm.training.corpus import PackedWindows, write_corpus
+
+
+WINDOW, WRITTEN, PROMPT = 1024, 512, 128
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint")
+    parser.add_argument("--train", nargs="+", required=True)
+    parser.add_argument("--validation", required=True, help="JSON lines with text and source")
+    parser.add_argument("--minutes", type=float, default=10, help="of CPU time, for the draft layer")
+    parser.add_argument("--size", type=int, default=256, help="intermediate size of the draft layer")
+    parser.add_argument("--drafted", type=int, default=4, help="bytes drafted at once")
+    parser.add_argument("--rows", type=int, default=8, help="windows of each kind of text")
+    return parser.parse_args()
+
+
+class DraftLayer(nn.Module):
+    """`hidden (..., D)` of a byte and the embedding of the byte after it to the hidden state that predicts the next."""
+
+    def __init__(self, width: int, size: int):
+        super().__init__()
+        self.hidden_norm, self.byte_norm, self.norm = (nn.LayerNorm(width, bias=False) for _ in range(3))
+        self.up_proj, self.down_proj = nn.Linear(2 * width, size, bias=False), nn.Linear(size, width, bias=False)
+        nn.init.zeros_(self.down_proj.weight)
+
+    def forward(self, hidden: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
+        both = torch.cat([self.hidden_norm(hidden), self.byte_norm(embedding)], dim=-1)
+        return hidden + self.down_proj(self.up_proj(both).relu().square())
+
+
+def train(layer: DraftLayer, model, windows: PackedWindows, drafted: int, minutes: float) -> int:
+    """Steps taken."""
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0.0)
+    loader = DataLoader(windows, batch_size=8, shuffle=True, generator=torch.Generator().manual_seed(0))
+    started, table = time.process_time(), model.get_input_embeddings().weight
+    for step, batch in enumerate(cycle(loader)):
+        share = (time.process_time() - started) / 60 / minutes
+        if share >= 1:
+            return step
+        optimizer.param_groups[0]["lr"] = 3e-3 * min(1, 2 - 2 * share)
+        ids = batch["input_ids"]
+        with torch.no_grad():
+            hidden = model.model(ids, position_ids=batch["position_ids"], use_cache=False).last_hidden_state
+        loss, num_bytes = 0, ids.shape[1] - drafted - 1
+        hidden = hidden[:, :num_bytes]
+        for i in range(1, drafted + 1):
+            hidden = layer(hidden, table[ids[:, i : i + num_bytes]])
+            logits = F.linear(layer.norm(hidden), table)
+            loss = loss + F.cross_entropy(logits.flatten(0, 1), ids[:, i + 1 : i + 1 + num_bytes].flatten())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def bytes_a_pass(agreed: torch.Tensor) -> float:
+    """Mean over the passes of a walk through rows where the first `agreed (B, T)` drafts behind byte t are right."""
+    passes = walked = 0
+    for row in agreed.tolist():
+        at = 0
+        while at < len(row):
+            at, passes = at + 1 + row[at], passes + 1
+        walked += at
+    return walked / passes
+
+
+@torch.no_grad()
+def measure(layer: DraftLayer, model, ids: torch.Tensor, drafted: int) -> dict[str, float]:
+    """Bytes a pass for each drafter, on the texts `ids (B, T)`; the first bytes of a row are context only."""
+    outputs = model(ids, use_cache=False, output_boundaries=True, output_hidden_states=True)
+    first, num_bytes = PROMPT // 2, ids.shape[1] - PROMPT // 2 - drafted - 1
+
+    def ahead(states: torch.Tensor) -> torch.Tensor:  # (B, T, drafted): of the bytes two and more after each
+        return states[:, first + 2 : first + 1 + num_bytes + drafted].unfold(1, drafted, 1)
+
+    def agreed(drafts: torch.Tensor, inside: bool) -> torch.Tensor:
+        right = drafts == ahead(ids)
+        return (right & ~ahead(outputs.boundaries) if inside else right).int().cumprod(-1).sum(-1)
+
+    hidden, byte = outputs.hidden_states[-1][:, first : first + num_bytes], ids[:, first + 1 : first + 1 + num_bytes]
+    table, drafts = model.get_input_embeddings().weight, []
+    for _ in range(drafted):
+        hidden = layer(hidden, table[byte])
+        byte = F.linear(layer.norm(hidden), table).argmax(-1)
+        drafts.append(byte)
+    drafts = torch.stack(drafts, -1)
+    likeliest = ahead(F.pad(outputs.logits.argmax(-1), (1, -1)))
+    lookup = PromptLookupCandidateGenerator(
+        num_output_tokens=drafted, max_matching_ngram_size=2, max_length=ids.shape[1] + drafted
+    )
+    looked_up = torch.full_like(drafts, -1)
+    for row, text in enumerate(ids):
+        for t in range(num_bytes):
+            prefix = text[None, : first + t + 2]
+            found = lookup.get_candidates(prefix)[0][0, prefix.shape[1] :]
+            looked_up[row, t, : len(found)] = found
+    return {
+        "layer": bytes_a_pass(agreed(drafts, False)),
+        "layer, inside a patch": bytes_a_pass(agreed(drafts, True)),
+        "lookup": bytes_a_pass(agreed(looked_up, False)),
+        "perfect, inside a patch": bytes_a_pass(agreed(likeliest, True)),
+    }
+
+
+def texts(model, tokenizer, validation: str, num_rows: int) -> dict[str, torch.Tensor]:
+    """Ids (B, T) of each kind of text."""
+    by_source = {}
+    for row in load_dataset("json", data_files=validation, split="train"):
+        by_source.setdefault(row["source"].split("/")[0], []).append(row["text"])
+    kinds = {}
+    for source, rows in by_source.items():
+        ids = torch.tensor(tokenizer("\n\n".join(rows), add_special_tokens=False)["input_ids"])
+        if len(ids) >= num_rows * WINDOW:
+            kinds[source] = ids[: num_rows * WINDOW].view(num_rows, WINDOW)
+    prompts = torch.cat([rows[:2, :PROMPT] for rows in kinds.values()])
+    options = {"attention_mask": torch.ones_like(prompts), "max_new_tokens": WRITTEN, "eos_token_id": None}
+    torch.manual_seed(0)
+    kinds["written greedily"] = model.generate(prompts, do_sample=False, **options)[:, PROMPT // 2 :]
+    kinds["sampled"] = model.generate(prompts, do_sample=True, top_k=0, **options)[:, PROMPT // 2 :]
+    kinds["sampled, temperature 0.7"] = model.generate(prompts, do_sample=True, top_k=0, temperature=0.7, **options)[
+        :, PROMPT // 2 :
+    ]
+    return kinds
+
+
+@torch.no_grad()
+def pass_milliseconds(model, tokenizer, num_bytes: int, repeats: int = 200) -> float:
+    """CPU time of `num_bytes` bytes in the middle of a patch, half of which are then taken back."""
+    prompt, word = (tokenizer([text], return_tensors="pt")["input_ids"] for text in ("All of the words ", "abcdefgh"))
+    cache, spent = DynamicCache(config=model.config), 0.0
+    cache.activate_past_recording()
+    model(prompt, past_key_values=cache, use_cache=True)
+    for _ in range(repeats):
+        started = time.process_time()
+        model(word[:, :num_bytes], past_key_values=cache, use_cache=True)
+        cache.crop(-(num_bytes // 2))
+        spent += time.process_time() - started
+        cache.crop(-(num_bytes - num_bytes // 2))
+    return 1000 * spent / repeats
+
+
+def writing_milliseconds(model, prompts: torch.Tensor, drafted: int) -> dict[str, float]:
+    """CPU time of a byte written greedily after each of `prompts (B, T)`, the prompt's included."""
+    ways, spent = {"plain": {}, "lookup": {"prompt_lookup_num_tokens": drafted}}, {"plain": 0.0, "lookup": 0.0}
+    for prompt in prompts:
+        texts = {}
+        for name, options in ways.items():
+            started = time.process_time()
+            texts[name] = model.generate(
+                prompt[None], do_sample=False, max_new_tokens=WRITTEN, eos_token_id=None, pad_token_id=256, **options
+            )
+            spent[name] += time.process_time() - started
+        if not torch.equal(texts["plain"], texts["lookup"]):
+            raise RuntimeError("drafts changed the text")
+    return {name: 1000 * seconds / len(prompts) / WRITTEN for name, seconds in spent.items()}
+
+
+def main():
+    args = parse_arguments()
+    torch.manual_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(args.checkpoint)
+    model = AutoModelForCausalLM.from_pretrained(args.checkpoint, dtype=torch.float32).eval().requires_grad_(False)
+    layer = DraftLayer(model.config.hidden_size, args.size)
+    with TemporaryDirectory() as folder:
+        corpus = write_corpus(Path(folder) / "train.bin", documents(args.train), tokenizer)
+        steps = train(layer, model, PackedWindows(corpus, tokenizer, WINDOW), args.drafted, args.minutes)
+    info = run_info()
+    print(f"{args.checkpoint}, {info['device']}, commit {info['commit']}; draft layer of {args.size}, {steps} steps")
+    kinds = texts(model, tokenizer, args.validation, args.rows)
+    results = {kind: measure(layer, model, ids, args.drafted) for kind, ids in kinds.items()}
+    drafters = list(next(iter(results.values())))
+    table = [[kind, *(f"{row[name]:.2f}" for name in drafters)] for kind, row in results.items()]
+    print(markdown_table([f"bytes a pass, {args.drafted} drafted", *drafters], table))
+    milliseconds = {n: pass_milliseconds(model, tokenizer, n) for n in (1, 2, 4, 8)}
+    print("CPU ms of a pass:", ", ".join(f"{n} bytes {ms:.2f}" for n, ms in milliseconds.items()))
+    writing = writing_milliseconds(model, kinds["written greedily"][:, : PROMPT // 2], args.drafted)
+    print("CPU ms of a byte written greedily:", ", ".join(f"{name} {ms:.2f}" for name, ms in writing.items()))
+    times = {"pass": milliseconds, "byte": writing}
+    print(json.dumps({"results": results, "milliseconds": times, "arguments": vars(args)} | info))
+
+
+if __name__ == "__main__":
+    main()
