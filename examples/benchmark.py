@@ -69,6 +69,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--vocab_size", type=int, default=8192)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
+    parser.add_argument(
+        "--prompts", type=int, nargs="+", default=[2048, 8192], help="bytes, for the first byte behind"
+    )
     parser.add_argument("--only", nargs="+", help="names of measures, or their first words; leaves memory out")
     parser.add_argument(
         "--sweep", action="store_true", help="generation by length of the context and by batch instead"
@@ -233,8 +236,9 @@ def measures_of(args: argparse.Namespace, text: bytes) -> dict[str, Callable[[Pe
             "train bytes/s": lambda peer: train_bytes_per_second(peer, text, now),
             "generate bytes/s, batch 1": lambda peer: generated_bytes_per_second(peer, text, 1, now),
             "generate bytes/s, batch 16": lambda peer: generated_bytes_per_second(peer, text, 16, now),
-            "first byte ms, 2 kB": lambda peer: first_byte_ms(peer, text, 2048, now),
-            "first byte ms, 8 kB": lambda peer: first_byte_ms(peer, text, 8192, now),
+        } | {
+            f"first byte ms, {size / 1024:g} kB": lambda peer, size=size: first_byte_ms(peer, text, size, now)
+            for size in args.prompts
         }
     chosen = {name: run for name, run in runs.items() if not args.only or name.startswith(tuple(args.only))}
     if not chosen:

@@ -5,6 +5,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache, LlamaConfig, StaticCache
 
 from .test_model import ALL, ROWS, cases
@@ -244,3 +246,30 @@ def test_a_cache_in_a_graph_can_be_extended_and_differentiated():
     model.zero_grad()
     model(IDS[:, :60], use_cache=False).logits[:, 40:].sum().backward()
     torch.testing.assert_close(gradient, model.model.pool_proj.weight.grad, atol=1e-3, rtol=1e-4)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Notes the bytes of the largest tensor that any operation makes."""
+
+    def __init__(self):
+        super().__init__()
+        self.num_bytes = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        output = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(output):
+            if isinstance(tensor, torch.Tensor):
+                self.num_bytes = max(self.num_bytes, tensor.untyped_storage().nbytes())
+        return output
+
+
+@pytest.mark.parametrize("options", cases(PATCHING, POOLING, MIXERS))
+@torch.no_grad()
+def test_memory_for_a_prompt_grows_with_its_length_and_not_faster(options):
+    model, largest = tiny_model(**options), []
+    for num_bytes in (2000, 4000):
+        ids = torch.tensor([(IDS[0].tolist() * 30)[:num_bytes]])
+        with LargestTensor() as tensors:
+            model(ids, past_key_values=DynamicCache(config=model.config), logits_to_keep=1)
+        largest.append(tensors.num_bytes)
+    assert largest[1] < 2.1 * largest[0]
