@@ -8,7 +8,7 @@ Models take turns, so that a noisy machine is noisy for all; every figure is the
 and the highest. Time is CPU time of this process (`--clock wall` for wall-clock). Peak memory comes from a process of
 its own for each model. All models are untrained: speed does not depend on it, except that the patch length of generated
 text would; so all write the given text (`Forced`) through `generate`. `stlm-onnx` is `stlm` with its steps in ONNX
-Runtime (`modeling_stlm.inference.onnx_steps`), the same text. BLT ends patches where its byte model is surprised; its
+Runtime (`modeling_stlm.inference.onnx_steps`), the same text; `stlm-onnx-int8` has weights of 8 bits there. BLT ends patches where its byte model is surprised; its
 threshold is set so that untrained patches have 4.5 bytes, it trains on whole rows, where the others have one with two
 documents, and it generates without its cache, which writes other text, three bytes instead of all.
 The last line is one JSON document.
@@ -44,7 +44,7 @@ from modeling_stlm.inference.onnx_steps import OnnxSteps, export_steps
 
 
 HERE = Path(__file__).parent
-MODELS = ("stlm", "stlm-onnx", "llama-bytes", "llama-bpe", "blt")
+MODELS = ("stlm", "stlm-onnx", "stlm-onnx-int8", "llama-bytes", "llama-bpe", "blt")
 PROMPT_BYTES, NEW_BYTES, SWEEP_BYTES = 1024, 256, 128
 PATCH_BYTES = 4.5  # of BLT
 CONTEXTS, BATCHES = (1024, 2048, 4096, 8192, 16384 - SWEEP_BYTES), (1, 4, 16, 64)
@@ -100,10 +100,10 @@ def build(name: str, args: argparse.Namespace) -> Peer:
     else:
         return Peer(*blt(stored, text, PATCH_BYTES), {"use_cache": False})
     peer = Peer(AutoModelForCausalLM.from_config(config), tokenizer)
-    if name != "stlm-onnx":
+    if "onnx" not in name:
         return peer
     with TemporaryDirectory() as folder:
-        export_steps(peer.model, folder)
+        export_steps(peer.model, folder, quantize=name.endswith("int8"))
         return peer._replace(options=peer.options | {"custom_generate": OnnxSteps(folder)}, can_train=False)
 
 

@@ -154,8 +154,8 @@ def export_steps(model: STLMForCausalLM, folder: str | Path, quantize: bool = Fa
     patch_states = tuple(torch.zeros(rows, patches, *heads) for _ in range(2 * len(config.trunk_schedule)))
     last = torch.zeros(rows, width)
     row, patch = torch.export.Dim("rows", min=1, max=2**20), torch.export.Dim("patches", min=1, max=2**20)
-    # No tensor twice: the exporter would take two inputs for one.
-    small = {"ids": context[:, :1], "context": context, "kept": terms}
+    # No tensor twice and no views: the exporter would take two inputs for one, or leave sizes open.
+    small = {"ids": context[:, :1].clone(), "context": context, "kept": terms}
     small |= {"open_bytes": counts, "memory": torch.zeros_like(counts)}
     ended = {"last": last, "sums": terms, "num_bytes": counts, "start": counts + 1}
     seen = {"last": last, "visible": last.clone()}

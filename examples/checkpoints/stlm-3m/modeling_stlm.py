@@ -848,8 +848,8 @@ class STLMModel(STLMPreTrainedModel):
         terms = grams[:, :, None] * self.ngram_weights  # (B, T, tables, n)
         if self.has_words:  # the last table
             terms[:, :, -1] *= word_so_far(self.byte_kinds, self.word_ends, context, longest, positions)
-        # ExecuTorch sums integers in float32, so exported graphs add them one by one.
-        digest = (sum(terms.unbind(-1)) if is_torchdynamo_exporting() else terms.sum(-1)) % HASH_PRIME
+        # ExecuTorch sums integers in float32, so exported graphs add them up in pairs.
+        digest = (_sum_by_pairs(terms) if is_torchdynamo_exporting() else terms.sum(-1)) % HASH_PRIME
         ngrams = self.ngram_embed_tokens(digest % self.ngram_rows + self.ngram_offsets)  # (B, T, tables, size)
         return hidden_states + (ngrams.sum(-2) if self.ngram_proj is None else self.ngram_proj(ngrams.flatten(-2)))
 
@@ -1215,6 +1215,17 @@ class STLMModel(STLMPreTrainedModel):
         pool.num_patches = ended[:, -1]
         pool.open_bytes, pool.memory = found.state
         self._note_bytes(pool, context, lengths)
+
+
+def _sum_by_pairs(terms: torch.Tensor) -> torch.Tensor:
+    """`terms.sum(-1)` by additions alone."""
+    while terms.shape[-1] > 1:
+        half = terms.shape[-1] // 2
+        rest = terms[..., 2 * half :]
+        terms = terms[..., :half] + terms[..., half : 2 * half]
+        if rest.shape[-1]:
+            terms = torch.cat([terms, rest], dim=-1)
+    return terms[..., 0]
 
 
 def _some_rows(flags: torch.Tensor) -> torch.Tensor | None:
