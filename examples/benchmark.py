@@ -8,9 +8,10 @@ Models take turns, so that a noisy machine is noisy for all; every figure is the
 and the highest. Time is CPU time of this process (`--clock wall` for wall-clock). Peak memory comes from a process of
 its own for each model. All models are untrained: speed does not depend on it, except that the patch length of generated
 text would; so all write the given text (`Forced`) through `generate`. `stlm-onnx` is `stlm` with its steps in ONNX
-Runtime (`modeling_stlm.inference.onnx_steps`), the same text; `stlm-onnx-int8` has weights of 8 bits there. BLT ends patches where its byte model is surprised; its
-threshold is set so that untrained patches have 4.5 bytes, it trains on whole rows, where the others have one with two
-documents, and it generates without its cache, which writes other text, three bytes instead of all.
+Runtime (`modeling_stlm.inference.onnx_steps`), the same text; `stlm-onnx-int8` has matrices of 8 bits there, which cost
+some quality that this does not show. BLT ends patches where its byte model is surprised; its threshold is set so that
+untrained patches have 4.5 bytes, it trains on whole rows, where the others have one with two documents, and it generates
+without its cache, which writes other text, three bytes instead of all.
 The last line is one JSON document.
 """
 
@@ -54,7 +55,7 @@ class Peer(NamedTuple):
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     options: dict = {"use_cache": True}  # of `generate`
-    can_train: bool = True
+    is_complete: bool = True  # and not only the steps of `generate`
 
     @property
     def num_steps(self) -> int | None:
@@ -82,6 +83,8 @@ def parse_arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if args.plot and not args.sweep:
         parser.error("--plot draws what --sweep measures")
+    if max(args.prompts) > args.text.stat().st_size:
+        parser.error(f"--prompts are longer than {args.text}, which has {args.text.stat().st_size:,} bytes")
     return args
 
 
@@ -104,7 +107,7 @@ def build(name: str, args: argparse.Namespace) -> Peer:
         return peer
     with TemporaryDirectory() as folder:
         export_steps(peer.model, folder, quantize=name.endswith("int8"))
-        return peer._replace(options=peer.options | {"custom_generate": OnnxSteps(folder)}, can_train=False)
+        return peer._replace(options=peer.options | {"custom_generate": OnnxSteps(folder)}, is_complete=False)
 
 
 class Forced(LogitsProcessor):
@@ -191,7 +194,7 @@ def decoded_bytes_per_second(peer: Peer, text: bytes, num_rows: int, context: in
 
 
 def first_byte_ms(peer: Peer, text: bytes, prompt_bytes: int, now) -> float:
-    """Time to the first byte of an answer: tokenizing, prompt, one step."""
+    """Time to the first byte of an answer: tokenizing and the prompt."""
     peer.model.eval()
     prompt = rows_of(text, 1, prompt_bytes)
     started = now()
@@ -325,7 +328,7 @@ def main():
     for repeat in range(0 if args.sweep else -1, args.repeats):
         for measure, run in measures.items():
             for name, peer in peers.items():
-                if measure.startswith("train") and not peer.can_train:
+                if measure.startswith(("train", "first byte")) and not peer.is_complete:
                     continue
                 value = run(peer)
                 if repeat >= 0:  # one round warms up; in a sweep every prompt does
@@ -337,7 +340,7 @@ def main():
     }
     if not args.only and not args.sweep:
         for name, peer in peers.items():
-            if peer.can_train:  # the process of the other one has exported graphs, too
+            if peer.is_complete:  # the process of another one has exported graphs, too
                 table[name] |= peak_memory_mb(name, args)
     columns = list(dict.fromkeys(column for row in table.values() for column in row))
     print(

@@ -3,24 +3,26 @@
 
     python examples/drafts.py examples/checkpoints/stlm-10m --train 'train/*.jsonl.gz' --validation validation.jsonl.gz
 
-Trains a small recurrent draft layer on the frozen model (as EAGLE, arXiv:2401.15077, and Hydra, arXiv:2402.05109, do): from
-the hidden state of a byte and the byte after it to the next one, and so on. Then counts, for texts of several kinds, the
+Trains a small recurrent draft layer on the frozen model (in the manner of Hydra, arXiv:2402.05109): from the hidden state of
+a byte and the byte after it to the next one, and so on. Then counts, for texts of several kinds, the
 bytes that one pass would yield: the one that the model gives anyway, and the drafted ones before the first mistake. Kinds
 are held-out text by source (what sampling writes, if the model is right) and what the model writes itself. Drafters:
 
 - `layer`: the draft layer, greedily. `layer, inside a patch`: it stops before a byte that would end a patch, so that no
   pass runs the trunk for a patch that is taken back.
-- `lookup`: what followed the last two bytes before (`generate(prompt_lookup_num_tokens=...)`).
-- `perfect, inside a patch`: the likeliest byte of the model itself, which no drafter of one proposal can beat.
+- `lookup`: what followed the last two bytes (or the last one) when they first came, as
+  `generate(prompt_lookup_num_tokens=...)` drafts.
+- `model, inside a patch`: the likeliest byte of the model itself at each place, about what a drafter of one proposal can
+  come to that stops at the ends of patches.
 
-Beside them CPU milliseconds: of a plain step and of a pass over several bytes that ends no patch, and of a byte of greedy
-`generate`, plain and with lookup, in turns.
+Beside them CPU milliseconds: of a plain step and of a pass over several bytes, half of those of the pass before taken back,
+where no patch ends; and of a byte of greedy `generate`, plain and with lookup, in turns.
 """
 
 import argparse
+import copy
 import json
 import time
-from itertools import cycle
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -45,7 +47,9 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint")
     parser.add_argument("--train", nargs="+", required=True)
-    parser.add_argument("--validation", required=True, help="JSON lines with text and source")
+    parser.add_argument(
+        "--validation", required=True, help="JSON lines with text and source; all but small sources are measured"
+    )
     parser.add_argument("--minutes", type=float, default=10, help="of CPU time, for the draft layer")
     parser.add_argument("--size", type=int, default=256, help="intermediate size of the draft layer")
     parser.add_argument("--drafted", type=int, default=4, help="bytes drafted at once")
@@ -69,26 +73,28 @@ class DraftLayer(nn.Module):
 
 def train(layer: DraftLayer, model, windows: PackedWindows, drafted: int, minutes: float) -> int:
     """Steps taken."""
+    step, started, table = 0, time.process_time(), model.get_input_embeddings().weight
     optimizer = torch.optim.AdamW(layer.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0.0)
     loader = DataLoader(windows, batch_size=8, shuffle=True, generator=torch.Generator().manual_seed(0))
-    started, table = time.process_time(), model.get_input_embeddings().weight
-    for step, batch in enumerate(cycle(loader)):
-        share = (time.process_time() - started) / 60 / minutes
-        if share >= 1:
-            return step
-        optimizer.param_groups[0]["lr"] = 3e-3 * min(1, 2 - 2 * share)
-        ids = batch["input_ids"]
-        with torch.no_grad():
-            hidden = model.model(ids, position_ids=batch["position_ids"], use_cache=False).last_hidden_state
-        loss, num_bytes = 0, ids.shape[1] - drafted - 1
-        hidden = hidden[:, :num_bytes]
-        for i in range(1, drafted + 1):
-            hidden = layer(hidden, table[ids[:, i : i + num_bytes]])
-            logits = F.linear(layer.norm(hidden), table)
-            loss = loss + F.cross_entropy(logits.flatten(0, 1), ids[:, i + 1 : i + 1 + num_bytes].flatten())
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    while True:
+        for batch in loader:
+            share = (time.process_time() - started) / 60 / minutes
+            if share >= 1:
+                return step
+            optimizer.param_groups[0]["lr"] = 3e-3 * min(1, 2 - 2 * share)
+            ids = batch["input_ids"]
+            with torch.no_grad():
+                hidden = model.model(ids, position_ids=batch["position_ids"], use_cache=False).last_hidden_state
+            loss, num_bytes = 0, ids.shape[1] - drafted - 1
+            hidden = hidden[:, :num_bytes]
+            for i in range(1, drafted + 1):
+                hidden = layer(hidden, table[ids[:, i : i + num_bytes]])
+                logits = F.linear(layer.norm(hidden), table)
+                loss = loss + F.cross_entropy(logits.flatten(0, 1), ids[:, i + 1 : i + 1 + num_bytes].flatten())
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            step += 1
 
 
 def bytes_a_pass(agreed: torch.Tensor) -> float:
@@ -104,9 +110,9 @@ def bytes_a_pass(agreed: torch.Tensor) -> float:
 
 @torch.no_grad()
 def measure(layer: DraftLayer, model, ids: torch.Tensor, drafted: int) -> dict[str, float]:
-    """Bytes a pass for each drafter, on the texts `ids (B, T)`; the first bytes of a row are context only."""
+    """Bytes a pass for each drafter, on the texts `ids (B, T)`, of which the first `PROMPT` bytes are context only."""
     outputs = model(ids, use_cache=False, output_boundaries=True, output_hidden_states=True)
-    first, num_bytes = PROMPT // 2, ids.shape[1] - PROMPT // 2 - drafted - 1
+    first, num_bytes = PROMPT, ids.shape[1] - PROMPT - drafted - 1
 
     def ahead(states: torch.Tensor) -> torch.Tensor:  # (B, T, drafted): of the bytes two and more after each
         return states[:, first + 2 : first + 1 + num_bytes + drafted].unfold(1, drafted, 1)
@@ -136,11 +142,11 @@ def measure(layer: DraftLayer, model, ids: torch.Tensor, drafted: int) -> dict[s
         "layer": bytes_a_pass(agreed(drafts, False)),
         "layer, inside a patch": bytes_a_pass(agreed(drafts, True)),
         "lookup": bytes_a_pass(agreed(looked_up, False)),
-        "perfect, inside a patch": bytes_a_pass(agreed(likeliest, True)),
+        "model, inside a patch": bytes_a_pass(agreed(likeliest, True)),
     }
 
 
-def texts(model, tokenizer, validation: str, num_rows: int) -> dict[str, torch.Tensor]:
+def texts_by_kind(model, tokenizer, validation: str, num_rows: int) -> dict[str, torch.Tensor]:
     """Ids (B, T) of each kind of text."""
     by_source = {}
     for row in load_dataset("json", data_files=validation, split="train"):
@@ -150,47 +156,53 @@ def texts(model, tokenizer, validation: str, num_rows: int) -> dict[str, torch.T
         ids = torch.tensor(tokenizer("\n\n".join(rows), add_special_tokens=False)["input_ids"])
         if len(ids) >= num_rows * WINDOW:
             kinds[source] = ids[: num_rows * WINDOW].view(num_rows, WINDOW)
+    if not kinds:
+        raise SystemExit(f"no source of {validation} has {num_rows * WINDOW:,} bytes: give fewer --rows")
     prompts = torch.cat([rows[:2, :PROMPT] for rows in kinds.values()])
+    # A checkpoint may bring other defaults.
     options = {"attention_mask": torch.ones_like(prompts), "max_new_tokens": WRITTEN, "eos_token_id": None}
+    sampling = {"do_sample": True, "top_k": 0, "top_p": 1.0}
     torch.manual_seed(0)
-    kinds["written greedily"] = model.generate(prompts, do_sample=False, **options)[:, PROMPT // 2 :]
-    kinds["sampled"] = model.generate(prompts, do_sample=True, top_k=0, **options)[:, PROMPT // 2 :]
-    kinds["sampled, temperature 0.7"] = model.generate(prompts, do_sample=True, top_k=0, temperature=0.7, **options)[
-        :, PROMPT // 2 :
-    ]
-    return kinds
+    return kinds | {
+        "written greedily": model.generate(prompts, do_sample=False, **options),
+        "sampled": model.generate(prompts, temperature=1.0, **sampling, **options),
+        "sampled, temperature 0.7": model.generate(prompts, temperature=0.7, **sampling, **options),
+    }
 
 
 @torch.no_grad()
 def pass_milliseconds(model, tokenizer, num_bytes: int, repeats: int = 200) -> float:
-    """CPU time of `num_bytes` bytes in the middle of a patch, half of which are then taken back."""
+    """CPU time of a pass over `num_bytes` bytes after another one, half of whose bytes are taken back first."""
     prompt, word = (tokenizer([text], return_tensors="pt")["input_ids"] for text in ("All of the words ", "abcdefgh"))
-    cache, spent = DynamicCache(config=model.config), 0.0
-    cache.activate_past_recording()
-    model(prompt, past_key_values=cache, use_cache=True)
-    for _ in range(repeats):
+    before, spent = DynamicCache(config=model.config), 0.0
+    if num_bytes > 1:
+        before.activate_past_recording()
+    model(prompt, past_key_values=before, use_cache=True)
+    ended = model(word[:, :num_bytes], past_key_values=before, use_cache=True, output_boundaries=True).boundaries
+    before.crop(-(num_bytes // 2))
+    for repeat in range(repeats):
+        cache = copy.deepcopy(before)
         started = time.process_time()
-        model(word[:, :num_bytes], past_key_values=cache, use_cache=True)
-        cache.crop(-(num_bytes // 2))
+        outputs = model(word[:, :num_bytes], past_key_values=cache, use_cache=True, output_boundaries=not repeat)
         spent += time.process_time() - started
-        cache.crop(-(num_bytes - num_bytes // 2))
+        ended = ended if repeat else ended | outputs.boundaries
+    if ended.any():
+        raise SystemExit("a patch of this model ends in the middle of a word: the time of a pass without is unknown")
     return 1000 * spent / repeats
 
 
-def writing_milliseconds(model, prompts: torch.Tensor, drafted: int) -> dict[str, float]:
-    """CPU time of a byte written greedily after each of `prompts (B, T)`, the prompt's included."""
-    ways, spent = {"plain": {}, "lookup": {"prompt_lookup_num_tokens": drafted}}, {"plain": 0.0, "lookup": 0.0}
+def writing_milliseconds(model, tokenizer, prompts: torch.Tensor, drafted: int) -> tuple[dict[str, float], int]:
+    """CPU time of a byte written greedily after each of `prompts (B, T)`, the prompt's included; how many texts differ."""
+    ways, spent, different = {"plain": {}, "lookup": {"prompt_lookup_num_tokens": drafted}}, {}, 0
+    options = {"do_sample": False, "max_new_tokens": WRITTEN, "eos_token_id": None}
     for prompt in prompts:
-        texts = {}
-        for name, options in ways.items():
+        written = []
+        for name, way in ways.items():
             started = time.process_time()
-            texts[name] = model.generate(
-                prompt[None], do_sample=False, max_new_tokens=WRITTEN, eos_token_id=None, pad_token_id=256, **options
-            )
-            spent[name] += time.process_time() - started
-        if not torch.equal(texts["plain"], texts["lookup"]):
-            raise RuntimeError("drafts changed the text")
-    return {name: 1000 * seconds / len(prompts) / WRITTEN for name, seconds in spent.items()}
+            written.append(model.generate(prompt[None], pad_token_id=tokenizer.pad_token_id, **options, **way))
+            spent[name] = spent.get(name, 0.0) + time.process_time() - started
+        different += not torch.equal(*written)
+    return {name: 1000 * seconds / len(prompts) / WRITTEN for name, seconds in spent.items()}, different
 
 
 def main():
@@ -204,17 +216,20 @@ def main():
         steps = train(layer, model, PackedWindows(corpus, tokenizer, WINDOW), args.drafted, args.minutes)
     info = run_info()
     print(f"{args.checkpoint}, {info['device']}, commit {info['commit']}; draft layer of {args.size}, {steps} steps")
-    kinds = texts(model, tokenizer, args.validation, args.rows)
+    kinds = texts_by_kind(model, tokenizer, args.validation, args.rows)
     results = {kind: measure(layer, model, ids, args.drafted) for kind, ids in kinds.items()}
     drafters = list(next(iter(results.values())))
     table = [[kind, *(f"{row[name]:.2f}" for name in drafters)] for kind, row in results.items()]
     print(markdown_table([f"bytes a pass, {args.drafted} drafted", *drafters], table))
-    milliseconds = {n: pass_milliseconds(model, tokenizer, n) for n in (1, 2, 4, 8)}
+    milliseconds = {n: pass_milliseconds(model, tokenizer, n) for n in (1, 2, args.drafted + 1)}
     print("CPU ms of a pass:", ", ".join(f"{n} bytes {ms:.2f}" for n, ms in milliseconds.items()))
-    writing = writing_milliseconds(model, kinds["written greedily"][:, : PROMPT // 2], args.drafted)
-    print("CPU ms of a byte written greedily:", ", ".join(f"{name} {ms:.2f}" for name, ms in writing.items()))
-    times = {"pass": milliseconds, "byte": writing}
-    print(json.dumps({"results": results, "milliseconds": times, "arguments": vars(args)} | info))
+    writing, different = writing_milliseconds(model, tokenizer, kinds["written greedily"][:, :PROMPT], args.drafted)
+    print(
+        "CPU ms of a byte written greedily:", ", ".join(f"{name} {ms:.2f}" for name, ms in writing.items()), end="; "
+    )
+    print(f"{different} texts differ")
+    found = {"results": results, "pass": milliseconds, "byte": writing, "different": different}
+    print(json.dumps(found | {"arguments": vars(args)} | info))
 
 
 if __name__ == "__main__":

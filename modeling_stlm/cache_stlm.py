@@ -311,7 +311,8 @@ def write_patches(
         store = store.clone()  # an earlier call may have saved it for its backward
     if isinstance(at, slice):
         store.narrow(dim, at.start, new.shape[dim]).copy_(new)
-    elif rows is None and is_torchdynamo_exporting():  # ONNX Runtime is given other numbers by the index below
+    elif rows is None and is_torchdynamo_exporting():
+        # With the indexing below, a graph exported to ONNX writes other bytes (torch 2.13).
         index = at[..., None] if dim == 1 else at[:, None, :, None]
         store.scatter_(dim, index.expand_as(new), new)
     else:  # of a scatter a compiled graph makes a copy of the whole store

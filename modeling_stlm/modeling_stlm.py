@@ -73,7 +73,7 @@ from .patching_stlm import (
 
 
 ENTROPY_STEPS = 32  # of the entropy table in a bit
-FEW_BYTES = 16  # for which a product of windows is faster than the convolution of the library
+FEW_BYTES = 16  # for which, on a CPU, a product of windows is faster than the convolution of the library
 POOL_SCORE_CAP = 10.0
 SOFT_ID = -2  # in the byte history: an embedding that stands for no id
 
@@ -975,7 +975,7 @@ class STLMModel(STLMPreTrainedModel):
             index = index_patches(found, num_bytes if traced else None)
             sums, last = pool_patches(hidden_states, terms, index, pool.keys)
             pooled = self._pooled(*_of_rows(rows, sums, index.num_bytes, last))
-            self._append_patches(past_key_values, pooled, rows, self._shares(pool, probability, index.ends))
+            self._append_patches(past_key_values, pooled, rows, self._shares(pool, probability, index.ends, rows))
         visible = self._count_patches(pool, found, terms, lengths)
         self._note_bytes(pool, context, lengths)
         return visible, found.boundary
@@ -1008,7 +1008,7 @@ class STLMModel(STLMPreTrainedModel):
         rows = None if self._is_traced(past_key_values) else _some_rows(boundary)
         if rows is None or len(rows):
             pooled = self._pooled(*_of_rows(rows, sums, pool.open_bytes + 1, last))[:, None]
-            shares = self._shares(pool, probability, torch.zeros_like(pool.num_bytes)[:, None])
+            shares = self._shares(pool, probability, torch.zeros_like(pool.num_bytes)[:, None], rows)
             patches = self._append_patches(past_key_values, pooled, rows, shares)[:, 0].to(pool.visible.dtype)
             if rows is None:
                 pool.visible = torch.where(boundary[:, None], patches, pool.visible)
@@ -1034,20 +1034,22 @@ class STLMModel(STLMPreTrainedModel):
         pool.routed = last.clone()
         return probability, probability >= 0.5
 
-    def _shares(self, pool, probability: torch.Tensor | None, ends: torch.Tensor) -> torch.Tensor | None:
-        """With a cache: how much of each patch (B, P) that ends at `ends (B, P)` is new."""
+    def _shares(
+        self, pool, probability: torch.Tensor | None, ends: torch.Tensor, rows: torch.Tensor | None
+    ) -> torch.Tensor | None:
+        """With a cache: how much of each patch (R, P) of `rows` that ends at `ends (B, P)` is new."""
         if probability is None:
             return None
         is_first = (torch.arange(ends.shape[1], device=ends.device) == 0) & (pool.num_patches == 0)[:, None]
-        return self.router.shares(probability, ends, is_first)
+        return _of_rows(rows, self.router.shares(probability, ends, is_first))[0]
 
     def _append_patches(
         self, past_key_values: Cache, pooled: torch.Tensor, rows: torch.Tensor | None, shares: torch.Tensor | None
     ) -> torch.Tensor:
-        """Run the trunk on the new patches `pooled (R, P, G)` of `rows (R,)`, and store them: (R, P, D).
+        """Run the trunk on the new patches `pooled (R, P, G)` of `rows (R,)` (`None`: all), and store them: (R, P, D).
 
         Entries past what a row completed are stored too: the row's next patches go over them, and nobody reads them
-        before. `shares (B, P)` are of all rows.
+        before. `shares (R, P)` are those of a router.
         """
         pool, num_new = self._pool_slot(past_key_values), pooled.shape[1]
         num_rows = pool.num_patches.shape[0]
@@ -1066,7 +1068,7 @@ class STLMModel(STLMPreTrainedModel):
         patches = self.trunk(pooled, allowed, new, past_key_values, {"num_rows": num_rows, **where})
         patches = self.unpool_proj(patches)
         if shares is not None:
-            patches = smooth_patches(patches, *_of_rows(rows, shares, pool.visible))
+            patches = smooth_patches(patches, shares, *_of_rows(rows, pool.visible))
         past_key_values.update(pool.keys, patches, self.num_byte_layers, **where)
         return patches
 
@@ -1236,7 +1238,7 @@ def _some_rows(flags: torch.Tensor) -> torch.Tensor | None:
 
 def _of_rows(rows: torch.Tensor | None, *states: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """`states` (B, ...) of `rows` (R,); of all for `None`."""
-    # `states[rows]` takes three times as long.
+    # `states[rows]` takes three times as long on a CPU.
     return states if rows is None else tuple(state.index_select(0, rows) for state in states)
 
 

@@ -225,8 +225,8 @@ def greedy(model: PeftModel, ids: torch.Tensor) -> torch.Tensor:
 
 
 def test_an_adapter_for_each_row_refuses_a_cache():
-    # With a cache the trunk runs for the rows whose patch just ended, and peft counts rows in every layer. It refuses
-    # rather than giving a row the adapter of another; `use_cache=False` is the way, as the test above has it.
+    # With a cache pooling and the trunk run for the rows whose patch just ended, and peft counts rows in every layer. It
+    # refuses rather than giving a row the adapter of another; `use_cache=False` is the way, as the test above has it.
     with pytest.raises(
         ValueError, match=r"`adapter_names` should be the same as the number of inputs, but got 3 and \d"
     ):
