@@ -273,3 +273,19 @@ def test_memory_for_a_first_prompt_grows_with_its_length_and_not_faster(options)
             model(ids, past_key_values=DynamicCache(config=model.config), logits_to_keep=1)
         largest.append(tensors.size)
     assert largest[1] < 2.1 * largest[0]
+
+
+def test_gradients_through_a_cache_of_ragged_rows_are_those_of_one_pass():
+    inputs = batch([ids_of(TEXT)[:40], ids_of("A short one. And more"), ids_of("Ends mid wor")], "left")
+    gradients = []
+    for sizes in ((40,), (25, *[1] * 15), (9, 8)):
+        model = tiny_model()
+        logits, _ = feed(model, **inputs, sizes=sizes)
+        valid = inputs["attention_mask"].bool()
+        logits[valid].square().mean().backward()
+        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    for other in gradients[1:]:
+        for name, expected in gradients[0].items():
+            torch.testing.assert_close(
+                other[name], expected, atol=1e-4 * float(expected.abs().max()), rtol=0, msg=name
+            )

@@ -98,6 +98,8 @@ def test_a_decoding_step_compiles_into_one_graph_once():
     parts += [step(ids[:, t : t + 1], past_key_values=cache, use_cache=True).logits for t in range(30, 60)]
     assert_equal(torch.cat(parts, 1), expected)
     assert len(graphs) == 1
+    # Of a store that a scatter writes to, inductor makes a copy at every step.
+    assert not any("scatter" in str(node.target) for node in graphs[0].graph.nodes)
 
 
 @pytest.mark.slow
