@@ -323,15 +323,16 @@ def main():
     title = f"{args.preset}, {info['device']}, commit {info['commit']}"
     print(f"{title}, {args.repeats} repeats, {args.clock} clock")
     results = {name: {measure: [] for measure in measures} for name in peers}
-    for peer in peers.values():  # whatever is made at the first step
-        decoded_bytes_per_second(peer, text, 1, 256, time.process_time)
+    if args.sweep:  # otherwise a whole round warms up
+        for peer in peers.values():
+            decoded_bytes_per_second(peer, text, 1, 256, time.process_time)
     for repeat in range(0 if args.sweep else -1, args.repeats):
         for measure, run in measures.items():
             for name, peer in peers.items():
                 if measure.startswith(("train", "first byte")) and not peer.is_complete:
                     continue
                 value = run(peer)
-                if repeat >= 0:  # one round warms up; in a sweep every prompt does
+                if repeat >= 0:
                     results[name][measure].append(value)
     table = {
         name: about(name, peer, text)

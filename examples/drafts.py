@@ -52,9 +52,12 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--minutes", type=float, default=10, help="of CPU time, for the draft layer")
     parser.add_argument("--size", type=int, default=256, help="intermediate size of the draft layer")
-    parser.add_argument("--drafted", type=int, default=4, help="bytes drafted at once")
+    parser.add_argument("--drafted", type=int, default=4, help="bytes drafted at once, up to 7")
     parser.add_argument("--rows", type=int, default=8, help="windows of each kind of text")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if not 1 <= args.drafted <= 7:
+        parser.error(f"--drafted takes 1 to 7 bytes, got {args.drafted}: passes of more are not timed inside a patch")
+    return args
 
 
 class DraftLayer(nn.Module):
