@@ -206,6 +206,12 @@ class STLMAttention(nn.Module):
     def attend(self, query, key, value, allowed: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attention of `query (B, H, T, K)` where `allowed (B, 1, T, S)`; `None`: to all, or all earlier ones."""
         implementation = self.config._attn_implementation
+        probability = self.config.attention_dropout if self.training else 0.0
+        if implementation == "sdpa" and allowed is None and query.shape[2] == 1:
+            # One query a head: heads that share keys are the queries of one product, which reads the keys once.
+            groups = query.view(-1, self.num_key_value_heads, self.num_key_value_groups, self.head_dim)
+            output = F.scaled_dot_product_attention(groups, key, value, dropout_p=probability, scale=self.scaling)
+            return output.flatten(1)[:, None], None
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
         if implementation != "sdpa":
             if allowed is None:
@@ -213,7 +219,6 @@ class STLMAttention(nn.Module):
                 allowed = (allowed.tril(key.shape[2] - query.shape[2]) if self.is_causal else allowed)[None, None]
             bias = torch.zeros(allowed.shape, dtype=query.dtype, device=query.device)
             allowed = bias.masked_fill_(~allowed, torch.finfo(query.dtype).min)
-        probability = self.config.attention_dropout if self.training else 0.0
         output, weights = attention(self, query, key, value, allowed, dropout=probability, scaling=self.scaling)
         return output.flatten(2), weights  # (B, T, H * K), (B, H, T, S)
 
@@ -633,8 +638,12 @@ class STLMModel(STLMPreTrainedModel):
             STLMByteLayer(config, i) for i in range(config.num_front_layers, config.num_byte_layers)
         )
         self.norm = make_norm(config, width)
-        for name, table in self.tables(config).items():
-            self.register_buffer(name, table, persistent=False)
+        device = torch.get_default_device()
+        # Loading builds models on the meta device, where arithmetic takes ten times as long.
+        with torch.device("cpu"):
+            tables = self.tables(config)
+        for name, table in tables.items():
+            self.register_buffer(name, table.to(device), persistent=False)
         if config.patching == "entropy":
             # Filled by `training/entropy_table.py`. Without, all that is not a special token is unsurprising.
             self.register_buffer("entropy_table", torch.zeros(config.entropy_rows, dtype=torch.uint8))
