@@ -27,6 +27,7 @@ from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
+from transformers.generation import PromptLookupCandidateGenerator
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
     MaskedLMOutput,
@@ -45,7 +46,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from .budget_stlm import BudgetMixin
 from .cache_stlm import STLMPoolCacheLayer
 from .configuration_stlm import STLMConfig
-from .generation_stlm import UTF8LogitsProcessor
+from .generation_stlm import RepeatCandidateGenerator, UTF8LogitsProcessor
 from .patching_stlm import (
     HASH_PRIME,
     RULE_CONTEXT_BYTES,
@@ -1350,7 +1351,8 @@ class STLMForCausalLM(STLMPreTrainedModel, GenerationMixin):
     """The model with a head that predicts the next byte.
 
     `generate` takes `valid_utf8=True`, or finds it in the generation config: text is well-formed UTF-8 then, whatever the
-    logits are.
+    logits are. With `prompt_lookup_num_tokens=48` text that repeats itself is drafted and checked in one pass, which
+    changes nothing but the time ([`RepeatCandidateGenerator`]).
 
     Example:
 
@@ -1392,6 +1394,12 @@ class STLMForCausalLM(STLMPreTrainedModel, GenerationMixin):
             forced = generation_config.forced_eos_token_id is not None
             processors.insert(0, UTF8LogitsProcessor(generation_config.max_length - forced))
         return processors
+
+    def _get_candidate_generator(self, generation_config, *args, **kwargs):
+        generator = super()._get_candidate_generator(generation_config, *args, **kwargs)
+        if type(generator) is PromptLookupCandidateGenerator and generation_config.max_matching_ngram_size is None:
+            return RepeatCandidateGenerator(generation_config.prompt_lookup_num_tokens, generation_config.max_length)
+        return generator
 
     @staticmethod
     def create_masks_for_generate(config, inputs_embeds, attention_mask, past_key_values, **kwargs):
