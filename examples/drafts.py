@@ -1,28 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How many bytes a pass of the model could confirm if something cheap drafted them (lossless speculative decoding).
+"""How many bytes a pass of the model confirms if something cheap drafts them (lossless speculative decoding).
 
     python examples/drafts.py examples/checkpoints/stlm-10m --train 'train/*.jsonl.gz' --validation validation.jsonl.gz
 
-Trains a small recurrent draft layer on the frozen model (in the manner of Hydra, arXiv:2402.05109): from the hidden state of
-a byte and the byte after it to the next one, and so on. Then counts, for texts of several kinds, the
-bytes that one pass would yield: the one that the model gives anyway, and the drafted ones before the first mistake. Kinds
-are held-out text by source (what sampling writes, if the model is right) and what the model writes itself. Drafters:
+Bytes a pass for texts of several kinds: the one that the model gives anyway, and the drafted ones before the first mistake.
+Kinds are held-out text by source (what sampling writes, if the model is right), what the model writes itself, and text
+that comes twice with a few words changed (what a model does that edits). Drafters:
 
-- `layer`: the draft layer, greedily. `layer, inside a patch`: it stops before a byte that would end a patch, so that no
-  pass runs the trunk for a patch that is taken back.
-- `lookup`: what followed the last two bytes (or the last one) when they first came, as
-  `generate(prompt_lookup_num_tokens=...)` drafts.
+- `repeats`: those of `generate(prompt_lookup_num_tokens=48)`. Also measured: CPU milliseconds of a byte that `generate` is
+  made to write, plain and with these drafts, in turns.
+- `layer`: a small recurrent draft layer, greedily (in the manner of Hydra, arXiv:2402.05109), trained here on the frozen
+  model: from the hidden state of a byte and the byte after it to the next one, and so on. `layer, inside a patch`: it stops
+  before a byte that would end a patch, so that no pass runs the trunk for a patch that is taken back.
 - `model, inside a patch`: the likeliest byte of the model itself at each place, about what a drafter of one proposal can
   come to that stops at the ends of patches.
 
-Beside them CPU milliseconds: of a plain step and of a pass over several bytes, half of those of the pass before taken back,
-where no patch ends; and of a byte of greedy `generate`, plain and with lookup, in turns.
+At the end CPU milliseconds of a plain step and of a pass over several bytes, half of those of the pass before taken back,
+where no patch ends.
 """
 
 import argparse
 import copy
 import json
 import time
+from itertools import takewhile
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -34,13 +35,14 @@ from tables import markdown_table
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
-from transformers.generation import PromptLookupCandidateGenerator
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, LogitsProcessor
 
+from modeling_stlm.generation_stlm import RepeatCandidateGenerator
 from modeling_stlm.training.corpus import PackedWindows, write_corpus
 
 
 WINDOW, WRITTEN, PROMPT = 1024, 512, 128
+REPEATS = {"prompt_lookup_num_tokens": 48}
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -52,7 +54,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--minutes", type=float, default=10, help="of CPU time, for the draft layer")
     parser.add_argument("--size", type=int, default=256, help="intermediate size of the draft layer")
-    parser.add_argument("--drafted", type=int, default=4, help="bytes drafted at once, up to 7")
+    parser.add_argument("--drafted", type=int, default=4, help="bytes the draft layer drafts at once, up to 7")
     parser.add_argument("--rows", type=int, default=8, help="windows of each kind of text")
     args = parser.parse_args()
     if not 1 <= args.drafted <= 7:
@@ -132,21 +134,29 @@ def measure(layer: DraftLayer, model, ids: torch.Tensor, drafted: int) -> dict[s
         drafts.append(byte)
     drafts = torch.stack(drafts, -1)
     likeliest = ahead(F.pad(outputs.logits.argmax(-1), (1, -1)))
-    lookup = PromptLookupCandidateGenerator(
-        num_output_tokens=drafted, max_matching_ngram_size=2, max_length=ids.shape[1] + drafted
-    )
-    looked_up = torch.full_like(drafts, -1)
-    for row, text in enumerate(ids):
-        for t in range(num_bytes):
-            prefix = text[None, : first + t + 2]
-            found = lookup.get_candidates(prefix)[0][0, prefix.shape[1] :]
-            looked_up[row, t, : len(found)] = found
     return {
+        "repeats": bytes_a_pass(torch.tensor([repeats_agreed(text, num_bytes) for text in ids.tolist()])),
         "layer": bytes_a_pass(agreed(drafts, False)),
         "layer, inside a patch": bytes_a_pass(agreed(drafts, True)),
-        "lookup": bytes_a_pass(agreed(looked_up, False)),
         "model, inside a patch": bytes_a_pass(agreed(likeliest, True)),
     }
+
+
+def repeats_agreed(text: list[int], num_bytes: int) -> list[int]:
+    """How many drafts of `generate` are right behind each of `num_bytes` bytes, the first of them after the prompt."""
+    drafter, agreed = RepeatCandidateGenerator(REPEATS["prompt_lookup_num_tokens"], len(text) + 1), []
+    for end in range(PROMPT + 2, PROMPT + 2 + num_bytes):
+        draft = drafter.get_candidates(torch.tensor([text[:end]]))[0][0, end:].tolist()
+        right = (a == b for a, b in zip(draft, text[end:]))
+        agreed.append(len(list(takewhile(bool, right))))
+    return agreed
+
+
+def edited(text: torch.Tensor) -> torch.Tensor:
+    """`text (T,)` and behind it the same text with every tenth word in capital letters: (2 T,)."""
+    words = bytes(text.tolist()).split(b" ")
+    changed = b" ".join(word.upper() if i % 10 == 9 else word for i, word in enumerate(words))
+    return torch.cat([text, torch.tensor(list(changed))])
 
 
 def texts_by_kind(model, tokenizer, validation: str, num_rows: int) -> dict[str, torch.Tensor]:
@@ -161,6 +171,7 @@ def texts_by_kind(model, tokenizer, validation: str, num_rows: int) -> dict[str,
             kinds[source] = ids[: num_rows * WINDOW].view(num_rows, WINDOW)
     if not kinds:
         raise SystemExit(f"no source of {validation} has {num_rows * WINDOW:,} bytes: give fewer --rows")
+    kinds["twice, edited"] = torch.stack([edited(rows[0, : WINDOW // 2]) for rows in kinds.values()])
     prompts = torch.cat([rows[:2, :PROMPT] for rows in kinds.values()])
     # A checkpoint may bring other defaults.
     options = {"attention_mask": torch.ones_like(prompts), "max_new_tokens": WRITTEN, "eos_token_id": None}
@@ -194,18 +205,31 @@ def pass_milliseconds(model, tokenizer, num_bytes: int, repeats: int = 200) -> f
     return 1000 * spent / repeats
 
 
-def writing_milliseconds(model, tokenizer, prompts: torch.Tensor, drafted: int) -> tuple[dict[str, float], int]:
-    """CPU time of a byte written greedily after each of `prompts (B, T)`, the prompt's included; how many texts differ."""
-    ways, spent, different = {"plain": {}, "lookup": {"prompt_lookup_num_tokens": drafted}}, {}, 0
-    options = {"do_sample": False, "max_new_tokens": WRITTEN, "eos_token_id": None}
-    for prompt in prompts:
-        written = []
-        for name, way in ways.items():
+class Follow(LogitsProcessor):
+    """Has `text` (T,) written whatever the logits are."""
+
+    def __init__(self, text: torch.Tensor):
+        self.text = text
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        forced = torch.full_like(scores, -torch.inf)
+        forced[:, self.text[input_ids.shape[1]]] = 0
+        return forced
+
+
+def writing_milliseconds(model, texts: torch.Tensor) -> dict[str, float]:
+    """CPU time of a byte of `texts (B, T)` when `generate` writes them behind their prompts, the prompts' included."""
+    spent = {"plain": 0.0, "repeats": 0.0}
+    options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 256, "use_cache": True}
+    for text in texts:
+        prompt = {"input_ids": text[None, :PROMPT], "attention_mask": torch.ones(1, PROMPT, dtype=torch.long)}
+        for name, way in (("plain", {}), ("repeats", REPEATS)):
             started = time.process_time()
-            written.append(model.generate(prompt[None], pad_token_id=tokenizer.pad_token_id, **options, **way))
-            spent[name] = spent.get(name, 0.0) + time.process_time() - started
-        different += not torch.equal(*written)
-    return {name: 1000 * seconds / len(prompts) / WRITTEN for name, seconds in spent.items()}, different
+            written = model.generate(**prompt, **options, **way, max_length=len(text), logits_processor=[Follow(text)])
+            spent[name] += time.process_time() - started
+            if not torch.equal(written[0], text):
+                raise SystemExit("generate did not write the text it was made to write")
+    return {name: 1000 * seconds / texts[:, PROMPT:].numel() for name, seconds in spent.items()}
 
 
 def main():
@@ -220,19 +244,17 @@ def main():
     info = run_info()
     print(f"{args.checkpoint}, {info['device']}, commit {info['commit']}; draft layer of {args.size}, {steps} steps")
     kinds = texts_by_kind(model, tokenizer, args.validation, args.rows)
-    results = {kind: measure(layer, model, ids, args.drafted) for kind, ids in kinds.items()}
-    drafters = list(next(iter(results.values())))
-    table = [[kind, *(f"{row[name]:.2f}" for name in drafters)] for kind, row in results.items()]
-    print(markdown_table([f"bytes a pass, {args.drafted} drafted", *drafters], table))
-    milliseconds = {n: pass_milliseconds(model, tokenizer, n) for n in (1, 2, args.drafted + 1)}
-    print("CPU ms of a pass:", ", ".join(f"{n} bytes {ms:.2f}" for n, ms in milliseconds.items()))
-    writing, different = writing_milliseconds(model, tokenizer, kinds["written greedily"][:, :PROMPT], args.drafted)
-    print(
-        "CPU ms of a byte written greedily:", ", ".join(f"{name} {ms:.2f}" for name, ms in writing.items()), end="; "
-    )
-    print(f"{different} texts differ")
-    found = {"results": results, "pass": milliseconds, "byte": writing, "different": different}
-    print(json.dumps(found | {"arguments": vars(args)} | info))
+    results = {}
+    for kind, ids in kinds.items():
+        bytes_of, milliseconds = measure(layer, model, ids, args.drafted), writing_milliseconds(model, ids[:2])
+        results[kind] = bytes_of | {f"ms, {name}": ms for name, ms in milliseconds.items()}
+        results[kind] |= {"speed with repeats": milliseconds["plain"] / milliseconds["repeats"]}
+    columns = list(next(iter(results.values())))
+    table = [[kind, *(f"{row[name]:.2f}" for name in columns)] for kind, row in results.items()]
+    print(markdown_table([f"bytes a pass, {args.drafted} drafted by the layer", *columns], table))
+    passes = {n: pass_milliseconds(model, tokenizer, n) for n in (1, 2, args.drafted + 1)}
+    print("CPU ms of a pass:", ", ".join(f"{n} bytes {ms:.2f}" for n, ms in passes.items()))
+    print(json.dumps({"results": results, "pass": passes, "arguments": vars(args)} | info))
 
 
 if __name__ == "__main__":

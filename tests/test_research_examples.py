@@ -24,6 +24,7 @@ from modeling_stlm.training.corpus import PackedWindows, write_corpus
 
 from .test_examples import ROOT, TEXT, pretrain, run
 from .test_examples import small_text as small_text  # a fixture
+from .test_repeats import draft_by_search
 from .tiny import TEXT as SAMPLE
 from .tiny import ids_of, tiny_model
 
@@ -305,24 +306,20 @@ def counted_by_a_loop(layer, model, text: list[int], drafted: int) -> dict[str, 
     outputs = model(torch.tensor([text]), output_boundaries=True)
     hidden, table = model.model(torch.tensor([text])).last_hidden_state[0], model.get_input_embeddings().weight
     likeliest, ends = outputs.logits[0].argmax(-1).tolist(), outputs.boundaries[0].tolist()
-    names = ("layer", "layer, inside a patch", "lookup", "model, inside a patch")
+    names = ("layer", "layer, inside a patch", "repeats", "model, inside a patch")
     counts = {name: [] for name in names}
     for t in range(drafts.PROMPT, len(text) - drafted - 1):
-        state, byte, own, lookup = hidden[t], text[t + 1], [], []
+        state, byte, own = hidden[t], text[t + 1], []
         for _ in range(drafted):
             state = layer(state, table[byte])
             byte = int((table @ layer.norm(state)).argmax())
             own.append(byte)
-        for size in (2, 1):  # what followed the same bytes before, for the first time
-            last = text[t + 2 - size : t + 2]
-            places = [i for i in range(t + 2 - size) if text[i : i + size] == last]
-            if places and not lookup:
-                lookup = text[places[0] + size : t + 2][:drafted]
-        coming = range(t + 2, t + 2 + drafted)
-        proposals = (own, False), (own, True), (lookup, False), ([likeliest[i - 1] for i in coming], True)
+        repeats = draft_by_search(text[: t + 2], 48, len(text) + 1, 12)
+        own_text = [likeliest[i - 1] for i in range(t + 2, t + 2 + drafted)]
+        proposals = (own, False), (own, True), (repeats, False), (own_text, True)
         for name, (proposal, inside) in zip(names, proposals):
             agreed = 0
-            for i, byte in zip(coming, proposal):
+            for i, byte in enumerate(proposal, t + 2):
                 if byte != text[i] or (inside and ends[i]):
                     break
                 agreed += 1
@@ -344,7 +341,7 @@ def test_drafters_agree_with_a_loop_over_the_text(tmp_path):
         for name, agreed in counted_by_a_loop(layer, model, text, drafted).items():
             assert found[kind][name] == drafts.bytes_a_pass(torch.tensor([agreed])), (kind, name)
     # Every drafter was right now and then, and the end of a patch stopped one.
-    assert found["repeated"]["lookup"] > 2 and found["written"]["model, inside a patch"] > 1.5
+    assert found["repeated"]["repeats"] > 3 and found["written"]["model, inside a patch"] > 1.5
     assert found["repeated"]["layer"] > found["repeated"]["layer, inside a patch"] > 1.1
 
 
@@ -360,10 +357,14 @@ def test_drafts_of_a_checkpoint_in_one_command(tmp_path):
     command = ["model", "--train", "train.txt", "--validation", validation, "--minutes", "0.02", "--rows", "2"]
     output = run("drafts.py", *command, cwd=tmp_path)
     found = json.loads(output.splitlines()[-1])
-    assert set(found["results"]) == {"a", "c", "written greedily", "sampled", "sampled, temperature 0.7"}
-    assert found["results"]["a"]["lookup"] > 3  # the text repeats itself
+    assert set(found["results"]) == {
+        *("a", "c", "twice, edited", "written greedily", "sampled", "sampled, temperature 0.7")
+    }
+    assert found["results"]["a"]["repeats"] > 9  # the text repeats itself
+    assert found["results"]["twice, edited"]["repeats"] > 2 > 1.5 > found["results"]["sampled"]["repeats"] >= 1
+    assert found["results"]["a"]["speed with repeats"] > 1.5
     model_agrees = {kind: row["model, inside a patch"] for kind, row in found["results"].items()}
     # At the temperature of the checkpoint most bytes would be the likeliest ones.
     assert max(model_agrees["sampled"], model_agrees["sampled, temperature 0.7"]) < 1.5
     assert model_agrees["written greedily"] > 2
-    assert all(value > 0 for kind in ("pass", "byte") for value in found[kind].values()) and found["different"] == 0
+    assert all(value > 0 for values in (found["pass"], *found["results"].values()) for value in values.values())
