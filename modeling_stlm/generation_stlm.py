@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What `generate` does with bytes: text that is always well-formed UTF-8 (RFC 3629), and drafts of text that repeats."""
 
+from collections.abc import Iterable
+
 import torch
-from transformers import LogitsProcessor
+from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.generation import CandidateGenerator
 
 
@@ -72,50 +74,84 @@ class UTF8LogitsProcessor(LogitsProcessor):
 
 
 class RepeatCandidateGenerator(CandidateGenerator):
-    """Drafts what followed the last bytes when they last came: prompt lookup decoding, lossless, made for bytes.
+    """Drafts what followed the last bytes when they last came: prompt lookup decoding, with thresholds made for bytes.
 
-    A pass over n bytes costs a model of pooled bytes several steps, and a few bytes match somewhere in any text. So
-    nothing is drafted unless `matched_bytes` bytes match, which is one lookup a byte, and then as many bytes as match.
-    [`STLMForCausalLM`] drafts so where `generation_config.prompt_lookup_num_tokens` is set.
+    A pass over n bytes costs a model of pooled bytes several steps, and in any text a few bytes came before. So nothing is
+    drafted unless `matched_bytes` bytes match, and then as many bytes as match. Nor is anything drafted for the first pass,
+    which reads the prompt. [`STLMForCausalLM`] drafts so if `generation_config.prompt_lookup_num_tokens` is set and
+    `max_matching_ngram_size` is not.
 
     Args:
         num_drafted (`int`): most bytes of a draft.
         max_length (`int`): length in ids at which generation stops, the prompt included.
-        matched_bytes (`int`, defaults to 12): fewest bytes that must match.
+        vocab_size (`int`): V, of the scores that `logits_processor` gets.
+        logits_processor (`LogitsProcessorList`, *optional*): a draft ends before an id that it forbids.
+        stop_strings (`list[str]`, *optional*): a draft ends before a byte that completes one, since the library looks for
+            them only after each pass.
+        matched_bytes (`int`, defaults to 16): fewest bytes that must match; with 12, more drafts of prose are lost than won.
 
     Raises:
         ValueError: if `num_drafted` or `matched_bytes` is less than one.
     """
 
-    def __init__(self, num_drafted: int, max_length: int, matched_bytes: int = 12):
+    def __init__(
+        self,
+        num_drafted: int,
+        max_length: int,
+        vocab_size: int,
+        logits_processor: LogitsProcessorList | None = None,
+        stop_strings: list[str] | None = None,
+        matched_bytes: int = 16,
+    ):
         if min(num_drafted, matched_bytes) < 1:
             raise ValueError(
                 f"drafts have at least one byte and match at least one, got num_drafted={num_drafted} and "
                 f"matched_bytes={matched_bytes}"
             )
-        self.num_drafted, self.max_length, self.matched_bytes = num_drafted, max_length, matched_bytes
-        self.ids: list[int] = []
-        self.places: dict[tuple[int, ...], int] = {}  # of each run of `matched_bytes` ids: where its last one ended
+        self.num_drafted, self.max_length, self.vocab_size = num_drafted, max_length, vocab_size
+        self.logits_processor, self.matched_bytes = logits_processor, matched_bytes
+        self.stops = [_as_text(stop.encode()) for stop in stop_strings or ()]
+        self.text: str | None = None  # a character for each id
 
     def get_candidates(self, input_ids: torch.LongTensor, **kwargs) -> tuple[torch.LongTensor, None]:
-        """`input_ids (1, T)`, which begin as in the call before; with a draft behind: (1, T + drafted)."""
-        ids, size = self.ids, self.matched_bytes
-        known, num_ids = len(ids), input_ids.shape[1]
-        ids += input_ids[0, known:].tolist()
-        for end in range(max(size, known), num_ids):
-            self.places[tuple(ids[end - size : end])] = end
-        room = min(self.num_drafted, self.max_length - num_ids - 1)
-        place = self.places.get(tuple(ids[num_ids - size :])) if num_ids > size else None
-        if place is None or room < 1:
+        """`input_ids (1, T)`, which go on from those of the call before; with a draft behind: (1, T + drafted)."""
+        if self.text is None:
+            self.text = _as_text(input_ids[0].tolist())
             return input_ids, None
-        while size < min(room, place) and ids[place - size - 1] == ids[num_ids - size - 1]:
-            size += 1
-        period = num_ids - place
-        draft = [ids[place + i % period] for i in range(min(size, room))]
-        return torch.cat([input_ids, input_ids.new_tensor([draft])], dim=1), None
+        self.text += _as_text(input_ids[0, len(self.text) :].tolist())
+        draft = self._allowed(input_ids, [ord(character) for character in self._draft()])
+        return torch.cat([input_ids, input_ids.new_tensor([draft])], dim=1) if draft else input_ids, None
 
-    def update_candidate_strategy(self, *_) -> None:
-        """Drafts depend on the text alone."""
+    def _draft(self) -> str:
+        text, matched = self.text, self.matched_bytes
+        num_ids, room = len(text), min(self.num_drafted, self.max_length - len(text) - 1)
+        end = matched + text.rfind(text[-matched:], 0, num_ids - 1)
+        if num_ids <= matched or end < matched or room < 1:
+            return ""
+        while matched < min(room, end) and text[end - matched - 1] == text[num_ids - matched - 1]:
+            matched += 1
+        period = num_ids - end
+        draft = "".join(text[end + i % period] for i in range(min(matched, room)))
+        for stop in self.stops:
+            before = text[num_ids - len(stop) + 1 :]
+            completed = (before + draft).find(stop)
+            if completed >= 0:
+                draft = draft[: completed + len(stop) - 1 - len(before)]
+        return draft
+
+    def _allowed(self, input_ids: torch.LongTensor, draft: list[int]) -> list[int]:
+        """`draft` up to the first id that a processor forbids even a model that is sure of it."""
+        for i, drafted in enumerate(draft if self.logits_processor else ()):
+            prefix = torch.cat([input_ids, input_ids.new_tensor([draft[:i]])], dim=1)
+            sure = torch.zeros(1, self.vocab_size, device=input_ids.device)
+            sure[0, drafted] = 1e4
+            if self.logits_processor(prefix, sure)[0, drafted] <= torch.finfo(sure.dtype).min:
+                return draft[:i]
+        return draft
+
+
+def _as_text(ids: Iterable[int]) -> str:
+    return "".join(map(chr, ids))
 
 
 __all__ = ["RepeatCandidateGenerator", "UTF8LogitsProcessor"]

@@ -210,7 +210,7 @@ class STLMAttention(nn.Module):
         probability = self.config.attention_dropout if self.training else 0.0
         if implementation == "sdpa" and allowed is None and query.shape[2] == 1:
             # One query a head: heads that share keys are the queries of one product, which reads the keys once.
-            groups = query.view(-1, self.num_key_value_heads, self.num_key_value_groups, self.head_dim)
+            groups = query.squeeze(2).unflatten(1, (self.num_key_value_heads, self.num_key_value_groups))
             output = F.scaled_dot_product_attention(groups, key, value, dropout_p=probability, scale=self.scaling)
             return output.flatten(1)[:, None], None
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
@@ -639,7 +639,7 @@ class STLMModel(STLMPreTrainedModel):
             STLMByteLayer(config, i) for i in range(config.num_front_layers, config.num_byte_layers)
         )
         self.norm = make_norm(config, width)
-        device = torch.get_default_device()
+        device = torch.empty(0).device
         # Loading builds models on the meta device, where arithmetic takes ten times as long.
         with torch.device("cpu"):
             tables = self.tables(config)
@@ -1351,8 +1351,9 @@ class STLMForCausalLM(STLMPreTrainedModel, GenerationMixin):
     """The model with a head that predicts the next byte.
 
     `generate` takes `valid_utf8=True`, or finds it in the generation config: text is well-formed UTF-8 then, whatever the
-    logits are. With `prompt_lookup_num_tokens=48` text that repeats itself is drafted and checked in one pass, which
-    changes nothing but the time ([`RepeatCandidateGenerator`]).
+    logits are. With `prompt_lookup_num_tokens=48` bytes of text that came before are drafted and checked in one pass: the
+    same greedy text within rounding, samples of the same distribution, for one row ([`RepeatCandidateGenerator`]; with
+    `max_matching_ngram_size`, too, the library drafts).
 
     Example:
 
@@ -1395,11 +1396,23 @@ class STLMForCausalLM(STLMPreTrainedModel, GenerationMixin):
             processors.insert(0, UTF8LogitsProcessor(generation_config.max_length - forced))
         return processors
 
-    def _get_candidate_generator(self, generation_config, *args, **kwargs):
-        generator = super()._get_candidate_generator(generation_config, *args, **kwargs)
-        if type(generator) is PromptLookupCandidateGenerator and generation_config.max_matching_ngram_size is None:
-            return RepeatCandidateGenerator(generation_config.prompt_lookup_num_tokens, generation_config.max_length)
-        return generator
+    def _get_candidate_generator(self, generation_config, input_ids, inputs_tensor, logits_processor, *args, **kwargs):
+        # The library checks the options.
+        generator = super()._get_candidate_generator(
+            generation_config, input_ids, inputs_tensor, logits_processor, *args, **kwargs
+        )
+        if type(generator) is not PromptLookupCandidateGenerator:
+            return generator
+        if generation_config.max_matching_ngram_size is not None:
+            return generator
+        stops = generation_config.stop_strings
+        return RepeatCandidateGenerator(
+            generation_config.prompt_lookup_num_tokens,
+            generation_config.max_length,
+            self.config.vocab_size,
+            logits_processor,
+            [stops] if isinstance(stops, str) else stops,
+        )
 
     @staticmethod
     def create_masks_for_generate(config, inputs_embeds, attention_mask, past_key_values, **kwargs):

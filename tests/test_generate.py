@@ -106,7 +106,7 @@ def test_assisted_generation_equals_greedy():
     for options in (
         {"assistant_model": assistant},
         {"assistant_model": model},
-        {"prompt_lookup_num_tokens": 5},
+        {"prompt_lookup_num_tokens": 5, "max_matching_ngram_size": 2},
         {"assistant_early_exit": model.config.num_hidden_layers - 1},
     ):
         assert torch.equal(generate(model, {"input_ids": PROMPT}, True, do_sample=False, **options), expected), options

@@ -235,7 +235,7 @@ def test_drafts_behind_the_end_are_dropped():
     eos = next(byte for i, byte in enumerate(free) if i >= 5 and byte not in free[:i])
     end = {"eos_token_id": eos, "min_new_tokens": 0}
     expected = free[: free.index(eos) + 1]
-    for options in ({"assistant_model": model}, {"prompt_lookup_num_tokens": 6}):
+    for options in ({"assistant_model": model}, {"prompt_lookup_num_tokens": 6, "max_matching_ngram_size": 2}):
         out = generate(model, {"input_ids": PROMPT}, True, **GREEDY, **end, **options)
         assert out[0, PROMPT.shape[1] :].tolist() == expected
 

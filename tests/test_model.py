@@ -160,6 +160,25 @@ def test_eager_attention_agrees_with_sdpa(options):
     assert_equal(model(**inputs).logits[valid], expected[valid])
 
 
+@pytest.mark.parametrize("num_key_value_heads", [1, 2, 4])
+def test_one_query_a_head_attends_as_eager_attention_does(num_key_value_heads):
+    model = tiny_model(trunk_num_key_value_heads=num_key_value_heads)
+    attention, torch_generator = model.model.trunk.attention_blocks[0].attention, torch.Generator().manual_seed(0)
+    shapes = (3, 4, 1), (3, num_key_value_heads, 9), (3, num_key_value_heads, 9)
+    states = [
+        torch.randn(*shape, attention.head_dim, generator=torch_generator, requires_grad=True) for shape in shapes
+    ]
+    results = []
+    for implementation in ("eager", "sdpa"):
+        model.set_attn_implementation(implementation)
+        output, _ = attention.attend(*states, None)
+        assert output.shape == (3, 1, 4 * attention.head_dim)
+        weights = torch.arange(1.0, output.numel() + 1).reshape(output.shape)
+        results.append((output, *torch.autograd.grad((output * weights).sum(), states)))
+    for expected, got in zip(*results):
+        assert_equal(got, expected)
+
+
 @pytest.mark.parametrize("implementation", ["flex_attention", "flash_attention_2"])
 def test_attention_without_masks_is_refused(implementation):
     with pytest.raises((ValueError, ImportError), match=r"(?i)flex|flash"):
@@ -274,6 +293,7 @@ def test_presets_are_up_to_two_percent_below_their_name(name):
     with torch.device("meta"):
         model = STLMForCausalLM(STLMConfig.from_preset(name))
     expected = {"stlm-3m": 2_969_472, "stlm-10m": 9_885_504, "stlm-50m": 49_094_528, "stlm-100m": 98_319_360}
+    assert {tensor.device.type for tensor in (*model.parameters(), *model.buffers())} == {"meta"}
     size = int(name.removeprefix("stlm-").removesuffix("m")) * 1_000_000
     assert model.num_parameters() == expected[name]
     assert 0.98 * size <= expected[name] <= size
