@@ -4,11 +4,12 @@
     python examples/drafts.py examples/checkpoints/stlm-10m --train 'train/*.jsonl.gz' --validation validation.jsonl.gz
 
 Bytes a pass for texts of several kinds: the one that the model gives anyway, and the drafted ones before the first mistake.
-Kinds are held-out text by source (what sampling writes, if the model is right), what the model writes itself, and text
-that comes twice with a few words changed (what a model does that edits). Drafters:
+Kinds are held-out text by source (what sampling writes, if the model is right), each with 128 bytes of context before; what
+the model writes itself; and the second half of a text that repeats the first with every tenth word in capitals (what a
+model writes that edits). Drafters:
 
-- `repeats`: those of `generate(prompt_lookup_num_tokens=48)`. Also measured: CPU milliseconds of a byte that `generate` is
-  made to write, plain and with these drafts, in turns.
+- `repeats`: those of `generate(prompt_lookup_num_tokens=48)`. The second table has CPU milliseconds of a byte that `generate`
+  is made to write, prompts included, plain and with these drafts, in turns, on the first two rows of each kind.
 - `layer`: a small recurrent draft layer, greedily (in the manner of Hydra, arXiv:2402.05109), trained here on the frozen
   model: from the hidden state of a byte and the byte after it to the next one, and so on. `layer, inside a patch`: it stops
   before a byte that would end a patch, so that no pass runs the trunk for a patch that is taken back.
@@ -43,6 +44,7 @@ from modeling_stlm.training.corpus import PackedWindows, write_corpus
 
 WINDOW, WRITTEN, PROMPT = 1024, 512, 128
 REPEATS = {"prompt_lookup_num_tokens": 48}
+EDITED = "twice, edited"
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -55,7 +57,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=10, help="of CPU time, for the draft layer")
     parser.add_argument("--size", type=int, default=256, help="intermediate size of the draft layer")
     parser.add_argument("--drafted", type=int, default=4, help="bytes the draft layer drafts at once, up to 7")
-    parser.add_argument("--rows", type=int, default=8, help="windows of each kind of text")
+    parser.add_argument("--rows", type=int, default=8, help="windows of each source")
     args = parser.parse_args()
     if not 1 <= args.drafted <= 7:
         parser.error(f"--drafted takes 1 to 7 bytes, got {args.drafted}: passes of more are not timed inside a patch")
@@ -114,10 +116,10 @@ def bytes_a_pass(agreed: torch.Tensor) -> float:
 
 
 @torch.no_grad()
-def measure(layer: DraftLayer, model, ids: torch.Tensor, drafted: int) -> dict[str, float]:
-    """Bytes a pass for each drafter, on the texts `ids (B, T)`, of which the first `PROMPT` bytes are context only."""
+def measure(layer: DraftLayer, model, ids: torch.Tensor, drafted: int, first: int) -> dict[str, float]:
+    """Bytes a pass for each drafter, on the texts `ids (B, T)`, of which the `first` bytes are context only."""
     outputs = model(ids, use_cache=False, output_boundaries=True, output_hidden_states=True)
-    first, num_bytes = PROMPT, ids.shape[1] - PROMPT - drafted - 1
+    num_bytes = ids.shape[1] - first - drafted - 1
 
     def ahead(states: torch.Tensor) -> torch.Tensor:  # (B, T, drafted): of the bytes two and more after each
         return states[:, first + 2 : first + 1 + num_bytes + drafted].unfold(1, drafted, 1)
@@ -135,17 +137,19 @@ def measure(layer: DraftLayer, model, ids: torch.Tensor, drafted: int) -> dict[s
     drafts = torch.stack(drafts, -1)
     likeliest = ahead(F.pad(outputs.logits.argmax(-1), (1, -1)))
     return {
-        "repeats": bytes_a_pass(torch.tensor([repeats_agreed(text, num_bytes) for text in ids.tolist()])),
+        "repeats": bytes_a_pass(torch.tensor([repeats_agreed(text, first + 2, num_bytes) for text in ids.tolist()])),
         "layer": bytes_a_pass(agreed(drafts, False)),
         "layer, inside a patch": bytes_a_pass(agreed(drafts, True)),
         "model, inside a patch": bytes_a_pass(agreed(likeliest, True)),
     }
 
 
-def repeats_agreed(text: list[int], num_bytes: int) -> list[int]:
-    """How many drafts of `generate` are right behind each of `num_bytes` bytes, the first of them after the prompt."""
-    drafter, agreed = RepeatCandidateGenerator(REPEATS["prompt_lookup_num_tokens"], len(text) + 1), []
-    for end in range(PROMPT + 2, PROMPT + 2 + num_bytes):
+def repeats_agreed(text: list[int], first: int, num_bytes: int) -> list[int]:
+    """How many drafts of `generate` are right behind the `first` bytes, the `first` and one more, and so on."""
+    drafter = RepeatCandidateGenerator(REPEATS["prompt_lookup_num_tokens"], len(text) + 1, max(text) + 1)
+    drafter.get_candidates(torch.tensor([text[: first - 1]]))
+    agreed = []
+    for end in range(first, first + num_bytes):
         draft = drafter.get_candidates(torch.tensor([text[:end]]))[0][0, end:].tolist()
         right = (a == b for a, b in zip(draft, text[end:]))
         agreed.append(len(list(takewhile(bool, right))))
@@ -154,9 +158,9 @@ def repeats_agreed(text: list[int], num_bytes: int) -> list[int]:
 
 def edited(text: torch.Tensor) -> torch.Tensor:
     """`text (T,)` and behind it the same text with every tenth word in capital letters: (2 T,)."""
-    words = bytes(text.tolist()).split(b" ")
-    changed = b" ".join(word.upper() if i % 10 == 9 else word for i, word in enumerate(words))
-    return torch.cat([text, torch.tensor(list(changed))])
+    in_tenth_word = (text == ord(" ")).cumsum(0) % 10 == 9
+    small = (text >= ord("a")) & (text <= ord("z"))
+    return torch.cat([text, text - 32 * (in_tenth_word & small)])
 
 
 def texts_by_kind(model, tokenizer, validation: str, num_rows: int) -> dict[str, torch.Tensor]:
@@ -171,7 +175,7 @@ def texts_by_kind(model, tokenizer, validation: str, num_rows: int) -> dict[str,
             kinds[source] = ids[: num_rows * WINDOW].view(num_rows, WINDOW)
     if not kinds:
         raise SystemExit(f"no source of {validation} has {num_rows * WINDOW:,} bytes: give fewer --rows")
-    kinds["twice, edited"] = torch.stack([edited(rows[0, : WINDOW // 2]) for rows in kinds.values()])
+    kinds[EDITED] = torch.stack([edited(rows[0, : WINDOW // 2]) for rows in kinds.values()])
     prompts = torch.cat([rows[:2, :PROMPT] for rows in kinds.values()])
     # A checkpoint may bring other defaults.
     options = {"attention_mask": torch.ones_like(prompts), "max_new_tokens": WRITTEN, "eos_token_id": None}
@@ -217,19 +221,20 @@ class Follow(LogitsProcessor):
         return forced
 
 
-def writing_milliseconds(model, texts: torch.Tensor) -> dict[str, float]:
-    """CPU time of a byte of `texts (B, T)` when `generate` writes them behind their prompts, the prompts' included."""
-    spent = {"plain": 0.0, "repeats": 0.0}
-    options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 256, "use_cache": True}
-    for text in texts:
-        prompt = {"input_ids": text[None, :PROMPT], "attention_mask": torch.ones(1, PROMPT, dtype=torch.long)}
-        for name, way in (("plain", {}), ("repeats", REPEATS)):
+def writing_milliseconds(model, tokenizer, texts: torch.Tensor, first: int) -> dict[str, float]:
+    """CPU time of a byte of `texts (B, T)` when `generate` writes them behind the `first` bytes, which are included."""
+    ways, spent = {"plain": {}, "repeats": REPEATS}, {"plain": 0.0, "repeats": 0.0}
+    options = {"do_sample": False, "eos_token_id": None, "pad_token_id": tokenizer.pad_token_id, "use_cache": True}
+    for row, text in enumerate(texts):
+        prompt = {"input_ids": text[None, :first], "attention_mask": torch.ones(1, first, dtype=torch.long)}
+        options |= {"max_length": len(text), "logits_processor": [Follow(text)]}
+        for name in sorted(ways, reverse=row % 2 == 1):
             started = time.process_time()
-            written = model.generate(**prompt, **options, **way, max_length=len(text), logits_processor=[Follow(text)])
+            written = model.generate(**prompt, **options, **ways[name])
             spent[name] += time.process_time() - started
             if not torch.equal(written[0], text):
                 raise SystemExit("generate did not write the text it was made to write")
-    return {name: 1000 * seconds / texts[:, PROMPT:].numel() for name, seconds in spent.items()}
+    return {name: 1000 * seconds / texts[:, first:].numel() for name, seconds in spent.items()}
 
 
 def main():
@@ -244,17 +249,21 @@ def main():
     info = run_info()
     print(f"{args.checkpoint}, {info['device']}, commit {info['commit']}; draft layer of {args.size}, {steps} steps")
     kinds = texts_by_kind(model, tokenizer, args.validation, args.rows)
-    results = {}
+    results, milliseconds = {}, {}
     for kind, ids in kinds.items():
-        bytes_of, milliseconds = measure(layer, model, ids, args.drafted), writing_milliseconds(model, ids[:2])
-        results[kind] = bytes_of | {f"ms, {name}": ms for name, ms in milliseconds.items()}
-        results[kind] |= {"speed with repeats": milliseconds["plain"] / milliseconds["repeats"]}
-    columns = list(next(iter(results.values())))
-    table = [[kind, *(f"{row[name]:.2f}" for name in columns)] for kind, row in results.items()]
-    print(markdown_table([f"bytes a pass, {args.drafted} drafted by the layer", *columns], table))
+        first = ids.shape[1] // 2 if kind == EDITED else PROMPT
+        results[kind] = measure(layer, model, ids, args.drafted, first)
+        milliseconds[kind] = writing_milliseconds(model, tokenizer, ids[:2], first)
+        milliseconds[kind]["speed"] = milliseconds[kind]["plain"] / milliseconds[kind]["repeats"]
+    for title, table in ((f"bytes a pass, {args.drafted} by the layer", results), ("CPU ms a byte", milliseconds)):
+        columns = list(next(iter(table.values())))
+        rows = ([kind, *(f"{row[name]:.2f}" for name in columns)] for kind, row in table.items())
+        print(markdown_table([title, *columns], rows), end="\n\n")
     passes = {n: pass_milliseconds(model, tokenizer, n) for n in (1, 2, args.drafted + 1)}
     print("CPU ms of a pass:", ", ".join(f"{n} bytes {ms:.2f}" for n, ms in passes.items()))
-    print(json.dumps({"results": results, "pass": passes, "arguments": vars(args)} | info))
+    print(
+        json.dumps({"results": results, "milliseconds": milliseconds, "pass": passes, "arguments": vars(args)} | info)
+    )
 
 
 if __name__ == "__main__":
