@@ -11,10 +11,11 @@ import re
 import subprocess
 import sys
 import time
-from importlib.metadata import version
 from pathlib import Path
 
 import transformers
+
+from examples.provenance import run_info
 
 from .features import FEATURES, NotApplicable
 from .kits import KITS, Kit
@@ -71,13 +72,13 @@ def markdown(results: dict) -> str:
     lines.append(f"| **of {len(FEATURES)}** | {' | '.join(str(works[family]) for family in families)} | |")
     for family, found in results["families"].items():
         reasons += [f"- {family}, `{name}`: {reason}" for name, reason in found.items() if reason]
-    versions = ", ".join(f"{name} {number}" for name, number in results["versions"].items())
+    about = ", ".join(f"{name} {value}" for name, value in results["run"].items())
     return "\n".join(
         [
             START,
             *lines,
             "",
-            f"<details><summary>Reasons ({versions})</summary>",
+            f"<details><summary>Reasons ({about})</summary>",
             "",
             *reasons,
             "",
@@ -104,8 +105,7 @@ def main():
         command = [sys.executable, "-W", "ignore", "-m", "tests.conformance.table", family]
         output = subprocess.run(command, stdout=subprocess.PIPE, cwd=ROOT, check=True, text=True).stdout
         families[family] = json.loads(output.splitlines()[-1])
-    names = ("torch", "transformers", "peft", "onnxruntime", "torchao")
-    results = {"versions": {name: version(name) for name in names}, "families": families}
+    results = {"run": run_info("peft", "onnxruntime", "torchao"), "families": families}
     RESULTS.write_text(json.dumps(results, indent=1) + "\n")
     write_readme(results)
     print(markdown(results))
