@@ -1396,10 +1396,17 @@ class STLMForCausalLM(STLMPreTrainedModel, GenerationMixin):
             processors.insert(0, UTF8LogitsProcessor(generation_config.max_length - forced))
         return processors
 
-    def _get_candidate_generator(self, generation_config, input_ids, inputs_tensor, logits_processor, *args, **kwargs):
+    def _get_candidate_generator(
+        self, generation_config, input_ids, inputs_tensor, logits_processor, model_kwargs, *args, **kwargs
+    ):
+        if num_past := model_kwargs["past_key_values"].get_seq_length():
+            raise ValueError(
+                f"transformers would read the whole text again behind the {num_past} bytes that the cache holds: with "
+                "drafts (assistant_model, prompt_lookup_num_tokens), start with an empty cache"
+            )
         # The library checks the options.
         generator = super()._get_candidate_generator(
-            generation_config, input_ids, inputs_tensor, logits_processor, *args, **kwargs
+            generation_config, input_ids, inputs_tensor, logits_processor, model_kwargs, *args, **kwargs
         )
         if type(generator) is not PromptLookupCandidateGenerator:
             return generator

@@ -6,6 +6,7 @@ import random
 import pytest
 import torch
 from transformers import (
+    DynamicCache,
     LogitsProcessor,
     LogitsProcessorList,
     SuppressTokensLogitsProcessor,
@@ -252,8 +253,20 @@ def test_drafts_leave_the_distribution_of_samples_as_it_is():
     assert ((counts - expected) ** 2 / expected).sum() < 26.1, "one run in a thousand, with 8 degrees of freedom"
 
 
+@pytest.mark.parametrize(
+    "drafts", [DRAFTS, DRAFTS | {"max_matching_ngram_size": 2}, {"assistant_model": tiny_model()}]
+)
+def test_drafts_on_a_cache_that_holds_a_turn_are_refused(drafts):
+    model, ids = tiny_model(), torch.tensor([TWICE])
+    cache = DynamicCache(config=model.config)
+    generate(model, {"input_ids": ids}, True, **PLAIN, past_key_values=cache)
+    with pytest.raises(ValueError, match="behind the 209 bytes that the cache holds"):
+        generate(model, {"input_ids": ids.repeat(1, 3)}, True, **PLAIN, past_key_values=cache, **drafts)
+
+
 def test_the_way_of_the_library_is_one_option_away():
-    model, options = tiny_model(), {"input_ids": PROMPT, "inputs_tensor": PROMPT, "model_kwargs": {}}
+    model, options = tiny_model(), {"input_ids": PROMPT, "inputs_tensor": PROMPT}
+    options["model_kwargs"] = {"past_key_values": DynamicCache(config=model.config)}
     options["logits_processor"] = LogitsProcessorList()
     for matching, kind in ((None, RepeatCandidateGenerator), (2, PromptLookupCandidateGenerator)):
         config, _ = model._prepare_generation_config(None, **DRAFTS, max_matching_ngram_size=matching, max_length=99)

@@ -243,7 +243,9 @@ class OnnxSteps:
         has_end = any(hasattr(criteria, "eos_token_id") for criteria in stopping_criteria)
         unfinished = torch.ones(len(input_ids), dtype=torch.long)
         while True:
-            scores = logits_processor(input_ids, logits)
+            scores = logits
+            for processor in logits_processor:  # the list itself would look at the signature of each
+                scores = processor(input_ids, scores)
             if generation_config.do_sample:
                 ids = torch.multinomial(scores.softmax(-1), num_samples=1)[:, 0]
             else:
