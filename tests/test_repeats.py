@@ -9,6 +9,7 @@ from transformers import (
     DynamicCache,
     LogitsProcessor,
     LogitsProcessorList,
+    StopStringCriteria,
     SuppressTokensLogitsProcessor,
     TextStreamer,
     TopPLogitsWarper,
@@ -20,7 +21,7 @@ from modeling_stlm.generation_stlm import RepeatCandidateGenerator
 
 from .test_generate import PROMPT, generate
 from .test_generate_modes import OUTPUTS
-from .tiny import MIXERS, PATCHING, TEXT, assert_equal, batch, ids_of, tiny_model
+from .tiny import MIXERS, PATCHING, TEXT, assert_equal, ids_of, tiny_model
 
 
 DRAFTS = {"prompt_lookup_num_tokens": 20}
@@ -31,14 +32,14 @@ WRITTEN = bytes(ids_of(TEXT[:25] + "Zoë!" + TEXT[5:40] + "so so so so so so so 
 
 
 class Follow(LogitsProcessor):
-    """Has a model write `WRITTEN` behind a prompt of `num_prompt` bytes, and forbids no other bytes: they are drafted, too."""
+    """Has a model write `written` behind a prompt of `num_prompt` ids, and forbids no others, so that they are drafted."""
 
-    def __init__(self, num_prompt: int):
-        self.num_prompt = num_prompt
+    def __init__(self, num_prompt: int, written: bytes | list[int] = WRITTEN):
+        self.num_prompt, self.written = num_prompt, written
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        byte = WRITTEN[(input_ids.shape[1] - self.num_prompt) % len(WRITTEN)]
-        return scores.index_fill(1, torch.tensor(byte), 1e6)
+        written = self.written[(input_ids.shape[1] - self.num_prompt) % len(self.written)]
+        return scores.index_fill(1, torch.tensor(written), 1e6)
 
 
 def repeats(num_drafted: int, max_length: int = 1000, **options) -> RepeatCandidateGenerator:
@@ -93,19 +94,26 @@ def test_a_draft_ends_before_what_may_not_be_written():
     suppress = SuppressTokensLogitsProcessor([ord(".")])
     assert draft(logits_processor=LogitsProcessorList([TopPLogitsWarper(0.1), suppress])) == b"four"
     # The byte that completes a stop string is left to the model: the library looks for one after each pass.
-    assert draft(stop_strings=["our."]) == b"four"
-    assert draft(stop_strings=["three f", "zzz"]) == b""
-    assert draft(stop_strings=["u"]) == b"fo"
-    assert draft(stop_strings=["x" * 100]) == draft()
+    for stops, expected in (
+        (["our."], b"four"),
+        (["three f", "z"], b""),
+        ("u", b"fo"),
+        (["x" * 100], b"four. one two "),
+    ):
+        assert draft(stopping_criteria=StopStringCriteria(STLMTokenizer(), stops)) == expected
+    assert draft(eos_token_id=torch.tensor([32, 256])) == b"four."
 
 
-def passes(model, options: dict) -> tuple[list[int], object]:
+def passes(model, options: dict, inputs: dict | None = None) -> tuple[list[int], object]:
     """How many bytes each pass of the model read, and what `generate` returned."""
     read = []
-    handle = model.register_forward_pre_hook(
-        lambda _, __, inputs: read.append(inputs["input_ids"].shape[1]), with_kwargs=True
-    )
-    found = generate(model, batch([TWICE], "left"), True, **options)
+
+    def note(_, __, fed: dict) -> None:
+        (fed_bytes,) = (fed[name].shape[1] for name in ("input_ids", "inputs_embeds") if fed.get(name) is not None)
+        read.append(fed_bytes)
+
+    handle = model.register_forward_pre_hook(note, with_kwargs=True)
+    found = generate(model, inputs or {"input_ids": torch.tensor([TWICE])}, True, **options)
     handle.remove()
     return read, found
 
@@ -147,10 +155,11 @@ def test_repeats_change_no_byte_of_a_greedy_text(options):
     "end",
     [
         {"eos_token_id": WRITTEN[17]},
+        {"eos_token_id": [7, WRITTEN[17]]},
         {"stop_strings": WRITTEN[14:18].decode(), "tokenizer": STLMTokenizer()},
         {"stop_strings": ["never", WRITTEN[17:18].decode()], "tokenizer": STLMTokenizer()},
     ],
-    ids=["token", "string", "strings"],
+    ids=["token", "tokens", "string", "strings"],
 )
 def test_a_text_ends_where_it_ended_without_drafts(end):
     model = tiny_model()
@@ -158,6 +167,16 @@ def test_a_text_ends_where_it_ended_without_drafts(end):
     (many, expected), (few, got) = passes(model, end), passes(model, end | DRAFTS)
     assert torch.equal(got, expected) and got.shape[1] <= 120 + 18
     assert len(few) < len(many) - 5
+
+
+def test_a_turn_ends_with_the_token_that_a_stop_string_names():
+    model, turn = tiny_model(), [260, *ids_of("user\nthe same again?"), 261, 10]
+    options = PLAIN | {"stop_strings": "<|im_end|>", "tokenizer": STLMTokenizer(), "min_new_tokens": 0}
+    options |= {"logits_processor": [Follow(2 * len(turn), turn)]}
+    inputs = {"input_ids": torch.tensor([turn * 2])}
+    (many, expected), (few, got) = (passes(model, options | drafts, inputs) for drafts in ({}, DRAFTS))
+    assert torch.equal(got, expected) and got[0, 2 * len(turn) :].tolist() == turn[:-1]
+    assert len(few) < len(many) - 10
 
 
 def test_a_grammar_is_asked_only_about_what_it_allows():
@@ -174,20 +193,21 @@ def test_a_grammar_is_asked_only_about_what_it_allows():
     assert len(few) < len(many) - 20
 
 
-def test_padded_prompts_and_embeddings_are_gone_on_with_as_without_drafts():
-    model, replay = tiny_model(), {"logits_processor": [Follow(120)]}
-    ids = torch.tensor([TWICE])
-    embeddings = model.get_input_embeddings()(ids)
-    padded = {"input_ids": torch.nn.functional.pad(ids, (7, 0), value=256)}
-    padded["attention_mask"] = (padded["input_ids"] != 256).long()
-    for inputs, more in (
-        (padded, {"logits_processor": [Follow(127)]}),
-        ({"input_ids": ids, "inputs_embeds": embeddings}, replay),
-        ({"inputs_embeds": embeddings}, {"logits_processor": [Follow(0)]}),
-        ({"input_ids": ids[:, :1]}, {"logits_processor": [Follow(1)]}),
-    ):
-        texts = [generate(model, inputs, True, **PLAIN, **more, **drafts) for drafts in ({}, DRAFTS)]
-        assert torch.equal(*texts) and bytes(texts[1][0, -90:].tolist()) == WRITTEN[:90]
+@pytest.mark.parametrize("start", ["padded", "ids and embeddings", "embeddings", "one byte"])
+def test_drafts_go_on_from_every_start(start):
+    model, ids = tiny_model(), torch.tensor([TWICE])
+    embeddings = model.get_input_embeddings()(ids).detach()
+    padded = torch.nn.functional.pad(ids, (7, 0), value=256)
+    inputs, num_prompt = {
+        "padded": ({"input_ids": padded, "attention_mask": (padded != 256).long()}, 127),
+        "ids and embeddings": ({"input_ids": ids, "inputs_embeds": embeddings}, 120),
+        "embeddings": ({"inputs_embeds": embeddings}, 0),
+        "one byte": ({"input_ids": ids[:, :1]}, 1),
+    }[start]
+    options = PLAIN | OUTPUTS | {"max_new_tokens": 200, "logits_processor": [Follow(num_prompt)]}
+    (many, expected), (few, got) = (passes(model, options | drafts, inputs) for drafts in ({}, DRAFTS))
+    assert torch.equal(got.sequences, expected.sequences) and len(few) < len(many) - 50
+    assert_equal(torch.stack(got.logits, 1), torch.stack(expected.logits, 1))
 
 
 class Pieces(TextStreamer):
@@ -241,12 +261,12 @@ def test_drafts_leave_the_distribution_of_samples_as_it_is():
     probabilities, counts = torch.zeros(3, 3), torch.zeros(3, 3)
     for byte in range(320):
         probabilities[kinds[byte]].index_add_(0, kinds, first[byte] * second[byte])
-    options = {"do_sample": True, "top_k": 0, "max_new_tokens": 4, "eos_token_id": None, "use_cache": True}
+    options = {"do_sample": True, "top_k": 0, "max_new_tokens": 4, "eos_token_id": None, "min_new_tokens": 0}
+    options |= DRAFTS | {"logits_processor": [processor]}
+    assert passes(model, options, {"input_ids": ids})[0][:2] == [start - 1, 3], "two bytes are drafted"
     torch.manual_seed(0)
     for _ in range(1000):
-        text = model.generate(
-            ids, attention_mask=torch.ones_like(ids), **options, **DRAFTS, logits_processor=[processor]
-        )
+        text = model.generate(ids, attention_mask=torch.ones_like(ids), use_cache=True, **options)
         counts[kinds[text[0, start]], kinds[text[0, start + 1]]] += 1
     expected = 1000 * probabilities
     assert expected.min() > 5 and expected[0, 1] > 50, "both drafts are confirmed often"

@@ -367,6 +367,7 @@ def test_drafts_of_a_checkpoint_in_one_command(tmp_path):
     # At the temperature of the checkpoint most bytes would be the likeliest ones.
     assert max(model_agrees["sampled"], model_agrees["sampled, temperature 0.7"]) < 1.5
     assert model_agrees["written greedily"] > 2
+    assert not any(found["differ"].values())
     assert all(value > 0 for row in (found["pass"], *found["milliseconds"].values()) for value in row.values())
 
 

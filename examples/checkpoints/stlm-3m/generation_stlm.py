@@ -4,7 +4,15 @@
 from collections.abc import Iterable
 
 import torch
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    StoppingCriteria,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 from transformers.generation import CandidateGenerator
 
 
@@ -73,6 +81,9 @@ class UTF8LogitsProcessor(LogitsProcessor):
         return scores.masked_fill(~allowed, -torch.inf)
 
 
+KEEP_THE_LIKELIEST = TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper
+
+
 class RepeatCandidateGenerator(CandidateGenerator):
     """Drafts what followed the last bytes when they last came: prompt lookup decoding, with thresholds made for bytes.
 
@@ -82,13 +93,14 @@ class RepeatCandidateGenerator(CandidateGenerator):
     `max_matching_ngram_size` is not.
 
     Args:
-        num_drafted (`int`): most bytes of a draft.
+        num_drafted (`int`): most bytes of a draft; taking back more than 63 is slow.
         max_length (`int`): length in ids at which generation stops, the prompt included.
         vocab_size (`int`): V, of the scores that `logits_processor` gets.
+        eos_token_id (`torch.Tensor`, *optional*): ids that end a text, and a draft before them.
         logits_processor (`LogitsProcessorList`, *optional*): a draft ends before an id that it forbids.
-        stop_strings (`list[str]`, *optional*): a draft ends before a byte that completes one, since the library looks for
-            them only after each pass.
-        matched_bytes (`int`, defaults to 16): fewest bytes that must match; with 12, more drafts of prose are lost than won.
+        stopping_criteria (`StoppingCriteria`, *optional*): a draft ends before an id with which a text stops. The library
+            asks only after each pass.
+        matched_bytes (`int`, defaults to 16): fewest bytes that must match.
 
     Raises:
         ValueError: if `num_drafted` or `matched_bytes` is less than one.
@@ -99,8 +111,9 @@ class RepeatCandidateGenerator(CandidateGenerator):
         num_drafted: int,
         max_length: int,
         vocab_size: int,
+        eos_token_id: torch.Tensor | None = None,
         logits_processor: LogitsProcessorList | None = None,
-        stop_strings: list[str] | None = None,
+        stopping_criteria: StoppingCriteria | None = None,
         matched_bytes: int = 16,
     ):
         if min(num_drafted, matched_bytes) < 1:
@@ -109,8 +122,9 @@ class RepeatCandidateGenerator(CandidateGenerator):
                 f"matched_bytes={matched_bytes}"
             )
         self.num_drafted, self.max_length, self.vocab_size = num_drafted, max_length, vocab_size
-        self.logits_processor, self.matched_bytes = logits_processor, matched_bytes
-        self.stops = [_as_text(stop.encode()) for stop in stop_strings or ()]
+        self.matched_bytes, self.stopping_criteria = matched_bytes, stopping_criteria
+        self.ends = set() if eos_token_id is None else set(eos_token_id.flatten().tolist())
+        self.logits_processor = [p for p in logits_processor or () if not isinstance(p, KEEP_THE_LIKELIEST)]
         self.text: str | None = None  # a character for each id
 
     def get_candidates(self, input_ids: torch.LongTensor, **kwargs) -> tuple[torch.LongTensor, None]:
@@ -119,33 +133,34 @@ class RepeatCandidateGenerator(CandidateGenerator):
             self.text = _as_text(input_ids[0].tolist())
             return input_ids, None
         self.text += _as_text(input_ids[0, len(self.text) :].tolist())
-        draft = self._allowed(input_ids, [ord(character) for character in self._draft()])
+        draft = self._allowed(input_ids, self._draft())
         return torch.cat([input_ids, input_ids.new_tensor([draft])], dim=1) if draft else input_ids, None
 
-    def _draft(self) -> str:
+    def _draft(self) -> list[int]:
         text, matched = self.text, self.matched_bytes
         num_ids, room = len(text), min(self.num_drafted, self.max_length - len(text) - 1)
         end = matched + text.rfind(text[-matched:], 0, num_ids - 1)
         if num_ids <= matched or end < matched or room < 1:
-            return ""
+            return []
         while matched < min(room, end) and text[end - matched - 1] == text[num_ids - matched - 1]:
             matched += 1
         period = num_ids - end
-        draft = "".join(text[end + i % period] for i in range(min(matched, room)))
-        for stop in self.stops:
-            before = text[num_ids - len(stop) + 1 :]
-            completed = (before + draft).find(stop)
-            if completed >= 0:
-                draft = draft[: completed + len(stop) - 1 - len(before)]
-        return draft
+        return [ord(text[end + i % period]) for i in range(min(matched, room))]
 
     def _allowed(self, input_ids: torch.LongTensor, draft: list[int]) -> list[int]:
-        """`draft` up to the first id that a processor forbids even a model that is sure of it."""
-        for i, drafted in enumerate(draft if self.logits_processor else ()):
-            prefix = torch.cat([input_ids, input_ids.new_tensor([draft[:i]])], dim=1)
-            sure = torch.zeros(1, self.vocab_size, device=input_ids.device)
-            sure[0, drafted] = 1e4
-            if self.logits_processor(prefix, sure)[0, drafted] <= torch.finfo(sure.dtype).min:
+        """`draft` up to the first id that ends the text, or that is forbidden even to a model that is sure of it."""
+        for i, drafted in enumerate(draft):
+            if drafted in self.ends:
+                return draft[:i]
+            if not self.logits_processor and self.stopping_criteria is None:
+                continue
+            text = torch.cat([input_ids, input_ids.new_tensor([draft[: i + 1]])], dim=1)
+            if self.stopping_criteria is not None and self.stopping_criteria(text, None).any():
+                return draft[:i]
+            scores = torch.zeros(1, self.vocab_size, device=input_ids.device).index_fill_(1, text[0, -1], 1e4)
+            for processor in self.logits_processor:
+                scores = processor(text[:, :-1], scores)
+            if scores[0, drafted] <= torch.finfo(scores.dtype).min:
                 return draft[:i]
         return draft
 

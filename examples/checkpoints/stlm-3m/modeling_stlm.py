@@ -23,7 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import DynamicCache, GenerationMixin, PreTrainedModel, StopStringCriteria
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
@@ -1351,9 +1351,9 @@ class STLMForCausalLM(STLMPreTrainedModel, GenerationMixin):
     """The model with a head that predicts the next byte.
 
     `generate` takes `valid_utf8=True`, or finds it in the generation config: text is well-formed UTF-8 then, whatever the
-    logits are. With `prompt_lookup_num_tokens=48` bytes of text that came before are drafted and checked in one pass: the
-    same greedy text within rounding, samples of the same distribution, for one row ([`RepeatCandidateGenerator`]; with
-    `max_matching_ngram_size`, too, the library drafts).
+    logits are. With `prompt_lookup_num_tokens=48` text that repeats is drafted and checked in one pass, one row at a time:
+    greedy text is the same within rounding, samples have the same distribution ([`RepeatCandidateGenerator`]). Setting
+    `max_matching_ngram_size` selects the drafts of the library instead.
 
     Example:
 
@@ -1397,7 +1397,15 @@ class STLMForCausalLM(STLMPreTrainedModel, GenerationMixin):
         return processors
 
     def _get_candidate_generator(
-        self, generation_config, input_ids, inputs_tensor, logits_processor, model_kwargs, *args, **kwargs
+        self,
+        generation_config,
+        input_ids,
+        inputs_tensor,
+        logits_processor,
+        model_kwargs,
+        assistant_model=None,
+        target_tokenizer=None,
+        assistant_tokenizer=None,
     ):
         if num_past := model_kwargs["past_key_values"].get_seq_length():
             raise ValueError(
@@ -1406,7 +1414,14 @@ class STLMForCausalLM(STLMPreTrainedModel, GenerationMixin):
             )
         # The library checks the options.
         generator = super()._get_candidate_generator(
-            generation_config, input_ids, inputs_tensor, logits_processor, model_kwargs, *args, **kwargs
+            generation_config,
+            input_ids,
+            inputs_tensor,
+            logits_processor,
+            model_kwargs,
+            assistant_model,
+            target_tokenizer,
+            assistant_tokenizer,
         )
         if type(generator) is not PromptLookupCandidateGenerator:
             return generator
@@ -1417,8 +1432,9 @@ class STLMForCausalLM(STLMPreTrainedModel, GenerationMixin):
             generation_config.prompt_lookup_num_tokens,
             generation_config.max_length,
             self.config.vocab_size,
+            generation_config._eos_token_tensor,
             logits_processor,
-            [stops] if isinstance(stops, str) else stops,
+            None if stops is None else StopStringCriteria(target_tokenizer, stops),
         )
 
     @staticmethod
