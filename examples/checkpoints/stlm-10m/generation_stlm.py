@@ -9,9 +9,11 @@ from transformers import (
     LogitsProcessorList,
     MinPLogitsWarper,
     StoppingCriteria,
+    SynthIDTextWatermarkLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
+    UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
 from transformers.generation import CandidateGenerator
 
@@ -81,7 +83,9 @@ class UTF8LogitsProcessor(LogitsProcessor):
         return scores.masked_fill(~allowed, -torch.inf)
 
 
+# Processors that forbid no byte of which a model is sure, and those that drafts would confuse.
 KEEP_THE_LIKELIEST = TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper
+COUNT_THEIR_CALLS = SynthIDTextWatermarkLogitsProcessor, UnbatchedClassifierFreeGuidanceLogitsProcessor
 
 
 class RepeatCandidateGenerator(CandidateGenerator):

@@ -46,7 +46,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from .budget_stlm import BudgetMixin
 from .cache_stlm import STLMPoolCacheLayer
 from .configuration_stlm import STLMConfig
-from .generation_stlm import RepeatCandidateGenerator, UTF8LogitsProcessor
+from .generation_stlm import COUNT_THEIR_CALLS, RepeatCandidateGenerator, UTF8LogitsProcessor
 from .patching_stlm import (
     HASH_PRIME,
     RULE_CONTEXT_BYTES,
@@ -1412,6 +1412,12 @@ class STLMForCausalLM(STLMPreTrainedModel, GenerationMixin):
                 f"transformers would read the whole text again behind the {num_past} bytes that the cache holds: with "
                 "drafts (assistant_model, prompt_lookup_num_tokens), start with an empty cache"
             )
+        for processor in logits_processor:
+            if isinstance(processor, COUNT_THEIR_CALLS):
+                raise ValueError(
+                    f"{type(processor).__name__} counts its calls, which drafts multiply: it would write another text. "
+                    "Generate without drafts (assistant_model, prompt_lookup_num_tokens)"
+                )
         # The library checks the options.
         generator = super()._get_candidate_generator(
             generation_config,
