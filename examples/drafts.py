@@ -176,8 +176,8 @@ def texts_by_kind(model, tokenizer, validation: str, num_rows: int) -> dict[str,
             kinds[source] = ids[: num_rows * WINDOW].view(num_rows, WINDOW)
     if not kinds:
         raise SystemExit(f"no source of {validation} has {num_rows * WINDOW:,} bytes: give fewer --rows")
-    kinds[EDITED] = torch.stack([edited(rows[0, : WINDOW // 2]) for rows in kinds.values()])
     prompts = torch.cat([rows[:2, :PROMPT] for rows in kinds.values()])
+    kinds[EDITED] = torch.stack([edited(rows[0, : WINDOW // 2]) for rows in kinds.values()])
     # A checkpoint may bring other defaults.
     options = {"attention_mask": torch.ones_like(prompts), "max_new_tokens": WRITTEN, "eos_token_id": None}
     sampling = {"do_sample": True, "top_k": 0, "top_p": 1.0}
@@ -264,18 +264,8 @@ def main():
     print(f"{differ[GREEDY]} of {len(kinds[GREEDY])} greedy texts differ")
     passes = {n: pass_milliseconds(model, tokenizer, n) for n in (1, 2, args.drafted + 1)}
     print("CPU ms of a pass:", ", ".join(f"{n} bytes {ms:.2f}" for n, ms in passes.items()))
-    print(
-        json.dumps(
-            {
-                "results": results,
-                "milliseconds": milliseconds,
-                "differ": differ,
-                "pass": passes,
-                "arguments": vars(args),
-            }
-            | info
-        )
-    )
+    found = {"results": results, "milliseconds": milliseconds, "differ": differ, "pass": passes}
+    print(json.dumps(found | {"arguments": vars(args)} | info))
 
 
 if __name__ == "__main__":

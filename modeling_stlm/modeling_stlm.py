@@ -1397,15 +1397,7 @@ class STLMForCausalLM(STLMPreTrainedModel, GenerationMixin):
         return processors
 
     def _get_candidate_generator(
-        self,
-        generation_config,
-        input_ids,
-        inputs_tensor,
-        logits_processor,
-        model_kwargs,
-        assistant_model=None,
-        target_tokenizer=None,
-        assistant_tokenizer=None,
+        self, generation_config, *, logits_processor, model_kwargs, target_tokenizer=None, **kwargs
     ):
         if num_past := model_kwargs["past_key_values"].get_seq_length():
             raise ValueError(
@@ -1421,13 +1413,10 @@ class STLMForCausalLM(STLMPreTrainedModel, GenerationMixin):
         # The library checks the options.
         generator = super()._get_candidate_generator(
             generation_config,
-            input_ids,
-            inputs_tensor,
-            logits_processor,
-            model_kwargs,
-            assistant_model,
-            target_tokenizer,
-            assistant_tokenizer,
+            logits_processor=logits_processor,
+            model_kwargs=model_kwargs,
+            target_tokenizer=target_tokenizer,
+            **kwargs,
         )
         if type(generator) is not PromptLookupCandidateGenerator:
             return generator

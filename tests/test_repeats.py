@@ -20,7 +20,7 @@ from modeling_stlm import STLMTokenizer
 from modeling_stlm.generation_stlm import RepeatCandidateGenerator
 
 from .test_generate import PROMPT, generate
-from .test_generate_modes import OUTPUTS
+from .test_generate_modes import OUTPUTS, SHAPING
 from .tiny import MIXERS, PATCHING, TEXT, assert_equal, ids_of, tiny_model
 
 
@@ -233,28 +233,21 @@ def test_drafts_are_streamed_as_they_are_confirmed():
 @pytest.mark.slow
 def test_drafts_leave_the_distribution_of_samples_as_it_is():
     """Two drafted bytes, sampled, against the probabilities of the model (chi-squared test)."""
-    model, ids = tiny_model(), torch.tensor([TWICE])
-    drafter = repeats(20)
-    start = next(  # the prompt, and one byte of the model's: the second pass drafts
-        n for n in range(len(TWICE) - 30, len(TWICE)) if len(set(draft_by_search(TWICE[:n], 2, 1000))) == 2
-    )
-    ids = ids[:, :start]
-    drafted = drafter.get_candidates(torch.cat([torch.tensor([[0]]), ids], 1))[0][0, start + 1 : start + 3]
-    bias = dict.fromkeys(drafted.tolist(), 0.0)
-    # The first pass writes a byte that is forced, so that what is drafted behind it is known.
-    ids, forced = ids[:, :-1], int(ids[0, -1])
-    for byte in bias:
-        logits = model(torch.cat([ids, torch.tensor([[forced]])], 1)).logits[0, -1]
-        bias[byte] = (logits.logsumexp(-1) - logits[byte]).item()  # about as likely as all others together
+    model = tiny_model()
+    # The first pass drafts nothing: it reads all but the last id and writes that one. The two ids behind it are drafted.
+    start = next(n for n in range(len(TWICE) - 30, len(TWICE)) if len(set(draft_by_search(TWICE[:n], 2, 1000))) == 2)
+    whole = torch.tensor([TWICE[:start]])
+    ids, forced, drafted = whole[:, :-1], whole[0, -1:], torch.tensor(draft_by_search(TWICE[:start], 2, 1000))
+    logits = model(whole).logits[0, -1]
+    bias = logits.logsumexp(-1) - logits[drafted]  # makes each about as likely as all others together
 
     def processor(input_ids, scores):
         if input_ids.shape[1] == start - 1:
-            return torch.full_like(scores, -torch.inf).index_fill(1, torch.tensor([forced]), 0.0)
-        return scores.index_add(1, torch.tensor([*bias]), torch.tensor([[*bias.values()]]).expand(len(scores), -1))
+            return torch.full_like(scores, -torch.inf).index_fill(1, forced, 0.0)
+        return scores.index_add(1, drafted, bias.expand(len(scores), -1))
 
-    whole = torch.cat([ids, torch.tensor([[forced]])], 1)
     both = torch.cat([whole.expand(320, -1), torch.arange(320)[:, None]], dim=1)
-    first = processor(whole, model(whole).logits[:, -1]).softmax(-1)[0]
+    first = processor(whole, logits[None]).softmax(-1)[0]
     second = processor(both, model(both).logits[:, -1]).softmax(-1)
     kinds = torch.full((320,), 2)  # the two drafted bytes, and all others
     kinds[drafted] = torch.arange(2)
@@ -282,6 +275,14 @@ def test_drafts_on_a_cache_that_holds_a_turn_are_refused(drafts):
     generate(model, {"input_ids": ids}, True, **PLAIN, past_key_values=cache)
     with pytest.raises(ValueError, match="behind the 209 bytes that the cache holds"):
         generate(model, {"input_ids": ids.repeat(1, 3)}, True, **PLAIN, past_key_values=cache, **drafts)
+
+
+@pytest.mark.parametrize("options", [{"guidance_scale": 2.0}, SHAPING["synth_id"]], ids=["guidance", "watermark"])
+@pytest.mark.parametrize("matching", [None, 2])
+def test_drafts_with_processors_that_count_their_calls_are_refused(options, matching):
+    options = options | DRAFTS | {"max_matching_ngram_size": matching}
+    with pytest.raises(ValueError, match="Processor counts its calls"):
+        generate(tiny_model(), {"input_ids": PROMPT}, True, **options)
 
 
 def test_the_way_of_the_library_is_one_option_away():
