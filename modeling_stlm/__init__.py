@@ -17,14 +17,16 @@ from transformers.models.auto import modeling_auto
 from tokenization_stlm import STLMTokenizer
 
 from .configuration_stlm import STLMConfig
-from .modeling_stlm import (
-    STLMCausalLMOutput,
-    STLMForCausalLM,
+from .heads_stlm import (
     STLMForMaskedLM,
     STLMForMultipleChoice,
     STLMForQuestionAnswering,
     STLMForSequenceClassification,
     STLMForTokenClassification,
+)
+from .modeling_stlm import (
+    STLMCausalLMOutput,
+    STLMForCausalLM,
     STLMModel,
     STLMModelOutput,
     STLMPreTrainedModel,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a model weighs and what a byte costs: one source for README, presets, benchmarks and tests."""
+"""Parameters by group and FLOPs per byte: one source for README, presets, benchmarks and tests."""
 
 from torch import nn
 
@@ -10,20 +10,19 @@ class BudgetMixin:
     def parameter_budget(self) -> dict[str, dict[str, int]]:
         """Parameters by group, `{"stored": {...}, "effective": {...}}`, each with a `"total"`.
 
-        Stored parameters are those of the checkpoint. Effective ones count a block of the trunk once for each pass, and
-        the tied head beside the embedding: what an untied model of the same computation would store.
+        Stored parameters are those of the checkpoint. Effective ones count a block of the trunk once per pass, and the
+        tied head in addition to the embedding: what an untied model of the same computation would store.
         """
         base = self.base_model
         groups = {
             "byte embedding": [base.embed_tokens],
-            "n-gram embedding": [*filter(None, [base.ngram_embed_tokens, base.ngram_proj])],
-            "front layers": [base.front_layers],
-            "pooling": [base.pool_proj, base.unpool_proj, *filter(None, [base.pool_scores, base.router])],
+            "n-gram embedding": [*filter(None, [base.ngram_embedding])],
+            "local encoder": [base.local_encoder],
+            "patching": [base.patcher],
             "trunk": [base.trunk],
-            "back layers": [base.back_layers, base.norm],
+            "local decoder": [base.local_decoder, base.final_norm],
         }
         stored = {name: sum(map(_count, modules)) for name, modules in groups.items()}
-        stored["pooling"] += 0 if base.start is None else base.start.numel()
         stored["heads"] = sum(p.numel() for p in self.parameters()) - sum(p.numel() for p in base.parameters())
         stored["total"] = sum(stored.values())
         total = sum(p.numel() for p in self.parameters())
@@ -31,7 +30,7 @@ class BudgetMixin:
 
         effective = {name: count for name, count in stored.items() if name != "total"}
         schedule = self.config.trunk_schedule
-        effective["trunk"] = _count(base.trunk.norm) + sum(
+        effective["trunk"] = _count(base.trunk.final_norm) + sum(
             _count(base.trunk.attention_blocks[attention]) + _count(base.trunk.feed_forward_blocks[feed_forward])
             for attention, feed_forward in schedule
         )
@@ -52,17 +51,17 @@ class BudgetMixin:
             context_bytes (`int`): length of the text; attention of the trunk sees half of it on average.
         """
         base, config = self.base_model, self.config
-        per_byte = 2 * (_matmul_parameters(base.front_layers) + _matmul_parameters(base.back_layers))
+        per_byte = 2 * (_matmul_parameters(base.local_encoder) + _matmul_parameters(base.local_decoder))
         per_byte += 2 * config.conv_kernel_size * config.hidden_size * config.byte_mixers.count("conv")
         window = min(config.attention_window_bytes, context_bytes)
         per_byte += 4 * window * config.num_attention_heads * config.head_dim * config.byte_mixers.count("attention")
-        for module in filter(None, [base.ngram_proj, base.pool_scores, base.router]):
+        for module in filter(None, [base.ngram_embedding, base.patcher.rule]):
             per_byte += 2 * _matmul_parameters(module)
         head = self.get_output_embeddings()
         if head is not None:
             per_byte += 2 * head.weight.numel()
         trunk = base.trunk
-        per_patch = 2 * (_matmul_parameters(base.pool_proj) + _matmul_parameters(base.unpool_proj))
+        per_patch = 2 * (_matmul_parameters(base.patcher.patch_proj) + _matmul_parameters(base.patcher.byte_proj))
         patches_seen = context_bytes / bytes_per_patch / 2
         attention_width = config.trunk_num_attention_heads * config.trunk_head_dim
         for attention, feed_forward in config.trunk_schedule:

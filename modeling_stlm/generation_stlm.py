@@ -1,21 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `generate` does with bytes: text that is always well-formed UTF-8 (RFC 3629), and drafts of text that repeats."""
-
-from collections.abc import Iterable
+"""What `generate` does with bytes: text that is always well-formed UTF-8 (RFC 3629)."""
 
 import torch
-from transformers import (
-    LogitsProcessor,
-    LogitsProcessorList,
-    MinPLogitsWarper,
-    StoppingCriteria,
-    SynthIDTextWatermarkLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-    UnbatchedClassifierFreeGuidanceLogitsProcessor,
-)
-from transformers.generation import CandidateGenerator
+from transformers import GenerationMixin, LogitsProcessor
 
 
 # States between two bytes of a text: between characters, or with so many continuation bytes to come; after E0, ED, F0
@@ -83,94 +70,34 @@ class UTF8LogitsProcessor(LogitsProcessor):
         return scores.masked_fill(~allowed, -torch.inf)
 
 
-# Processors that forbid no byte of which a model is sure, and those that drafts would confuse.
-KEEP_THE_LIKELIEST = TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper
-COUNT_THEIR_CALLS = SynthIDTextWatermarkLogitsProcessor, UnbatchedClassifierFreeGuidanceLogitsProcessor
+class STLMGenerationMixin(GenerationMixin):
+    """`generate` with one more option, `valid_utf8`, in its arguments or in the generation config.
 
-
-class RepeatCandidateGenerator(CandidateGenerator):
-    """Drafts what followed the last bytes when they last came: prompt lookup decoding, with thresholds made for bytes.
-
-    A pass over n bytes costs a model of pooled bytes several steps, and in any text a few bytes came before. So nothing is
-    drafted unless `matched_bytes` bytes match, and then as many bytes as match. Nor is anything drafted for the first pass,
-    which reads the prompt. [`STLMForCausalLM`] drafts so if `generation_config.prompt_lookup_num_tokens` is set and
-    `max_matching_ngram_size` is not.
-
-    Args:
-        num_drafted (`int`): most bytes of a draft; taking back more than 63 is slow.
-        max_length (`int`): length in ids at which generation stops, the prompt included.
-        vocab_size (`int`): V, of the scores that `logits_processor` gets.
-        eos_token_id (`torch.Tensor`, *optional*): ids that end a text, and a draft before them.
-        logits_processor (`LogitsProcessorList`, *optional*): a draft ends before an id that it forbids.
-        stopping_criteria (`StoppingCriteria`, *optional*): a draft ends before an id with which a text stops. The library
-            asks only after each pass.
-        matched_bytes (`int`, defaults to 16): fewest bytes that must match.
-
-    Raises:
-        ValueError: if `num_drafted` or `matched_bytes` is less than one.
+    The library has no public way to add an option, so this extends two of its private methods; a test tells if they change.
     """
 
-    def __init__(
-        self,
-        num_drafted: int,
-        max_length: int,
-        vocab_size: int,
-        eos_token_id: torch.Tensor | None = None,
-        logits_processor: LogitsProcessorList | None = None,
-        stopping_criteria: StoppingCriteria | None = None,
-        matched_bytes: int = 16,
-    ):
-        if min(num_drafted, matched_bytes) < 1:
-            raise ValueError(
-                f"drafts have at least one byte and match at least one, got num_drafted={num_drafted} and "
-                f"matched_bytes={matched_bytes}"
-            )
-        self.num_drafted, self.max_length, self.vocab_size = num_drafted, max_length, vocab_size
-        self.matched_bytes, self.stopping_criteria = matched_bytes, stopping_criteria
-        self.ends = set() if eos_token_id is None else set(eos_token_id.flatten().tolist())
-        self.logits_processor = [p for p in logits_processor or () if not isinstance(p, KEEP_THE_LIKELIEST)]
-        self.text: str | None = None  # a character for each id
+    def _prepare_generation_config(self, generation_config, *, valid_utf8: bool | None = None, **kwargs):
+        generation_config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
+        if valid_utf8 is not None:
+            generation_config.valid_utf8 = valid_utf8
+        return generation_config, model_kwargs
 
-    def get_candidates(self, input_ids: torch.LongTensor, **kwargs) -> tuple[torch.LongTensor, None]:
-        """`input_ids (1, T)`, which go on from those of the call before; with a draft behind: (1, T + drafted)."""
-        if self.text is None:
-            self.text = _as_text(input_ids[0].tolist())
-            return input_ids, None
-        self.text += _as_text(input_ids[0, len(self.text) :].tolist())
-        draft = self._allowed(input_ids, self._draft())
-        return torch.cat([input_ids, input_ids.new_tensor([draft])], dim=1) if draft else input_ids, None
+    def _get_logits_processor(self, generation_config, *args, **kwargs):
+        processors = super()._get_logits_processor(generation_config, *args, **kwargs)
+        if getattr(generation_config, "valid_utf8", False):
+            # The last place may be taken by an end of text.
+            forced = generation_config.forced_eos_token_id is not None
+            # First, so that top-k and top-p choose among what is allowed.
+            processors.insert(0, UTF8LogitsProcessor(generation_config.max_length - forced))
+        return processors
 
-    def _draft(self) -> list[int]:
-        text, matched = self.text, self.matched_bytes
-        num_ids, room = len(text), min(self.num_drafted, self.max_length - len(text) - 1)
-        end = matched + text.rfind(text[-matched:], 0, num_ids - 1)
-        if num_ids <= matched or end < matched or room < 1:
-            return []
-        while matched < min(room, end) and text[end - matched - 1] == text[num_ids - matched - 1]:
-            matched += 1
-        period = num_ids - end
-        return [ord(text[end + i % period]) for i in range(min(matched, room))]
-
-    def _allowed(self, input_ids: torch.LongTensor, draft: list[int]) -> list[int]:
-        """`draft` up to the first id that ends the text, or that is forbidden even to a model that is sure of it."""
-        for i, drafted in enumerate(draft):
-            if drafted in self.ends:
-                return draft[:i]
-            if not self.logits_processor and self.stopping_criteria is None:
-                continue
-            text = torch.cat([input_ids, input_ids.new_tensor([draft[: i + 1]])], dim=1)
-            if self.stopping_criteria is not None and self.stopping_criteria(text, None).any():
-                return draft[:i]
-            scores = torch.zeros(1, self.vocab_size, device=input_ids.device).index_fill_(1, text[0, -1], 1e4)
-            for processor in self.logits_processor:
-                scores = processor(text[:, :-1], scores)
-            if scores[0, drafted] <= torch.finfo(scores.dtype).min:
-                return draft[:i]
-        return draft
+    @staticmethod
+    def create_masks_for_generate(config, inputs_embeds, attention_mask, cache, **kwargs):
+        """With a static cache: the mask of the new bytes (B, T), or `None` if none is padding, so that shapes stay."""
+        if attention_mask is None:
+            return None
+        attention_mask = attention_mask[:, attention_mask.shape[1] - inputs_embeds.shape[1] :]
+        return None if attention_mask.all() else attention_mask
 
 
-def _as_text(ids: Iterable[int]) -> str:
-    return "".join(map(chr, ids))
-
-
-__all__ = ["RepeatCandidateGenerator", "UTF8LogitsProcessor"]
+__all__ = ["STLMGenerationMixin", "UTF8LogitsProcessor"]

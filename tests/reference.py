@@ -36,10 +36,8 @@ def piece_boundaries(ids: list[int], config) -> list[bool]:
     return ends
 
 
-def boundaries(
-    ids: list[int], config, surprise: list[bool] | None = None, routed: list[bool] | None = None
-) -> list[bool]:
-    """`surprise` is the table of "entropy", `routed` what the router of "learned" wants."""
+def boundaries(ids: list[int], config, routed: list[bool] | None = None) -> list[bool]:
+    """`routed` is what the router of "learned" wants."""
     if not config.is_causal:
         ids = [ord("a") if byte == config.mask_token_id else byte for byte in ids]
     if config.patching == "vocabulary":
@@ -50,11 +48,6 @@ def boundaries(
         since_anchor += 1
         anchor = kind(byte) == "special"
         cap = config.patch_bytes if config.patching == "fixed" else config.max_patch_bytes
-        if config.patching == "entropy":
-            digest = 0
-            for back in range(config.entropy_order):
-                digest = digest * 65599 + (ids[t - back] + 1 if t - back >= 0 else 0)
-            anchor = anchor or surprise[digest % (2**31 - 1) % config.entropy_rows]
         if config.patching == "learned":
             anchor = anchor or routed[t]
         if config.patching == "spacelike":
@@ -109,8 +102,9 @@ def ngram_rows(ids: list[int], t: int, config) -> list[int]:
 
 def ngrams(model, ids: list[int], t: int) -> torch.Tensor:
     """What the n-grams that end at byte t add to its embedding: (D,)."""
-    found = model.ngram_embed_tokens.weight[ngram_rows(ids, t, model.config)]
-    return found.sum(0) if model.ngram_proj is None else model.ngram_proj.weight @ found.flatten()
+    embedding = model.ngram_embedding
+    found = embedding.ngram_tables.weight[ngram_rows(ids, t, model.config)]
+    return found.sum(0) if embedding.ngram_proj is None else embedding.ngram_proj.weight @ found.flatten()
 
 
 def rotate(x: torch.Tensor, position: int, theta: float) -> torch.Tensor:
@@ -171,7 +165,7 @@ def short_conv(mixer, x: torch.Tensor, is_causal: bool) -> torch.Tensor:
 
 def byte_layer(layer, x: torch.Tensor, config) -> torch.Tensor:
     normed = layer.mixer_norm(x)
-    if layer.has_attention:
+    if hasattr(layer.mixer, "q_proj"):
         x = x + attention(layer.mixer, normed, config.attention_window_bytes)
     else:
         x = x + short_conv(layer.mixer, normed, config.is_causal)
@@ -182,20 +176,10 @@ def trunk(module, x: torch.Tensor, config) -> torch.Tensor:
     """x (P, G)."""
     for attention_block, feed_forward_block in config.trunk_schedule:
         block = module.attention_blocks[attention_block]
-        x = x + attention(block.attention, block.norm(x), None)
+        x = x + attention(block.attention, block.attention_norm(x), None)
         block = module.feed_forward_blocks[feed_forward_block]
-        x = x + feed_forward(block.feed_forward, block.norm(x), config.hidden_act)
-    return module.norm(x)
-
-
-def pool(model, x: torch.Tensor) -> torch.Tensor:
-    """Vector of one patch x (T, D)."""
-    how, heads = model.config.patch_pooling, model.config.num_attention_heads
-    if how == "attention":
-        scores = 10 * torch.tanh(model.pool_scores(x) / 10)
-        parts = [scores[:, h].softmax(0) @ part for h, part in enumerate(x.chunk(heads, dim=-1))]
-        return torch.cat(parts)
-    return {"mean": x.mean(0), "last": x[-1], "mean_last": torch.cat([x.mean(0), x[-1]])}[how]
+        x = x + feed_forward(block.feed_forward, block.feed_forward_norm(x), config.hidden_act)
+    return module.final_norm(x)
 
 
 def router(module, x: torch.Tensor) -> list[float]:
@@ -211,19 +195,17 @@ def hidden_states(model, ids: list[int]) -> torch.Tensor:
     """Last hidden state (T, D) of `STLMModel` for one document."""
     config = model.config
     x = model.embed_tokens.weight[ids]
-    if model.ngram_embed_tokens is not None:
+    if model.ngram_embedding is not None:
         x = torch.stack([row + ngrams(model, ids, t) for t, row in enumerate(x)])
-    for layer in model.front_layers:
+    for layer in model.local_encoder:
         x = byte_layer(layer, x, config)
-    surprise = None
-    if config.patching == "entropy":
-        surprise = (model.entropy_table.float() / 32 > config.entropy_threshold).tolist()
-    sure = router(model.router, x) if config.patching == "learned" else None
-    done = patches(boundaries(ids, config, surprise, sure and [p >= 0.5 for p in sure]))
-    seen = [model.start] * len(ids)
+    patcher = model.patcher
+    sure = router(patcher.rule, x) if config.patching == "learned" else None
+    done = patches(boundaries(ids, config, sure and [p >= 0.5 for p in sure]))
+    seen = [patcher.start] * len(ids)
     if done:
-        pooled = torch.stack([pool(model, x[patch]) for patch in done])
-        out = model.unpool_proj(trunk(model.trunk, model.pool_proj(pooled), config))  # (P, D)
+        pooled = torch.stack([torch.cat([x[patch].mean(0), x[patch[-1]]]) for patch in done])
+        out = patcher.byte_proj(trunk(model.trunk, patcher.patch_proj(pooled), config))  # (P, D)
         if sure:
             for p in range(1, len(done)):
                 share = sure[done[p][-1]]
@@ -237,9 +219,9 @@ def hidden_states(model, ids: list[int]) -> torch.Tensor:
             if complete:
                 seen[t] = out[complete[-1]]
     x = x + torch.stack(seen)
-    for layer in model.back_layers:
+    for layer in model.local_decoder:
         x = byte_layer(layer, x, config)
-    return model.norm(x)
+    return model.final_norm(x)
 
 
 def logits(language_model, ids: list[int]) -> torch.Tensor:

@@ -49,9 +49,9 @@ def test_bad_arguments_are_named_and_leave_a_cache_usable(arguments, message, ca
     model = tiny_model()
     cache = DynamicCache(config=model.config) if cached else None
     with pytest.raises(ValueError, match=message):
-        model(**arguments, past_key_values=cache)
+        model(**arguments, cache=cache)
     with torch.no_grad():
-        assert_equal(model(IDS, past_key_values=cache).logits, model(IDS).logits)
+        assert_equal(model(IDS, cache=cache).logits, model(IDS).logits)
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32])
@@ -60,8 +60,8 @@ def test_bytes_may_come_in_any_integer_type(dtype):
     model = tiny_model()
     ids = torch.tensor([ids_of("Some text, é.")])
     assert torch.equal(model(ids.to(dtype)).logits, model(ids).logits)
-    cache = model(ids.to(dtype), use_cache=True).past_key_values
-    step = model(ids[:, :1].to(dtype), past_key_values=cache).logits
+    cache = model(ids.to(dtype), use_cache=True).cache
+    step = model(ids[:, :1].to(dtype), cache=cache).logits
     assert_equal(step, model(torch.cat([ids, ids[:, :1]], dim=1)).logits[:, -1:])
 
 
@@ -158,7 +158,7 @@ def test_naughty_strings_side_by_side_in_a_cache_equal_the_rows_alone():
     for first in range(0, inputs["input_ids"].shape[1], 17):
         end = min(first + 17, inputs["input_ids"].shape[1])
         chunk = inputs["input_ids"][:, first:end]
-        logits.append(model(chunk, attention_mask=inputs["attention_mask"][:, :end], past_key_values=cache).logits)
+        logits.append(model(chunk, attention_mask=inputs["attention_mask"][:, :end], cache=cache).logits)
     logits = torch.cat(logits, 1)
     for row, mask, ids in zip(logits, inputs["attention_mask"], texts):
         assert_equal(row[mask == 1], model(torch.tensor([ids])).logits[0])
@@ -183,14 +183,14 @@ def test_any_ids_in_any_chunks_with_any_crop_equal_one_call(rows, side, sizes, r
     cache, parts, first = DynamicCache(config=model.config), [], 0
     while first < num_bytes:
         end = min(first + sizes[len(parts) % len(sizes)], num_bytes)
-        parts.append(model(ids[:, first:end], attention_mask=mask[:, :end], past_key_values=cache).logits)
+        parts.append(model(ids[:, first:end], attention_mask=mask[:, :end], cache=cache).logits)
         first = end
     scale = max(1.0, expected.abs().max().item())
     torch.testing.assert_close(torch.cat(parts, 1)[mask == 1], expected[mask == 1], atol=1e-5 * scale, rtol=0)
     removed = min(removed, num_bytes - 1)
     if removed:
         cache.crop(-removed)
-        again = model(ids[:, -removed:], attention_mask=mask, past_key_values=cache).logits
+        again = model(ids[:, -removed:], attention_mask=mask, cache=cache).logits
         valid = mask[:, -removed:] == 1
         torch.testing.assert_close(again[valid], expected[:, -removed:][valid], atol=1e-5 * scale, rtol=0)
 

@@ -45,7 +45,7 @@ def test_checks_fail_where_they_should():
             model = super().model(*args, **kwargs)
             forward = model.forward
 
-            def without_cache(*args, past_key_values=None, attention_mask=None, **kwargs):
+            def without_cache(*args, cache=None, attention_mask=None, **kwargs):
                 return forward(*args, **kwargs)
 
             model.forward = without_cache

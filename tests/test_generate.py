@@ -128,7 +128,7 @@ def test_chat_turns_can_go_on_with_one_cache():
     for turn in ("\nAnd then? ", "\nWhy so? "):
         ids = torch.cat([ids, torch.tensor([ids_of(turn)])], 1)
         expected = generate(model, {"input_ids": ids}, False, **MODES["greedy"])
-        got = generate(model, {"input_ids": ids, "past_key_values": cache}, True, **MODES["greedy"])
+        got = generate(model, {"input_ids": ids, "cache": cache}, True, **MODES["greedy"])
         assert torch.equal(got, expected)
         ids = got
 

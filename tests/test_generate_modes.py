@@ -139,7 +139,7 @@ def test_outputs_of_every_step_are_those_of_one_forward_pass(inputs, use_cache):
         assert weights[0].shape == (len(valid), model.config.num_attention_heads, num_fed, last + 1)
         assert_equal(weights[0][:, :, -1], full.attentions[0][:, :, last, : last + 1])
     if use_cache:
-        assert out.past_key_values.get_seq_length() == out.sequences.shape[1] - 1
+        assert out.cache.get_seq_length() == out.sequences.shape[1] - 1
 
 
 def test_attentions_asked_of_sdpa_are_left_out_as_in_the_library():
@@ -284,12 +284,12 @@ def test_generation_goes_on_from_the_cache_it_returned(start):
     begun = generate(model, first, True, **GREEDY, **some, return_dict_in_generate=True)
     ids = begun.sequences if start == "ids" else torch.cat([inputs["input_ids"], begun.sequences], 1)
     mask = torch.cat([inputs["attention_mask"], torch.ones_like(ids[:, -5:])], 1)
-    more = {"input_ids": ids, "attention_mask": mask, "past_key_values": begun.past_key_values}
+    more = {"input_ids": ids, "attention_mask": mask, "cache": begun.cache}
     rest = {"max_new_tokens": 19, "min_new_tokens": 19}
     ended = generate(model, more, True, **GREEDY, **rest, **OUTPUTS)
     assert torch.equal(ended.sequences, at_once.sequences)
     assert_equal(torch.stack(ended.logits, 1), torch.stack(at_once.logits[5:], 1))
-    assert ended.past_key_values is begun.past_key_values
+    assert ended.cache is begun.cache
 
 
 def test_position_ids_given_by_hand_change_nothing():
@@ -392,7 +392,7 @@ def test_a_loop_of_the_user_gets_a_cache_and_inputs_that_fit():
     def own_greedy(model, input_ids, logits_processor, stopping_criteria, generation_config, **inputs):
         for _ in range(24):
             prepared = model.prepare_inputs_for_generation(input_ids, next_sequence_length=None, **inputs)
-            cached = inputs["past_key_values"].get_seq_length()
+            cached = inputs["cache"].get_seq_length()
             prepared["input_ids"] = input_ids[:, cached:]
             outputs = model(**prepared)
             inputs = model._update_model_kwargs_for_generation(outputs, inputs)
@@ -447,11 +447,11 @@ def test_caches_of_generate_have_the_slots_of_the_config():
     model = tiny_model(**MIXERS["both"])
     inputs = batch(ROWS, "left")
     out = generate(model, inputs, True, **GREEDY, return_dict_in_generate=True)
-    assert type(out.past_key_values) is DynamicCache
-    assert len(out.past_key_values.layers) == model.config.num_hidden_layers
-    assert generate(model, inputs, False, **GREEDY, return_dict_in_generate=True).past_key_values is None
+    assert type(out.cache) is DynamicCache
+    assert len(out.cache.layers) == model.config.num_hidden_layers
+    assert generate(model, inputs, False, **GREEDY, return_dict_in_generate=True).cache is None
 
 
 def test_leaving_early_is_refused_in_words():
-    with pytest.raises(ValueError, match="past_key_values has slots"):
+    with pytest.raises(ValueError, match="the cache has slots"):
         generate(tiny_model(), {"input_ids": PROMPT}, True, **GREEDY, assistant_early_exit=1)

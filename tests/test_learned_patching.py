@@ -6,7 +6,8 @@ import torch
 from transformers import Trainer
 
 from modeling_stlm import STLMForCausalLM, STLMForMaskedLM
-from modeling_stlm.patching_stlm import smooth_patches
+from modeling_stlm.batching_stlm import STLMBatch
+from modeling_stlm.patching_stlm import PatchEnds, smooth_patches
 from modeling_stlm.training.patch_curriculum import PatchLengthCurriculum
 
 from .tiny import TEXT, ids_of, randomize, tiny_config, tiny_model
@@ -32,13 +33,16 @@ def test_a_share_of_one_lets_nothing_through():
     share[0, 3] = 1
     broken = patches.clone()
     broken[0, :3] = 1e30
-    assert torch.equal(smooth_patches(patches, share)[:, 3:], smooth_patches(broken, share)[:, 3:])
+    before = torch.zeros(1, 3)
+    assert torch.equal(smooth_patches(patches, share, before)[:, 3:], smooth_patches(broken, share, before)[:, 3:])
 
 
 def test_a_fresh_router_compares_bytes_as_they_are():
     model = STLMForCausalLM(tiny_config(patching="learned"))
     states = torch.randn(1, 6, 16)
-    probability = model.model.router(states, None, None)[0]
+    batch, state = STLMBatch(6, None, None, None, None), model.model.patcher.fresh_state(1)
+    context = torch.cat([state.last_ids, torch.full((1, 6), 97)], 1)
+    probability = model.model.patcher.rule.advance(states, context, batch, state).confidence[0]
     assert probability[0] == 0.5
     for t in range(1, 6):
         cosine = torch.cosine_similarity(states[0, t], states[0, t - 1], dim=0)
@@ -48,7 +52,7 @@ def test_a_fresh_router_compares_bytes_as_they_are():
 def test_gradients_reach_the_router_without_the_ratio_loss():
     model = tiny_model(patching="learned", ratio_loss_weight=0).train()
     model(IDS, labels=IDS).loss.backward()
-    assert all(parameter.grad.abs().max() > 0 for parameter in model.model.router.parameters())
+    assert all(parameter.grad.abs().max() > 0 for parameter in model.model.patcher.rule.parameters())
 
 
 def test_the_forward_pass_is_the_same_with_and_without_gradients():
@@ -79,14 +83,17 @@ def test_the_loss_has_the_ratio_loss_in_training_only(kind):
 
 @torch.no_grad()
 def test_the_ratio_loss_is_that_of_the_paper():
-    router = tiny_model(patching="learned", patch_bytes=4).model.router
+    router = tiny_model(patching="learned", patch_bytes=4).model.patcher.rule
     probability = torch.tensor([[0.9, 0.2, 0.6, 0.1, 0.7, 0.3, 0.3, 0.3], [0.8, 0.1, 0.1, 0.1, 0.9, 0.9, 0.9, 0.9]])
     boundary, lengths = probability >= 0.5, torch.tensor([8, 4])
     f, g = 4 / 12, (3.4 + 1.1) / 12  # padding counts for nothing
     expected = 4 / 3 * (3 * f * g + (1 - f) * (1 - g))
-    assert router.ratio_loss(probability, boundary, lengths).item() == pytest.approx(expected, rel=1e-6)
+    batch = STLMBatch(8, lengths, None, None, None)
+    found = PatchEnds(boundary & batch.is_valid, None, probability)
+    assert router.ratio_loss(found, batch).item() == pytest.approx(expected, rel=1e-6)
     right = torch.tensor([[1.0, 0.0, 0.0, 0.0]])
-    assert router.ratio_loss(right, right >= 0.5, None).item() == pytest.approx(1.0)
+    found = PatchEnds(right >= 0.5, None, right)
+    assert router.ratio_loss(found, STLMBatch(4, None, None, None, None)).item() == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize("wanted", [2, 8])
@@ -109,7 +116,7 @@ def test_the_curriculum_lengthens_patches(tmp_path):
     class Spy(PatchLengthCurriculum):
         def on_step_begin(self, args, state, control, model=None, **kwargs):
             super().on_step_begin(args, state, control, model=model, **kwargs)
-            seen.append(model.model.router.patch_bytes)
+            seen.append(model.model.patcher.rule.patch_bytes)
 
     rows = [{"input_ids": row, "labels": row} for row in IDS.repeat(8, 1)[:, :32].tolist()]
     for options in ({"patching": "learned", "patch_bytes": 6}, {}):

@@ -67,11 +67,11 @@ def test_all_linear_is_every_matrix_but_the_head():
     assert found == linear - {"lm_head"}
     assert {name.split(".")[1] for name in found} == {
         "ngram_proj",
-        "front_layers",
+        "local_encoder",
         "pool_proj",
         "trunk",
         "unpool_proj",
-        "back_layers",
+        "local_decoder",
     }
 
 

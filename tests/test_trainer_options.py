@@ -121,7 +121,7 @@ def test_neftune_disturbs_embeddings_within_its_bound_while_training(tmp_path):
     with torch.no_grad():
         clean = tiny_model()(ids, output_hidden_states=True).hidden_states[0]
     model = tiny_model()
-    model.model.front_layers[0].register_forward_pre_hook(lambda module, args: seen.append(args[0].detach()))
+    model.model.local_encoder[0].register_forward_pre_hook(lambda module, args: seen.append(args[0].detach()))
     noisy = train(tmp_path, model, neftune_noise_alpha=alpha, max_steps=1, per_device_train_batch_size=1)
     bound = alpha / clean[0].numel() ** 0.5
     assert 0.5 * bound < (seen[0] - clean).abs().max() < 1.01 * bound

@@ -38,14 +38,7 @@ PATCHING = {
         "patching": "vocabulary",
         "patch_vocabulary": "the Ġtrunk Ġrun Ġper al ong ord æĿ±äº¬ Word ĊĊ <pad>",
     },
-    "entropy": {"patching": "entropy", "entropy_order": 3, "entropy_rows": 64, "entropy_threshold": 2.0},
     "learned": {"patching": "learned"},
-}
-POOLING = {
-    "mean and last": {},
-    "mean": {"patch_pooling": "mean"},
-    "last": {"patch_pooling": "last"},
-    "attention": {"patch_pooling": "attention"},
 }
 MIXERS = {
     "conv": {},
@@ -58,8 +51,8 @@ def tiny_config(**overrides) -> STLMConfig:
     sizes = {
         "hidden_size": 16,
         "intermediate_size": 24,
-        "num_front_layers": 2,
-        "num_back_layers": 1,
+        "num_local_encoder_layers": 2,
+        "num_local_decoder_layers": 1,
         "num_attention_heads": 2,
         "num_key_value_heads": 1,
         "ngram_rows": 32,
@@ -84,9 +77,6 @@ def randomize(model: torch.nn.Module) -> torch.nn.Module:
         for parameter in model.parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.copy_(noise * (0.25 if parameter.ndim > 1 else 0.1) + (parameter.ndim == 1))
-        for name, table in model.named_buffers():
-            if name.endswith("entropy_table"):  # a patch ends after a quarter of all n-grams
-                table.copy_(torch.randint(0, 86, table.shape, generator=generator))
     return model.eval()
 
 

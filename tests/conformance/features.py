@@ -139,7 +139,7 @@ def returned_cache(kit: Kit) -> None:
     )
     rest = {"max_new_tokens": NUM_NEW - 5, "min_new_tokens": NUM_NEW - 5}
     goes_on = {"input_ids": first.sequences, "attention_mask": torch.ones_like(first.sequences)}
-    found = kit.generate(model, goes_on, past_key_values=first.past_key_values, **rest)
+    found = kit.generate(model, goes_on, cache=first.cache, **rest)
     assert torch.equal(found, expected), "other ids from a returned cache"
 
 
