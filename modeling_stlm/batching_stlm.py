@@ -73,7 +73,9 @@ class STLMBatch(NamedTuple):
     def _remaining(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Bytes after each byte in its document (B, T), 0 at padding."""
         time = torch.arange(self.num_bytes, device=input_ids.device)
-        end = (input_ids.new_full(input_ids.shape[:1], self.num_bytes) if self.lengths is None else self.lengths)[:, None]
+        end = (input_ids.new_full(input_ids.shape[:1], self.num_bytes) if self.lengths is None else self.lengths)[
+            :, None
+        ]
         if self.positions is None:
             return (end - 1 - time).clamp(min=0).expand_as(input_ids)
         is_last = F.pad(self.positions[:, 1:] == 0, (0, 1), value=True) | (time == end - 1)

@@ -32,7 +32,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, slice_logits_to
 from transformers.models.llama.modeling_llama import eager_attention_forward
 from transformers.utils import can_return_tuple, logging
 from transformers.utils.deprecation import deprecate_kwarg
-from transformers.utils.import_utils import is_torchdynamo_compiling, is_torchdynamo_exporting, is_tracing
+from transformers.utils.import_utils import is_torchdynamo_exporting, is_tracing
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .batching_stlm import STLMBatch
@@ -412,7 +412,9 @@ class STLMNgramEmbedding(nn.Module):
         """Embeddings (B, T, D) at the last T of `context (B, C + T)`, C at least the longest n-gram."""
         tables = self.constants.on(context.device)
         context = context[:, context.shape[1] - batch.num_bytes - self.longest :]
-        grams = context[:, 1:].unfold(1, self.longest, 1) + 1  # (B, T, n): oldest first, 0 for bytes that are not there
+        grams = (
+            context[:, 1:].unfold(1, self.longest, 1) + 1
+        )  # (B, T, n): oldest first, 0 for bytes that are not there
         if batch.positions is not None:
             back = torch.arange(self.longest - 1, -1, -1, device=context.device)
             grams = grams.masked_fill(batch.positions[..., None] < back, 0)
@@ -519,6 +521,18 @@ class STLMTrunk(nn.Module):
         return self.final_norm(patches)
 
 
+class STLMStart(nn.Module):
+    """What bytes see before the first patch is complete: a learned vector."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width))
+
+    def forward(self, num_rows: int) -> torch.Tensor:
+        """(B, D)"""
+        return self.weight.expand(num_rows, -1)
+
+
 class STLMPatcher(nn.Module):
     """Between the levels: where patches end, what the trunk reads of them, and what bytes see of its outputs."""
 
@@ -527,24 +541,24 @@ class STLMPatcher(nn.Module):
         self.rule = RULES[config.patching](config)
         self.patch_proj = nn.Linear(2 * config.hidden_size, config.trunk_hidden_size, bias=False)
         self.byte_proj = nn.Linear(config.trunk_hidden_size, config.hidden_size, bias=False)
-        self.start = nn.Parameter(torch.empty(config.hidden_size))  # seen before the first patch is complete
+        self.start = STLMStart(config.hidden_size)
         self.mask_token_id = None if config.is_causal else config.mask_token_id
         longest = max([*config.ngram_orders, config.ngram_word_bytes])
         self.context_bytes = max(longest, self.rule.context_bytes)
 
     def fresh_state(self, num_rows: int) -> PatchState:
         """The state of rows without a past."""
-        start = self.start
+        start = self.start(num_rows)  # (B, D)
         counts = torch.zeros(num_rows, dtype=torch.long, device=start.device)
         return PatchState(
             last_ids=counts.new_full((num_rows, self.context_bytes), -1),
             num_bytes=counts,
             num_patches=counts.clone(),
             open_bytes=counts.clone(),
-            open_sum=start.new_zeros(num_rows, len(start), dtype=torch.float32),
-            rule_state=self.rule.fresh_state(num_rows, start.detach()),
-            visible=start.expand(num_rows, -1),
-            last_output=start.new_zeros(num_rows, len(start)),
+            open_sum=torch.zeros_like(start, dtype=torch.float32),
+            rule_state=self.rule.fresh_state(start.detach()),
+            visible=start,
+            last_output=torch.zeros_like(start),
         )
 
     def find_ends(self, hidden_states, context, batch: STLMBatch, state: PatchState) -> PatchEnds:
@@ -612,8 +626,8 @@ class STLMPreTrainedModel(PreTrainedModel, BudgetMixin):
             init.eye_(module.weight)
         elif isinstance(module, nn.Linear):
             init.normal_(module.weight, std=module.in_features**-0.5)
-        elif isinstance(module, STLMPatcher):
-            init.normal_(module.start, std=self.config.initializer_range)
+        elif isinstance(module, STLMStart):
+            init.normal_(module.weight, std=self.config.initializer_range)
 
 
 class STLMModel(STLMPreTrainedModel):
@@ -677,6 +691,8 @@ class STLMModel(STLMPreTrainedModel):
             ValueError: if a shape does not fit, or if the cache was not made for this model.
         """
         input_ids = self._checked_ids(input_ids, inputs_embeds)
+        if self.training and self.patcher.start.weight.dtype is torch.bfloat16 and not is_torchdynamo_compiling():
+            self._warn_of_rounding()
         if cache is not None:
             self._check_cache(cache, input_ids)
         num_past = self._num_past(cache, attention_mask, input_ids)
@@ -774,6 +790,14 @@ class STLMModel(STLMPreTrainedModel):
             )
         return input_ids.long()
 
+    def _warn_of_rounding(self) -> None:
+        if self.patcher.start.weight.requires_grad and torch.is_grad_enabled():
+            logger.warning_once(
+                "Training weights in bfloat16: at the usual rates most updates are smaller than half a rounding step, and "
+                "most weights will not move. Load the model with dtype=torch.float32; `bf16=True` of TrainingArguments "
+                "then computes in bfloat16 all the same."
+            )
+
     @torch.no_grad()
     def _ids_of(self, inputs_embeds: torch.Tensor) -> torch.Tensor:
         """Ids (B, T) whose embeddings were passed; `SOFT_ID` where a vector is the embedding of no id.
@@ -795,7 +819,9 @@ class STLMModel(STLMPreTrainedModel):
             raise ValueError(f"input_ids are between {low} and {high}, expected 0 to {size - 1}") from error
         return hidden_states if self.ngram_embedding is None else hidden_states + self.ngram_embedding(context, batch)
 
-    def _byte_rows(self, batch: STLMBatch, state: PatchState, cache, like: torch.Tensor, output_attentions) -> ByteRows:
+    def _byte_rows(
+        self, batch: STLMBatch, state: PatchState, cache, like: torch.Tensor, output_attentions
+    ) -> ByteRows:
         if not self.has_attention:
             return ByteRows(batch)
         num_past = int(cache.get_seq_length()) if output_attentions and cache is not None else 0
@@ -899,7 +925,9 @@ class STLMModel(STLMPreTrainedModel):
     def _patch_slot(self, cache: Cache) -> STLMPatchStateSlot:
         return cache.layers[self.num_byte_layers]
 
-    def _num_past(self, cache: Cache | None, attention_mask: torch.Tensor | None, input_ids: torch.Tensor) -> int | None:
+    def _num_past(
+        self, cache: Cache | None, attention_mask: torch.Tensor | None, input_ids: torch.Tensor
+    ) -> int | None:
         """Positions in the cache; `None` where a graph must not know them, or if the mask leaves them out."""
         num_past = 0 if cache is None else cache.get_seq_length()
         if not isinstance(num_past, torch.Tensor):
@@ -933,7 +961,8 @@ class STLMModel(STLMPreTrainedModel):
         if kinds != self.config.layer_types or len(kinds) <= self.num_byte_layers:
             raise ValueError(
                 f"the cache has slots {kinds}, but this model needs {self.config.layer_types}: make it with "
-                "DynamicCache(config=model.config)"
+                "DynamicCache(config=model.config). Keys and values from elsewhere (prefix tuning) do not fit patches: use "
+                "prompt tuning or LoRA"
             )
         slot = self._patch_slot(cache)
         if slot.state is not None and len(slot.state.num_bytes) != len(input_ids):
@@ -948,9 +977,10 @@ class STLMModel(STLMPreTrainedModel):
         slot = self._patch_slot(cache)
         if slot.is_cropped:
             self._recover(cache)
+        state = self.patcher.fresh_state(num_rows) if slot.state is None else slot.state
         if not slot.is_initialized:
-            slot.lazy_initialization(self.patcher.start)
-        return self.patcher.fresh_state(num_rows) if slot.state is None else slot.state
+            slot.lazy_initialization(state.visible)
+        return state
 
     @torch.no_grad()
     def _recover(self, cache: Cache) -> None:

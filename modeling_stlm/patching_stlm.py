@@ -123,9 +123,9 @@ class PatchingRule(nn.Module):
             weights=NUM_KINDS ** torch.arange(CHARACTER_BYTES - 1, -1, -1, device="cpu"),
         )
 
-    def fresh_state(self, num_rows: int, like: torch.Tensor) -> torch.Tensor:
-        """State (B, ...) of rows without a past; `like` (D,) has the device and dtype of hidden states."""
-        return torch.zeros(num_rows, dtype=torch.long, device=like.device)
+    def fresh_state(self, like: torch.Tensor) -> torch.Tensor:
+        """State (B, ...) of rows without a past; `like` (B, D) has the device and dtype of hidden states."""
+        return torch.zeros(like.shape[0], dtype=torch.long, device=like.device)
 
     def advance(
         self, hidden_states: torch.Tensor, context: torch.Tensor, batch: STLMBatch, state: PatchState
@@ -208,8 +208,8 @@ class LearnedRule(PatchingRule):
         self.k_proj = RouterProjection(config.hidden_size, config.hidden_size, bias=False)
         self.patch_bytes = float(config.patch_bytes)
 
-    def fresh_state(self, num_rows, like):
-        return like.new_zeros(num_rows, len(like))
+    def fresh_state(self, like):
+        return torch.zeros_like(like)
 
     def advance(self, hidden_states, context, batch, state):
         before = state.rule_state.to(hidden_states.dtype)

@@ -202,7 +202,7 @@ def hidden_states(model, ids: list[int]) -> torch.Tensor:
     patcher = model.patcher
     sure = router(patcher.rule, x) if config.patching == "learned" else None
     done = patches(boundaries(ids, config, sure and [p >= 0.5 for p in sure]))
-    seen = [patcher.start] * len(ids)
+    seen = [patcher.start.weight] * len(ids)
     if done:
         pooled = torch.stack([torch.cat([x[patch].mean(0), x[patch[-1]]]) for patch in done])
         out = patcher.byte_proj(trunk(model.trunk, patcher.patch_proj(pooled), config))  # (P, D)

@@ -6,12 +6,13 @@ import copy
 import pytest
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList
+from transformers.generation import BaseStreamer
 
 from modeling_stlm import STLMForCausalLM
 from modeling_stlm.inference.onnx_steps import OnnxSteps, export_steps
 
 from .test_examples import ROOT
-from .tiny import MIXERS, PATCHING, POOLING, SHARING, TEXT, batch, ids_of, tiny_model
+from .tiny import MIXERS, PATCHING, SHARING, TEXT, batch, ids_of, tiny_model
 
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:# The axis name")]
@@ -19,8 +20,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::FutureWarnin
 ROWS = [ids_of(TEXT)[:40], ids_of("x"), ids_of("Zoë 東京 and more, "), ids_of(TEXT)[5:23]]
 MODELS = {
     "words, middle": {**SHARING["middle"]},
-    "fixed, cycle": {**PATCHING["fixed"], **POOLING["attention"], **SHARING["cycle"], "ngram_orders": []},
-    "entropy": {**PATCHING["entropy"], **POOLING["mean"], "ngram_embedding_size": None},
+    "fixed, cycle": {**PATCHING["fixed"], **SHARING["cycle"], "ngram_orders": []},
+    "n-grams summed": {"ngram_embedding_size": None},
 }
 
 
@@ -65,6 +66,37 @@ def test_steps_stop_where_generate_stops(model_and_steps):
     assert torch.equal(found, expected) and found.shape[1] <= 50
     expected, found = both(model, steps, ROWS[:1], valid_utf8=True)
     assert torch.equal(found, expected)
+
+
+def test_a_streamer_gets_the_new_ids_and_an_end(model_and_steps):
+    model, steps = model_and_steps
+    streamer = Collector()
+    written = model.generate(
+        torch.tensor([ROWS[0]]), max_new_tokens=9, do_sample=False, custom_generate=steps, streamer=streamer
+    )
+    assert torch.equal(torch.cat(streamer.ids), written[0]) and streamer.has_ended
+
+
+class Collector(BaseStreamer):
+    def __init__(self):
+        self.ids, self.has_ended = [], False
+
+    def put(self, value):
+        self.ids.append(value.flatten())
+
+    def end(self):
+        self.has_ended = True
+
+
+def test_steps_of_weights_that_were_trained_since_are_refused(tmp_path):
+    model = tiny_model(use_cache=True)
+    export_steps(model, tmp_path)
+    steps, ids = OnnxSteps(tmp_path), torch.tensor([ROWS[0]])
+    model.generate(ids, max_new_tokens=2, custom_generate=steps)
+    model(ids, labels=ids).loss.backward()
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    with pytest.raises(ValueError, match="other weights"):
+        model.generate(ids, max_new_tokens=2, custom_generate=steps)
 
 
 class Follow(LogitsProcessor):

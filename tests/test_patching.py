@@ -46,7 +46,7 @@ class Piecewise:
 
     def __init__(self, config, num_rows: int = 1):
         self.patcher = STLMPatcher(config)
-        torch.nn.init.normal_(self.patcher.start)
+        torch.nn.init.normal_(self.patcher.start.weight)
         self.state = self.patcher.fresh_state(num_rows)
         self.ends, self.pooled = [], []
 
@@ -67,9 +67,7 @@ class Piecewise:
         num_valid = ids.shape[1] if lengths is None else torch.tensor(lengths)
         kept = torch.arange(context.shape[1] - ids.shape[1])
         last = context.gather(1, (torch.zeros_like(ids[:, :1]) + torch.as_tensor(num_valid).reshape(-1, 1)) + kept)
-        self.state = state._replace(
-            last_ids=last, rule_state=found.rule_state, num_bytes=state.num_bytes + num_valid
-        )
+        self.state = state._replace(last_ids=last, rule_state=found.rule_state, num_bytes=state.num_bytes + num_valid)
         return self
 
 
@@ -123,9 +121,7 @@ def test_rows_of_different_lengths_do_not_touch(rows, rule):
     config = tiny_config(**rule)
     longest, lengths = max(map(len, rows)), [len(row) for row in rows]
     states = torch.randn(len(rows), longest, WIDTH)
-    together = Piecewise(config, len(rows)).feed(
-        [row + [256] * (longest - len(row)) for row in rows], states, lengths
-    )
+    together = Piecewise(config, len(rows)).feed([row + [256] * (longest - len(row)) for row in rows], states, lengths)
     for b, row in enumerate(rows):
         alone = Piecewise(config).feed([row], states[b : b + 1, : len(row)])
         assert torch.equal(together.ends[0][b, : len(row)], alone.ends[0][0])
@@ -182,7 +178,7 @@ def test_unpooling_gives_each_byte_its_last_complete_patch_or_the_start(packed):
         first = number + 1
         for end in reference.boundaries(row, config):
             number += end
-            expected.append(new[0, number] if number >= first else fed.patcher.start)
+            expected.append(new[0, number] if number >= first else fed.patcher.start.weight)
         start += len(row)
     assert torch.equal(seen[0], torch.stack(expected))
     assert torch.equal(visible[0], expected[-1])

@@ -127,8 +127,6 @@ def test_attentions_of_a_second_chunk_have_the_keys_there_are():
     for chunk_mask in (mask, torch.cat([torch.ones(2, 8, dtype=torch.long), mask], 1)):
         cache = StaticCache(config=model.config, max_cache_len=12)
         model(ids[:, :8], cache=cache, use_cache=True)
-        out = model(
-            ids[:, 8:], attention_mask=chunk_mask, cache=cache, use_cache=True, output_attentions=True
-        )
+        out = model(ids[:, 8:], attention_mask=chunk_mask, cache=cache, use_cache=True, output_attentions=True)
         found.append(out.attentions[0])
     assert found[0].shape[2:] == (4, 12) and torch.equal(found[0], found[1])

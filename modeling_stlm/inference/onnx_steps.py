@@ -4,9 +4,8 @@
     export_steps(model, "steps")
     model.generate(**inputs, custom_generate=OnnxSteps("steps"))
 
-`front` takes a byte to where its patch stands, `trunk` runs for rows whose patch ended, `back` gives the logits. So a step
-costs what it computes: no modules, no Python between layers, and the trunk once a patch. Keys and values stay where they
-are; `trunk` returns those of the new patch alone. Same logits as `generate` within float32 rounding.
+`front` runs the local encoder and the patching rule, `trunk` runs for rows whose patch ended, `back` gives the logits. There
+are no modules and no Python between layers. Keys and values stay in place; `trunk` returns those of the new patch alone. Same logits as `generate` within float32 rounding.
 
 Shapes: B rows, R rows whose patch ended, P patches, D byte width, G trunk width, H key/value heads, K head width.
 """
@@ -21,14 +20,16 @@ import numpy as np
 import torch
 from torch import nn
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+from transformers.generation import BaseStreamer
 
-from modeling_stlm.modeling_stlm import Rows, STLMForCausalLM, rotary_embedding
-from modeling_stlm.patching_stlm import PatchState, step_boundary
+from modeling_stlm.batching_stlm import STLMBatch
+from modeling_stlm.modeling_stlm import ByteRows, STLMForCausalLM, rotary_embedding
 
 
 GRAPHS = ("front", "trunk", "back")
-RULES = ("spacelike", "fixed", "entropy")  # ONNX has no `searchsorted`, which "vocabulary" needs
-ONE_BYTE = Rows(None, None, None, None, None)
+RULES = ("spacelike", "fixed")  # ONNX has no `searchsorted`, which "vocabulary" needs
+BATCH = STLMBatch(num_bytes=1, lengths=None, order=None, num_seen=None, positions=None)
+ONE_BYTE = ByteRows(BATCH)
 
 
 class _ByteStates:
@@ -50,17 +51,20 @@ class _Front(nn.Module):
         super().__init__()
         self.model = model.model
 
-    def forward(self, ids, context, kept, open_bytes, memory, *states):
+    def forward(self, ids, context, kept, open_bytes, rule_state, *states):
         model, cache = self.model, _ByteStates(0, states)
+        state = model.patcher.fresh_state(1)._replace(open_bytes=open_bytes, rule_state=rule_state)
         context = torch.cat([context, ids], dim=1)
-        hidden_states = model._embed(context, ids, None, None)
-        for layer in model.front_layers:
-            hidden_states = layer(hidden_states, ONE_BYTE, past_key_values=cache)
-        boundary, state = step_boundary(model._rule(), context, PatchState(open_bytes, memory))
-        last = hidden_states[:, 0]
-        sums = kept + model._pool_terms(last)
-        kept = sums.masked_fill(boundary[:, None], 0)
-        return boundary, last, sums, open_bytes + 1, context[:, 1:], kept, *state, *cache.states.values()
+        hidden_states = model.embed_tokens(ids)
+        if model.ngram_embedding is not None:
+            hidden_states = hidden_states + model.ngram_embedding(context, BATCH)
+        for layer in model.local_encoder:
+            hidden_states = layer(hidden_states, ONE_BYTE, cache)
+        found = model.patcher.find_ends(hidden_states, context, BATCH, state)
+        ends, last = found.ends[:, 0], hidden_states[:, 0]
+        sums, num_bytes = kept + last, open_bytes + 1
+        kept, open_bytes = sums.masked_fill(ends[:, None], 0), num_bytes.masked_fill(ends, 0)
+        return ends, last, sums, num_bytes, context[:, 1:], kept, open_bytes, found.rule_state, *cache.states.values()
 
 
 class _Trunk(nn.Module):
@@ -76,7 +80,8 @@ class _Trunk(nn.Module):
 
     def forward(self, last, sums, num_bytes, start, *states):
         model, trunk = self.model, self.model.trunk
-        patches = model._pooled(sums, num_bytes, last)[:, None]  # (R, 1, G)
+        mean = sums / num_bytes[:, None]
+        patches = model.patcher.patch_proj(torch.cat([mean, last], dim=-1))[:, None]  # (R, 1, G)
         rotary = rotary_embedding(start[:, None], trunk.head_dim, trunk.rope_theta, patches.dtype)
         is_past = torch.arange(states[0].shape[1], device=start.device) < start[:, None]
         bias = torch.where(is_past, 0.0, float("-inf"))  # (R, P)
@@ -84,7 +89,7 @@ class _Trunk(nn.Module):
         new = []
         for index, (attention, feed_forward) in enumerate(trunk.schedule):
             block, past = trunk.attention_blocks[attention], states[2 * index : 2 * index + 2]
-            query, *made = block.attention.project(block.norm(patches), rotary)  # (R, 1, H, K)
+            query, *made = block.attention.project(block.attention_norm(patches), rotary)  # (R, 1, H, K)
             keys, values = (torch.cat([old, latest], dim=1) for old, latest in zip(past, made))  # (R, P + 1, H, K)
             groups = query[:, 0].unflatten(1, (keys.shape[2], -1)) * block.attention.scaling  # (R, H, queries, K)
             weights = (groups @ keys.permute(0, 2, 3, 1) + bias).softmax(-1)  # (R, H, queries, P + 1)
@@ -92,7 +97,7 @@ class _Trunk(nn.Module):
             patches = patches + block.attention.o_proj(output.flatten(1)[:, None])
             patches = trunk.feed_forward_blocks[feed_forward](patches)
             new += made
-        return model.unpool_proj(trunk.norm(patches))[:, 0], *new
+        return model.patcher.byte_proj(trunk.final_norm(patches))[:, 0], *new
 
 
 class _Back(nn.Module):
@@ -102,17 +107,17 @@ class _Back(nn.Module):
 
     def forward(self, last, visible, *states):
         model = self.model.model
-        cache = _ByteStates(len(model.front_layers), states)
+        cache = _ByteStates(len(model.local_encoder), states)
         hidden_states = (last + visible)[:, None]
-        for layer in model.back_layers:
-            hidden_states = layer(hidden_states, ONE_BYTE, past_key_values=cache)
-        return self.model.lm_head(model.norm(hidden_states))[:, 0], *cache.states.values()
+        for layer in model.local_decoder:
+            hidden_states = layer(hidden_states, ONE_BYTE, cache)
+        return self.model.lm_head(model.final_norm(hidden_states))[:, 0], *cache.states.values()
 
 
 def _check(model: STLMForCausalLM) -> None:
     if not isinstance(model, STLMForCausalLM):
         raise ValueError(f"steps are those of a STLMForCausalLM, got a {type(model).__name__}")
-    if model.model.has_attention or model.model.patching not in RULES:
+    if model.model.has_attention or model.config.patching not in RULES:
         raise ValueError(f"steps in ONNX need convolutions at the byte level and patching of {', '.join(RULES)}")
 
 
@@ -144,8 +149,8 @@ def export_steps(model: STLMForCausalLM, folder: str | Path, quantize: bool = Fa
     model, config = copy.deepcopy(model).float(), model.config
     rows, patches, width, keep = 2, 3, config.hidden_size, config.conv_kernel_size - 1
     counts = torch.arange(1, rows + 1)
-    terms = torch.zeros(rows, model.model.num_pool_terms)
-    context = torch.full((rows, model.model.num_context), 97)
+    sums = torch.zeros(rows, width)
+    context = torch.full((rows, model.model.patcher.context_bytes), 97)
 
     def byte_states(num_layers: int) -> tuple[torch.Tensor, ...]:
         return tuple(torch.zeros(rows, keep, width) for _ in range(num_layers))
@@ -155,14 +160,14 @@ def export_steps(model: STLMForCausalLM, folder: str | Path, quantize: bool = Fa
     last = torch.zeros(rows, width)
     row, patch = torch.export.Dim("rows", min=1, max=2**20), torch.export.Dim("patches", min=1, max=2**20)
     # No tensor twice and no views: the exporter would take two inputs for one, or leave sizes open.
-    small = {"ids": context[:, :1].clone(), "context": context, "kept": terms}
-    small |= {"open_bytes": counts, "memory": torch.zeros_like(counts)}
-    ended = {"last": last, "sums": terms, "num_bytes": counts, "start": counts + 1}
+    small = {"ids": context[:, :1].clone(), "context": context, "kept": sums}
+    small |= {"open_bytes": counts, "rule_state": torch.zeros_like(counts)}
+    ended = {"last": last, "sums": sums, "num_bytes": counts, "start": counts + 1}
     seen = {"last": last, "visible": last.clone()}
     parts = {
-        "front": (_Front(model), small, byte_states(config.num_front_layers), {0: row}),
+        "front": (_Front(model), small, byte_states(config.num_local_encoder_layers), {0: row}),
         "trunk": (_Trunk(model), ended, patch_states, {0: row, 1: patch}),
-        "back": (_Back(model), seen, byte_states(config.num_back_layers), {0: row}),
+        "back": (_Back(model), seen, byte_states(config.num_local_decoder_layers), {0: row}),
     }
     for name, (part, inputs, states, open_sizes) in parts.items():
         shapes = {argument: {0: row} for argument in inputs} | {"states": (open_sizes,) * len(states)}
@@ -192,7 +197,7 @@ class OnnxSteps:
         if not about.is_file():
             raise FileNotFoundError(f"{about} is missing: write it with export_steps(model, {str(folder)!r})")
         self._folder, self._fingerprint = folder, json.loads(about.read_text())["model"]
-        self._known = weakref.WeakSet()
+        self._known = weakref.WeakKeyDictionary()  # models that were compared, with the versions of their weights
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = options.inter_op_num_threads = num_threads
         self._sessions = {}
@@ -202,11 +207,12 @@ class OnnxSteps:
             self._sessions[name] = session, [argument.name for argument in session.get_inputs()]
 
     def _check(self, model: STLMForCausalLM) -> None:
-        """Once for each model."""
-        if model not in self._known:
+        """Compare the weights, unless they were compared and not changed since."""
+        versions = tuple((id(tensor), tensor._version) for tensor in model.parameters())
+        if self._known.get(model) != versions:
             if not isinstance(model, STLMForCausalLM) or _fingerprint(model) != self._fingerprint:
                 raise ValueError(f"{self._folder} holds the steps of a model with other weights: export them again")
-            self._known.add(model)
+            self._known[model] = versions
 
     def _run(self, name: str, *arrays: np.ndarray) -> list[np.ndarray]:
         session, names = self._sessions[name]
@@ -219,9 +225,10 @@ class OnnxSteps:
         logits_processor: LogitsProcessorList,
         stopping_criteria: StoppingCriteriaList,
         generation_config: GenerationConfig,
+        streamer: BaseStreamer | None = None,
         **model_kwargs,
     ) -> torch.LongTensor:
-        """As the sampling loop of `generate`: ids (B, T) with the new ones behind.
+        """As the sampling loop of `generate`: ids (B, T) followed by the new ones.
 
         Raises:
             ValueError: for beams, for outputs other than ids, without a cache, and for a model with other weights, not
@@ -238,7 +245,7 @@ class OnnxSteps:
             raise ValueError("OnnxSteps needs use_cache=True")
         outputs = model._prefill(input_ids, generation_config, model_kwargs)
         logits = outputs.logits[:, -1].float()
-        step = _Step(self, model, outputs.past_key_values)
+        step = _Step(self, model, outputs.cache)
         pad = generation_config._pad_token_tensor
         has_end = any(hasattr(criteria, "eos_token_id") for criteria in stopping_criteria)
         unfinished = torch.ones(len(input_ids), dtype=torch.long)
@@ -253,8 +260,12 @@ class OnnxSteps:
             if has_end:
                 ids = ids * unfinished + pad * (1 - unfinished)
             input_ids = torch.cat([input_ids, ids[:, None]], dim=1)
+            if streamer is not None:
+                streamer.put(ids)
             unfinished = unfinished & ~stopping_criteria(input_ids, None)
             if not unfinished.any():
+                if streamer is not None:
+                    streamer.end()
                 return input_ids
             logits = torch.from_numpy(step(ids[:, None].numpy()))
 
@@ -264,13 +275,13 @@ class _Step:
 
     def __init__(self, steps: OnnxSteps, model: STLMForCausalLM, cache):
         self.run, num_byte_layers = steps._run, model.model.num_byte_layers
-        num_front = len(model.model.front_layers)
+        num_encoder = len(model.model.local_encoder)
         bytes_kept = [layer.keys.numpy() for layer in cache.layers[:num_byte_layers]]
-        pool, patches = cache.layers[num_byte_layers], cache.layers[num_byte_layers + 1 :]
-        small = (pool.context, pool.keys, pool.open_bytes, pool.memory)
-        self.front = [tensor.numpy() for tensor in small] + bytes_kept[:num_front]
-        self.back = bytes_kept[num_front:]
-        self.visible, self.num_patches = pool.visible.numpy().copy(), pool.num_patches.numpy().copy()
+        state, patches = cache.layers[num_byte_layers].state, cache.layers[num_byte_layers + 1 :]
+        small = (state.last_ids, state.open_sum, state.open_bytes, state.rule_state)
+        self.front = [tensor.numpy() for tensor in small] + bytes_kept[:num_encoder]
+        self.back = bytes_kept[num_encoder:]
+        self.visible, self.num_patches = state.visible.numpy().copy(), state.num_patches.numpy().copy()
         config = model.config
         shape = len(self.num_patches), 0, config.trunk_num_key_value_heads, config.trunk_head_dim
         empty = torch.empty(shape)
