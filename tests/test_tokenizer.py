@@ -176,8 +176,9 @@ def test_added_tokens_come_back_as_their_text():
         streamed = [tokenizer.decode_bytes([i], skip_special_tokens=skip) for i in ids]
         assert b"".join(streamed) == expected.encode()
     assert tokenizer.encode_bytes(text).tolist() == list(text.encode())
-    assert tokenizer.decode([97, 300, 98]) == "ab", "a reserved id without a token"
-    assert tokenizer.decode(97) == "a" and tokenizer.decode([[97], [98]]) == ["a", "b"]
+    for decode in (tokenizer.decode, TOKENIZER.decode):
+        assert decode([97, 300, 98, 0xE6]) == "ab\ufffd", "a reserved id has no token"
+        assert decode(97) == "a" and decode([[97], [98]]) == ["a", "b"] and decode(TOKENIZER("ab")) == "ab"
 
 
 class Streamed(TextStreamer):

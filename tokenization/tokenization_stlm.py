@@ -169,12 +169,14 @@ class STLMTokenizer(TokenizersBackend):
         }
 
     def _decode(self, token_ids, skip_special_tokens: bool = False, **kwargs) -> str:
-        """Like the library, except that its ByteLevel decoder mistakes letters such as `\u00fc` in added tokens for bytes."""
+        if len(self) == len(BYTE_PIECES) + len(SPECIAL_TOKENS):
+            return super()._decode(token_ids, skip_special_tokens=skip_special_tokens, **kwargs)
+        # The ByteLevel decoder of the library mistakes letters such as `\u00fc` in added tokens for bytes.
         if isinstance(token_ids, dict):
             token_ids = token_ids["input_ids"]
         ids = [token_ids] if isinstance(token_ids, int) else token_ids
         pieces = self._pieces(skip_special_tokens)
-        # Ids without a token, such as reserved ones, are skipped.
+        # Ids without a token, such as reserved ones, are skipped, as in the library.
         return b"".join([pieces.get(token_id, b"") for token_id in ids]).decode("utf-8", errors="replace")
 
 
