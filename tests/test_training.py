@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training with the unchanged Trainer, and the parts that plug into it."""
 
+import copy
 import json
 import math
+import os
+import pickle
 import time
 from collections import Counter, defaultdict
 
@@ -10,11 +13,20 @@ import evaluate
 import numpy as np
 import pytest
 import torch
-from transformers import DataCollatorWithFlattening, Trainer, TrainerCallback, set_seed
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import (
+    ByT5Tokenizer,
+    DataCollatorWithFlattening,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainerCallback,
+    set_seed,
+)
 
 from modeling_stlm import STLMForCausalLM
 from modeling_stlm.training import bits_per_byte as metric
-from modeling_stlm.training.corpus import PackedWindows, write_corpus
+from modeling_stlm.training.corpus import PackedWindows, ids_are_bytes, write_corpus
 from modeling_stlm.training.entropy_table import entropy_table
 from modeling_stlm.training.optimizer import MuonRecipe, orthogonalize
 from modeling_stlm.training.time_budget import TimeBudget
@@ -55,9 +67,75 @@ def test_any_file_of_bytes_is_a_corpus(tmp_path):
     assert windows[0]["input_ids"][:4].tolist() == [257, 0, 1, 2]
     with pytest.raises(ValueError, match="fewer than one window of 1000"):
         PackedWindows(tmp_path / "text", TOKENIZER, block_size=1000)
+    (tmp_path / "nothing").touch()
+    with pytest.raises(ValueError, match="got 0 ids and 0 bytes: it is empty"):
+        PackedWindows(tmp_path / "nothing", TOKENIZER, block_size=1)
     with pytest.raises(ValueError, match="every document is empty"):
         write_corpus(tmp_path / "empty.bin", ["", ""], TOKENIZER)
     assert not list(tmp_path.glob("empty*"))
+
+
+@pytest.fixture(scope="module")
+def bpe() -> PreTrainedTokenizerFast:
+    return TOKENIZER.train_new_from_iterator([TEXT] * 20, 300)
+
+
+def test_a_corpus_of_another_tokenizer_holds_its_ids(tmp_path, bpe):
+    path = write_corpus(
+        tmp_path / "corpus.bin", [text if i % 2 else text.encode() for i, text in enumerate(DOCUMENTS)], bpe
+    )
+    row = [i for text in DOCUMENTS if text for i in (bpe.bos_token_id, *bpe(text)["input_ids"], bpe.eos_token_id)]
+    windows = PackedWindows(path, bpe, block_size=7)
+    assert torch.cat([windows[i]["input_ids"] for i in range(len(windows))]).tolist() == row[: len(row) // 7 * 7]
+    for num_bytes in (4, 5):
+        text = write_corpus(tmp_path / "text.bin", ["a"] * num_bytes, TOKENIZER)
+        error = f"of type uint16 .* starting at id {num_bytes - 1}, got 2 ids and {num_bytes % 2} bytes"
+        with pytest.raises(ValueError, match=error):
+            PackedWindows(text, bpe, block_size=1)
+
+
+def test_corpora_ask_what_the_ids_are_and_not_for_a_class(tmp_path, bpe):
+    TOKENIZER.save_pretrained(tmp_path)
+    plain = PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    path = write_corpus(tmp_path / "corpus.bin", DOCUMENTS, plain)
+    assert path.read_bytes() == "".join(DOCUMENTS).encode()
+    assert PackedWindows(path, plain, 64).ids.tolist() == PackedWindows(path, TOKENIZER, 64).ids.tolist()
+    shifted = ByT5Tokenizer()  # one id per byte, but not its value
+    assert [ids_are_bytes(tokenizer) for tokenizer in (TOKENIZER, plain, bpe, shifted)] == [True, True, False, False]
+
+
+def test_a_corpus_is_all_there_or_not_at_all(tmp_path):
+    def failing():
+        yield "some text"
+        assert [path.name for path in tmp_path.iterdir()] == [f"corpus.bin.{os.getpid()}.partial"]
+        raise OSError("once")
+
+    with pytest.raises(OSError, match="once"):
+        write_corpus(tmp_path / "corpus.bin", failing(), TOKENIZER)
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(ValueError, match="ids of at most 16 bits, the tokenizer has 65537 tokens"):
+        write_corpus(tmp_path / "corpus.bin", ["text"], vocabulary_of(2**16 + 1))
+    write_corpus(tmp_path / "corpus.bin", ["t1"], vocabulary_of(2**16))
+
+
+def vocabulary_of(size: int) -> PreTrainedTokenizerFast:
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({f"t{i}": i for i in range(size)})))
+
+
+def test_pickled_windows_hold_no_corpus(tmp_path, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    windows = PackedWindows(write_corpus("corpus.bin", ["hello world "] * 20_000, TOKENIZER), TOKENIZER, block_size=64)
+    pickled = pickle.dumps(windows)
+    assert len(pickled) < 1000
+    monkeypatch.chdir("elsewhere")
+    for again in (pickle.loads(pickled), copy.deepcopy(windows)):
+        assert isinstance(again.ids, np.memmap) and len(again) == len(windows) > 4000
+        for i in (0, 17, len(windows) - 1):
+            assert all(torch.equal(again[i][name], value) for name, value in windows[i].items())
+    (tmp_path / "corpus.bin").unlink()
+    with pytest.raises(FileNotFoundError, match=r"corpus\.bin"):
+        pickle.loads(pickled)
 
 
 def test_flattened_batches_give_the_loss_of_the_documents_apart():
