@@ -8,6 +8,7 @@ import os
 import pickle
 import time
 from collections import Counter, defaultdict
+from pathlib import Path
 
 import evaluate
 import numpy as np
@@ -18,6 +19,7 @@ from tokenizers.models import WordLevel
 from transformers import (
     ByT5Tokenizer,
     DataCollatorWithFlattening,
+    EvalPrediction,
     PreTrainedTokenizerFast,
     Trainer,
     TrainerCallback,
@@ -283,6 +285,74 @@ def test_bits_per_byte_is_one_number_through_every_door(tmp_path, windows):
         assert metrics["eval_bytes"] == total_bytes
     with pytest.raises(ValueError, match="at least one byte"):
         metric.bits_per_byte(1.0, 0)
+
+
+def test_only_ids_of_bytes_count_as_bytes():
+    ids = [7, 255, 256, 257, 258, 261, 262, 319, 0, -100]
+    nats = [1.0, 2.0, *[100.0] * 6, 4.0, 100.0]
+    for door in (metric.BitsPerByte(), evaluate.load(metric.__file__)):
+        expected = 7 / math.log(2) / 3
+        assert door.compute(predictions=[nats], references=[ids])["bits_per_byte"] == pytest.approx(expected, rel=1e-6)
+        with pytest.raises(ValueError, match="has 2 predictions for 1 ids"):
+            door.compute(predictions=[[1.0, 2.0]], references=[[7]])
+    prediction = EvalPrediction(predictions=np.array([nats]), label_ids=np.array([ids]))
+    found = metric.BitsPerByteEvaluator()(prediction)
+    assert found == {"bits_per_byte": pytest.approx(6 / math.log(2) / 2), "bytes": 2}, "the first id has no prediction"
+
+
+def test_ids_that_are_no_bytes_are_refused():
+    evaluator = metric.BitsPerByteEvaluator()
+    prediction = EvalPrediction(predictions=np.ones((1, 3)), label_ids=np.array([[1, 320, 2]]))
+    with pytest.raises(ValueError, match=r"label 320 is not in the byte vocabulary of 320 ids: give .* token_bytes"):
+        evaluator(prediction)
+
+
+class FailsOnce(torch.utils.data.Dataset):
+    """Rows of ten bytes; `failure` exists until the sixth row has been asked for."""
+
+    def __init__(self, failure: Path):
+        self.failure = failure
+
+    def __len__(self):
+        return 12
+
+    def __getitem__(self, index):
+        if index == 6 and self.failure.exists():
+            self.failure.unlink()
+            raise OSError("once")
+        ids = torch.arange(65, 75)
+        return {"input_ids": ids, "labels": ids}
+
+
+@pytest.mark.parametrize("workers", [0, 1], ids=["no workers", "persistent workers"])
+def test_an_evaluation_that_failed_leaves_nothing_behind(tmp_path, workers):
+    evaluator = metric.BitsPerByteEvaluator()
+    args = arguments(
+        tmp_path,
+        batch_eval_metrics=True,
+        per_device_eval_batch_size=2,
+        dataloader_num_workers=workers,
+        dataloader_persistent_workers=bool(workers),
+    )
+    trainer = Trainer(
+        model=tiny_model(),
+        args=args,
+        eval_dataset=FailsOnce(tmp_path / "failure"),
+        compute_metrics=evaluator,
+        preprocess_logits_for_metrics=evaluator.nats,
+    )
+    kept = []  # as a notebook keeps the last traceback, and with it the dataloader
+    for _ in range(2):
+        (tmp_path / "failure").touch()
+        with pytest.raises(OSError, match="once") as failed:
+            trainer.evaluate()
+        kept.append(failed)
+        for _ in range(2):
+            assert trainer.evaluate()["eval_bytes"] == 12 * 9
+    nothing = EvalPrediction(predictions=np.ones((1, 2)), label_ids=np.array([[65, 256]]))
+    with pytest.raises(ValueError, match="at least one byte"):
+        evaluator(nothing)
+    assert trainer.evaluate()["eval_bytes"] == 12 * 9
 
 
 def test_bits_per_byte_counts_the_bytes_behind_other_tokens():
