@@ -14,8 +14,10 @@ import evaluate
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
+from torch.nn.parallel import DistributedDataParallel
 from transformers import (
     ByT5Tokenizer,
     DataCollatorWithFlattening,
@@ -23,6 +25,7 @@ from transformers import (
     PreTrainedTokenizerFast,
     Trainer,
     TrainerCallback,
+    TrainerState,
     set_seed,
 )
 
@@ -31,6 +34,7 @@ from modeling_stlm.training import bits_per_byte as metric
 from modeling_stlm.training.corpus import PackedWindows, ids_are_bytes, write_corpus
 from modeling_stlm.training.entropy_table import entropy_table
 from modeling_stlm.training.optimizer import MuonRecipe, orthogonalize
+from modeling_stlm.training.patch_curriculum import PatchLengthCurriculum
 from modeling_stlm.training.time_budget import TimeBudget
 
 from .tiny import SHARING, TEXT, ids_of, tiny_config, tiny_model
@@ -396,6 +400,28 @@ def test_a_resumed_time_budget_goes_on_where_it_was_cut(tmp_path, windows):
     assert resumed.state.global_step > 30
 
 
+def test_every_training_has_a_budget_of_its_own(tmp_path, windows):
+    budget, applied = TimeBudget(minutes=1.5 / 60, warmup=0.3, decay=0.5), []
+
+    class Record(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            applied.append([])
+
+        def on_optimizer_step(self, args, state, control, optimizer, **kwargs):
+            applied[-1].append(optimizer.param_groups[0]["lr"])
+
+    args = arguments(tmp_path, max_steps=10**6, lr_scheduler_type="constant")
+    trainer = Trainer(
+        model=STLMForCausalLM(tiny_config()), args=args, train_dataset=windows, callbacks=[budget, Record()]
+    )
+    for _ in range(2):
+        trainer.train()
+        assert 1.5 <= budget.elapsed_seconds < 5
+    for rates in applied:
+        assert len(rates) > 10 and max(rates) == pytest.approx(1e-2, rel=0.2)
+        assert rates[0] < 0.5 * max(rates) and rates[-1] < 0.2 * max(rates)
+
+
 def test_evaluation_and_saving_are_not_on_the_budget(tmp_path, windows):
     class Slow(TrainerCallback):
         def on_evaluate(self, args, state, control, **kwargs):
@@ -412,6 +438,53 @@ def test_evaluation_and_saving_are_not_on_the_budget(tmp_path, windows):
     )
     trainer.train()
     assert 0 < budget.elapsed_seconds < 3
+
+
+WRAPPERS = {
+    "lora": lambda model, name: get_peft_model(model, LoraConfig(target_modules="all-linear")),
+    "trained in full": lambda model, name: get_peft_model(
+        model, LoraConfig(target_modules=["q_proj"], modules_to_save=[name])
+    ),
+    "compiled": lambda model, name: torch.compile(model),
+    "ddp": lambda model, name: DistributedDataParallel(model, process_group=one_process()),
+}
+
+
+def one_process():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    return torch.distributed.group.WORLD
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
+def test_the_curriculum_finds_the_router_of_a_wrapped_model(wrap):
+    model = tiny_model(patching="learned", patch_bytes=6)
+    name, router = next((n, m) for n, m in model.named_modules() if hasattr(type(m), "ratio_loss"))
+    try:
+        wrapped = wrap(model, name.rsplit(".", 1)[-1])
+        PatchLengthCurriculum(4).on_step_begin(None, TrainerState(global_step=3), None, model=wrapped)
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+    routers = [module for module in wrapped.modules() if type(module) is type(router)]
+    assert router in routers and [module.patch_bytes for module in routers] == [5.0] * len(routers)
+    assert len(routers) == (2 if wrap is WRAPPERS["trained in full"] else 1)
+
+
+def test_the_curriculum_runs_in_a_training_of_adapters(tmp_path, windows):
+    model = get_peft_model(tiny_model(patching="learned", patch_bytes=6), LoraConfig(target_modules="all-linear"))
+    curriculum = PatchLengthCurriculum(2)
+    Trainer(model=model, args=arguments(tmp_path), train_dataset=windows, callbacks=[curriculum]).train()
+    assert [m.patch_bytes for m in model.modules() if hasattr(type(m), "ratio_loss")] == [6.0]
+
+
+def test_the_curriculum_names_models_without_a_router():
+    for model, error in (
+        (tiny_model(), "patching='spacelike' has no router"),
+        (tiny_model(patching="fixed"), "patching='fixed' has no router"),
+        (torch.nn.Linear(1, 1), "Linear has no patches: this is for STLM with patching='learned'"),
+    ):
+        with pytest.raises(ValueError, match=error):
+            PatchLengthCurriculum(4).on_step_begin(None, TrainerState(), None, model=model)
 
 
 def test_the_entropy_table_is_that_of_a_count_by_hand():
