@@ -212,9 +212,10 @@ def test_a_newly_trained_tokenizer_is_no_byte_tokenizer(tmp_path):
 
 @pytest.mark.parametrize("path", [None, *SHIPPED], ids=lambda path: path.name if path else "saved")
 @pytest.mark.parametrize("kind", [STLMTokenizer, TokenizersBackend])
-def test_chat_markers_are_special(tmp_path, path, kind):
+def test_chat_markers_are_special_and_padding_is_left(tmp_path, path, kind):
     TOKENIZER.save_pretrained(tmp_path)
     tokenizer = kind.from_pretrained(path or tmp_path)
+    assert tokenizer(["ab", "c"], padding=True)["input_ids"][1] == [256, 99], "texts to be continued are padded left"
     assert sorted(tokenizer.all_special_ids) == [256, 257, 258, 259, 260, 261] and len(tokenizer) == 262
     assert tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"]) == [260, 261]
     ids = tokenizer("<bos><|im_start|>user\nhi<|im_end|><eos>")["input_ids"]

@@ -107,6 +107,7 @@ class STLMTokenizer(TokenizersBackend):
                 "mask_token": "<mask>",
                 "chat_template": CHAT_TEMPLATE,
                 "clean_up_tokenization_spaces": False,
+                "padding_side": self.padding_side,  # saved, for where the tokenizer loads without this class
             }
             kwargs = defaults | kwargs
         super().__init__(tokenizer_file=tokenizer_file, **kwargs)
