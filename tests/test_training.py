@@ -16,7 +16,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
+from tokenizers.models import BPE, WordLevel
 from torch.nn.parallel import DistributedDataParallel
 from transformers import (
     ByT5Tokenizer,
@@ -98,6 +98,9 @@ def test_a_corpus_of_another_tokenizer_holds_its_ids(tmp_path, bpe):
         error = f"of type uint16 .* starting at id {num_bytes - 1}, got 2 ids and {num_bytes % 2} bytes"
         with pytest.raises(ValueError, match=error):
             PackedWindows(text, bpe, block_size=1)
+    (tmp_path / "odd").write_bytes(b"abc")
+    with pytest.raises(ValueError, match="got 1 ids and 1 bytes: it is empty or was written with another tokenizer"):
+        PackedWindows(tmp_path / "odd", bpe, block_size=1)
 
 
 def test_corpora_ask_what_the_ids_are_and_not_for_a_class(tmp_path, bpe):
@@ -107,7 +110,9 @@ def test_corpora_ask_what_the_ids_are_and_not_for_a_class(tmp_path, bpe):
     assert path.read_bytes() == "".join(DOCUMENTS).encode()
     assert PackedWindows(path, plain, 64).ids.tolist() == PackedWindows(path, TOKENIZER, 64).ids.tolist()
     shifted = ByT5Tokenizer()  # one id per byte, but not its value
-    assert [ids_are_bytes(tokenizer) for tokenizer in (TOKENIZER, plain, bpe, shifted)] == [True, True, False, False]
+    merged = Tokenizer(BPE(TOKENIZER.backend_tokenizer.get_vocab(with_added_tokens=False) | {"ab": 256}, [("a", "b")]))
+    others = (bpe, shifted, PreTrainedTokenizerFast(tokenizer_object=merged))
+    assert ids_are_bytes(TOKENIZER) and ids_are_bytes(plain) and not any(map(ids_are_bytes, others))
 
 
 def test_a_corpus_is_all_there_or_not_at_all(tmp_path):
