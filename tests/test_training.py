@@ -365,15 +365,11 @@ def test_an_evaluation_that_failed_leaves_nothing_behind(tmp_path, workers):
 
 
 def test_bits_per_byte_counts_the_bytes_behind_other_tokens():
-    token_bytes = torch.tensor([0, 1, 3])
-    evaluator = metric.BitsPerByteEvaluator(token_bytes)
-
-    class Prediction:
-        predictions = np.array([[0.0, 2.0, 5.0, 7.0]])
-        label_ids = np.array([[1, 2, 1, 0]])
-
-    # The first token has no prediction, the last is special: two tokens of 3 + 1 bytes.
-    assert evaluator(Prediction)["bits_per_byte"] == pytest.approx(7 / math.log(2) / 4)
+    evaluator = metric.BitsPerByteEvaluator(torch.tensor([9, 0, 1, 3]))
+    nats, labels = np.array([[0.0, 2.0, 5.0, 7.0, 8.0]]), np.array([[2, 3, 2, 1, -100]])
+    # The first token has no prediction, the fourth is special, the last is padding: two tokens of 3 + 1 bytes.
+    found = evaluator(EvalPrediction(predictions=nats, label_ids=labels))
+    assert found == {"bits_per_byte": pytest.approx(7 / math.log(2) / 4), "bytes": 4}
 
 
 def test_a_resumed_time_budget_goes_on_where_it_was_cut(tmp_path, windows):
