@@ -310,6 +310,15 @@ def test_only_ids_of_bytes_count_as_bytes():
     assert [evaluator(prediction) for _ in range(2)] == [expected] * 2
 
 
+def test_nats_need_the_logits_alone_of_all_outputs():
+    logits, labels = torch.randn(2, 5, 320), torch.tensor([[65, 66, -100, 68, 258], [1, 2, 3, 4, -100]])
+    expected = torch.zeros(2, 5)
+    for row, t in ((0, 1), (0, 3), (0, 4), (1, 1), (1, 2), (1, 3)):
+        expected[row, t] = -logits[row, t - 1].log_softmax(-1)[labels[row, t]]
+    for outputs in (logits, (logits, (torch.randn(2, 5, 16),))):
+        torch.testing.assert_close(metric.BitsPerByteEvaluator.nats(outputs, labels), expected)
+
+
 def test_ids_that_are_no_bytes_are_refused():
     evaluator = metric.BitsPerByteEvaluator()
     prediction = EvalPrediction(predictions=np.ones((1, 3)), label_ids=np.array([[1, 320, 2]]))
