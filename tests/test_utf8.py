@@ -73,6 +73,7 @@ def test_an_ill_formed_prompt_is_left_alone_and_text_starts_anew():
     for prompt in (b"\xff\xfe", b"ab\x80\x80\x80", b"\xe6\x97a", b"\xed\xa0"):
         assert {ord("a"), 0xC3} <= allowed(list(prompt)) and 0xFF not in allowed(list(prompt))
     assert allowed([0xE6, 257]) == allowed([65])
+    assert allowed([0xE6, 0xC3]) == allowed([0xC3]) == set(range(0x80, 0xC0)), "a character cut off by another"
 
 
 @pytest.mark.parametrize(
