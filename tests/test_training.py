@@ -438,8 +438,19 @@ def test_evaluation_and_saving_are_not_on_the_budget(tmp_path, windows):
         def on_evaluate(self, args, state, control, **kwargs):
             time.sleep(1)
 
+        on_save = on_evaluate
+
     budget = TimeBudget(minutes=1)
-    args = arguments(tmp_path, max_steps=4, lr_scheduler_type="constant", eval_strategy="steps", eval_steps=1)
+    args = arguments(
+        tmp_path,
+        max_steps=4,
+        lr_scheduler_type="constant",
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+        save_total_limit=1,
+    )
     trainer = Trainer(
         model=STLMForCausalLM(tiny_config()),
         args=args,
@@ -449,6 +460,20 @@ def test_evaluation_and_saving_are_not_on_the_budget(tmp_path, windows):
     )
     trainer.train()
     assert 0 < budget.elapsed_seconds < 3
+
+
+@pytest.mark.parametrize("clock", ["wall", "cpu"])
+def test_waiting_counts_on_the_wall_clock_alone(tmp_path, windows, clock):
+    class Waiting(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            time.sleep(1.5)
+
+    budget = TimeBudget(minutes=1, clock=clock)
+    args = arguments(tmp_path, max_steps=2, lr_scheduler_type="constant")
+    Trainer(
+        model=STLMForCausalLM(tiny_config()), args=args, train_dataset=windows, callbacks=[Waiting(), budget]
+    ).train()
+    assert budget.elapsed_seconds >= 3 if clock == "wall" else 0 < budget.elapsed_seconds < 2.5
 
 
 WRAPPERS = {
@@ -477,6 +502,7 @@ def test_the_curriculum_finds_the_router_of_a_wrapped_model(wrap):
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
     routers = [module for module in wrapped.modules() if type(module) is type(router)]
+    assert [module for module in wrapped.modules() if "patch_bytes" in vars(module)] == routers
     assert router in routers and [module.patch_bytes for module in routers] == [5.0] * len(routers)
     assert len(routers) == (2 if wrap is WRAPPERS["trained in full"] else 1)
 
