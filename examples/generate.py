@@ -60,7 +60,8 @@ def main():
     if args.chat:
         options["eos_token_id"] = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>")]
 
-    sys.stdin.reconfigure(encoding="utf-8", errors="replace")
+    if args.prompt is None:
+        sys.stdin.reconfigure(encoding="utf-8", errors="replace")
     cache, ids = DynamicCache(config=model.config), torch.empty(1, 0, dtype=torch.long)
     while True:
         text = args.prompt if args.prompt is not None else ask()
