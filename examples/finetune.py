@@ -42,8 +42,19 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise SystemExit(
+            f"{path} is not UTF-8: byte 0x{error.object[error.start]:02x} at offset {error.start}. Convert it first, for "
+            f"example with `iconv --from-code LATIN1 --to-code UTF-8 {path} > utf8.txt`"
+        ) from None
+
+
 def main():
     args = parse_arguments()
+    text = read_text(args.text)
     set_seed(1)
     tokenizer = AutoTokenizer.from_pretrained(args.checkpoint)
     model = AutoModelForCausalLM.from_pretrained(args.checkpoint, dtype=torch.float32)
@@ -53,7 +64,6 @@ def main():
         model = get_peft_model(model, lora)
         model.print_trainable_parameters()
 
-    text = args.text.read_text(encoding="utf-8")
     cut = len(text) * 9 // 10
     sets = {}
     for split, part in (("train", text[:cut]), ("validation", text[cut:])):

@@ -5,10 +5,11 @@
     python examples/generate.py --prompt "Once upon a time"         # once, then leave
     python examples/generate.py --chat --checkpoint runs/my-chat    # with the chat template; turns share one cache
 
-An empty line leaves.
+An empty line or the end of the input leaves. Lines may be piped in.
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 import torch
@@ -26,6 +27,15 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--max_new_tokens", type=int, default=256, help="bytes")
     parser.add_argument("--temperature", type=float, default=0.8, help="0: greedy")
     return parser.parse_args()
+
+
+def ask() -> str:
+    """What the user typed, empty at the end of the input."""
+    try:
+        return input("> ")
+    except (EOFError, KeyboardInterrupt):
+        print()
+        return ""
 
 
 def end_turn(ids: torch.Tensor, tokenizer) -> torch.Tensor:
@@ -50,9 +60,11 @@ def main():
     if args.chat:
         options["eos_token_id"] = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>")]
 
+    if args.prompt is None:
+        sys.stdin.reconfigure(encoding="utf-8", errors="replace")
     cache, ids = DynamicCache(config=model.config), torch.empty(1, 0, dtype=torch.long)
     while True:
-        text = args.prompt if args.prompt is not None else input("> ")
+        text = args.prompt if args.prompt is not None else ask()
         if not text:
             return
         if args.chat:

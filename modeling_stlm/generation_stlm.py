@@ -29,19 +29,33 @@ TRANSITIONS = (
 )
 
 
-class UTF8LogitsProcessor(LogitsProcessor):
-    """Allows only ids that keep the text well-formed: special tokens and new characters wait until one is complete.
+# Ids between the named special tokens and the end of the default vocabulary: rows of the embedding without a token.
+RESERVED_IDS = range(262, 320)
 
-    [`STLMForCausalLM`] uses it where `generation_config.valid_utf8` is set. A prompt may end inside a character; what
-    is ill-formed in it already is left alone.
+
+class UTF8LogitsProcessor(LogitsProcessor):
+    """Allows only ids that keep the text well-formed UTF-8.
+
+    - Inside a character: the bytes that may continue it.
+    - Between characters: the bytes that begin one and, if `max_length` is given, leave room to complete it; the named
+      special tokens (ids 256 to 261); ids of 320 and more, which exist only where a vocabulary was enlarged; `token_ids`.
+    - Never: bytes that no text contains, and the reserved ids 262 to 319 unless they are among `token_ids`.
+
+    [`STLMForCausalLM`] uses it if `generation_config.valid_utf8` is set. A prompt may end inside a character; ill-formed
+    bytes in the prompt are left alone.
 
     Args:
         max_length (`int`, *optional*):
-            Length in ids at which generation stops, the prompt included: no character is begun that would be cut off.
+            Length in ids at which generation stops, including the prompt. A character begun by the prompt is continued
+            even if it does not fit.
+        token_ids (`Iterable[int]`, *optional*):
+            Reserved ids that have a meaning: those of tokens added to the tokenizer, or that end a text.
     """
 
-    def __init__(self, max_length: int | None = None):
+    def __init__(self, max_length: int | None = None, token_ids: Iterable[int] = ()):
         self.max_length = max_length
+        self.has_meaning = torch.ones(RESERVED_IDS.stop, dtype=torch.bool)
+        self.has_meaning[sorted(set(RESERVED_IDS) - set(token_ids))] = False
         # Next state for state x id, -1 where it is not allowed; the last column is that of special tokens.
         self.next_state = torch.full((len(MISSING_BYTES), 257), -1)
         for state, first, last, after in TRANSITIONS:
@@ -53,8 +67,9 @@ class UTF8LogitsProcessor(LogitsProcessor):
         """`input_ids (B, T)` and `scores (B, V)`; returns scores with `-inf` at ids that are not allowed."""
         if self.next_state.device != scores.device:
             self.next_state, self.missing = self.next_state.to(scores.device), self.missing.to(scores.device)
+            self.has_meaning = self.has_meaning.to(scores.device)
         state = input_ids.new_full((len(input_ids),), BETWEEN)
-        # A character that is not complete began in the last three bytes.
+        # An incomplete character began within the last three bytes.
         for ids in input_ids[:, -3:].clamp(max=256).unbind(1):
             begun = self.next_state[BETWEEN, ids]
             state = self.next_state[state, ids]
@@ -67,6 +82,7 @@ class UTF8LogitsProcessor(LogitsProcessor):
             allowed = torch.where(fits.any(-1, keepdim=True), fits, allowed)
         special = allowed[:, 256:].expand(-1, max(0, scores.shape[1] - 256))
         allowed = torch.cat([allowed[:, :256], special], dim=1)[:, : scores.shape[1]]
+        allowed[:, : RESERVED_IDS.stop] &= self.has_meaning[: scores.shape[1]]
         return scores.masked_fill(~allowed, -torch.inf)
 
 
@@ -88,7 +104,9 @@ class STLMGenerationMixin(GenerationMixin):
             # The last place may be taken by an end of text.
             forced = generation_config.forced_eos_token_id is not None
             # First, so that top-k and top-p choose among what is allowed.
-            processors.insert(0, UTF8LogitsProcessor(generation_config.max_length - forced))
+            ends = generation_config._eos_token_tensor
+            ends = () if ends is None else ends.flatten().tolist()
+            processors.insert(0, UTF8LogitsProcessor(generation_config.max_length - forced, ends))
         return processors
 
     @staticmethod

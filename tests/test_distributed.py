@@ -47,6 +47,21 @@ if trainer.is_world_process_zero():
 """
 
 
+def run(script: Path, processes: int, settings: dict) -> None:
+    # Without `--multi_gpu`, accelerate launches a single process on a CPU, whatever `--num_processes` says.
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes)]
+    launcher += "--num_machines 1 --mixed_precision no --dynamo_backend no --main_process_port 0".split()
+    finished = subprocess.run(
+        [*(launcher if processes > 1 else [sys.executable]), str(script), json.dumps(settings)],
+        env=os.environ | {"ACCELERATE_USE_CPU": "true"},
+        timeout=600,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert finished.returncode == 0, finished.stderr[-4000:]
+
+
 def launch(model: Path, out: Path, processes: int, sharded_by_transformers: bool = False, **options) -> dict:
     """Three steps with four rows each, in one process or divided among several."""
     out.mkdir()
@@ -57,18 +72,7 @@ def launch(model: Path, out: Path, processes: int, sharded_by_transformers: bool
         "sharded_by_transformers": sharded_by_transformers,
         "arguments": {"per_device_train_batch_size": 4 // processes, **options},
     }
-    # Without `--multi_gpu`, accelerate launches a single process on a CPU, whatever `--num_processes` says.
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes)]
-    launcher += "--num_machines 1 --mixed_precision no --dynamo_backend no --main_process_port 0".split()
-    finished = subprocess.run(
-        [*(launcher if processes > 1 else [sys.executable]), str(out / "train.py"), json.dumps(settings)],
-        env=os.environ | {"ACCELERATE_USE_CPU": "true"},
-        timeout=600,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert finished.returncode == 0, finished.stderr[-4000:]
+    run(out / "train.py", processes, settings)
     result = json.loads((out / "result.json").read_text())
     assert result["processes"] == processes and len(result["losses"]) == 3
     return result
@@ -107,6 +111,40 @@ def assert_same_checkpoint(saved: Path, expected: Path) -> None:
     ids = torch.tensor([ids_of(TEXT)])
     with torch.no_grad():
         torch.testing.assert_close(model(ids).logits, other(ids).logits, atol=1e-4, rtol=1e-4)
+
+
+CLOCKS = """
+import json, sys, torch
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from modeling_stlm import STLMForCausalLM
+from modeling_stlm.training.time_budget import TimeBudget
+settings = json.loads(sys.argv[1])
+class Skewed(TimeBudget):
+    def _now(self):
+        return super()._now() * (5 if args.process_index else 1)
+class Record(TrainerCallback):
+    rates = []
+    def on_optimizer_step(self, args, state, control, optimizer, **kwargs):
+        self.rates.append(optimizer.param_groups[0]["lr"])
+data = [{"input_ids": list(b"a word and another w"), "labels": list(b"a word and another w")}] * 64
+args = TrainingArguments(output_dir=settings["out"], max_steps=10**6, learning_rate=0.01, lr_scheduler_type="constant",
+                         save_strategy="no", report_to="none", use_cpu=True, disable_tqdm=True, ddp_timeout=60)
+budget = Skewed(minutes=2 / 60)
+model = STLMForCausalLM.from_pretrained(settings["model"])
+Trainer(model=model, args=args, train_dataset=data, callbacks=[budget, Record()]).train()
+total = float(sum(p.detach().double().abs().sum() for p in model.parameters()))
+result = {"rates": Record.rates, "elapsed": budget.elapsed_seconds, "weights": total}
+json.dump(result, open(f"{settings['out']}/{args.process_index}.json", "w"))
+"""
+
+
+def test_one_clock_decides_for_two_processes(tmp_path, start):
+    (tmp_path / "train.py").write_text(CLOCKS)
+    run(tmp_path / "train.py", 2, {"model": str(start), "out": str(tmp_path)})
+    main, other = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    assert main == other
+    assert 2 <= main["elapsed"] < 4 and len(main["rates"]) > 5
+    assert main["rates"][-1] < 0.3 * max(main["rates"])
 
 
 LAYERS = ["STLMByteLayer", "STLMTrunkAttentionBlock", "STLMTrunkFeedForwardBlock"]

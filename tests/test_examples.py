@@ -115,6 +115,27 @@ def test_finetuning_lowers_bits_per_byte_and_saves_a_model(small_text, tmp_path,
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.use_cache
 
 
+def test_finetuning_names_what_is_not_utf8(tmp_path):
+    (tmp_path / "latin1.txt").write_bytes("one t\u00e9".encode("latin-1"))
+    command = [sys.executable, str(ROOT / "examples" / "finetune.py"), "--text", "latin1.txt"]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert "latin1.txt is not UTF-8: byte 0xe9 at offset 5. Convert it first, for example with `iconv" in result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["latin1.txt"]
+
+
+@pytest.mark.parametrize(
+    ("typed", "options"),
+    [(b"", []), (b"one t\xe9\n", []), (b"Hi", ["--chat"])],
+    ids=["nothing", "a line of Latin-1", "no newline"],
+)
+def test_generation_ends_with_its_input(tmp_path, typed, options):
+    command = [sys.executable, str(ROOT / "examples" / "generate.py"), "--max_new_tokens", "8", *options]
+    result = subprocess.run(command, input=typed, capture_output=True, cwd=tmp_path)
+    assert result.returncode == 0 and b"Traceback" not in result.stderr, result.stderr.decode()
+    assert result.stdout.endswith(b"> \n") and result.stdout.count(b"> ") >= 1 + bool(typed)
+
+
 def test_generation_in_the_terminal(tmp_path):
     once = run("generate.py", "--prompt", "The ", "--max_new_tokens", 20, "--temperature", 0, cwd=tmp_path)
     assert len(once.splitlines()[-1]) > 10

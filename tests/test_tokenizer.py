@@ -1,12 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """The byte tokenizer: ids, offsets, round trips, chat, and what the library expects around them."""
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoTokenizer, TokenizersBackend
+from jinja2 import TemplateError
+from transformers import AutoTokenizer, DataCollatorForLanguageModeling, TextStreamer, TokenizersBackend
 
 from modeling_stlm import STLMTokenizer
 
@@ -14,6 +18,8 @@ from .tiny import TEXT
 
 
 TOKENIZER = STLMTokenizer()
+SHIPPED = sorted((Path(__file__).parents[1] / "examples" / "checkpoints").glob("stlm-*"))
+assert len(SHIPPED) == 2
 SPECIAL = [TOKENIZER.convert_ids_to_tokens(i) for i in range(256, len(TOKENIZER))]
 plain = st.text().filter(lambda text: not any(token in text for token in SPECIAL))
 CHAT = [
@@ -108,10 +114,136 @@ def test_chat_template_marks_what_the_assistant_says():
     assert said == [*b"Hello", TOKENIZER.convert_tokens_to_ids("<|im_end|>")]
 
 
+def test_the_chat_template_reads_text_parts():
+    parts = [[{"type": "text", "text": text[:1]}, {"type": "text", "text": text[1:]}] for text in ("Hi", "Hello")]
+    chat = [{"role": role, "content": content} for role, content in zip(("user", "assistant"), parts)]
+    encoded = TOKENIZER.apply_chat_template(chat, return_dict=True, return_assistant_tokens_mask=True)
+    text = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello<|im_end|>\n"
+    assert TOKENIZER.decode(encoded["input_ids"]) == text
+    said = [token for token, inside in zip(encoded["input_ids"], encoded["assistant_masks"]) if inside]
+    assert TOKENIZER.decode(said) == "Hello<|im_end|>"
+    unfinished = TOKENIZER.apply_chat_template(chat, tokenize=False, continue_final_message=True)
+    assert unfinished == text.removesuffix("<|im_end|>\n")
+
+
+@pytest.mark.parametrize(
+    ("message", "error"),
+    [
+        ({}, r"message 1 \(role 'user'\) has no content: expected a string or a list of text parts"),
+        ({"content": None}, "has no content"),
+        ({"content": []}, "has no content"),
+        ({"content": 5}, "has no content"),
+        ({"content": {"type": "text", "text": "hi"}}, "has no content"),
+        (
+            {"content": [{"type": "text", "text": "x"}, {"type": "image"}]},
+            "content part of type 'image': .* text only",
+        ),
+        ({"content": [{"type": "text"}]}, "content part of type 'text': .* expected {'type': 'text', 'text'"),
+        ({"content": ["hi"]}, "content part of type ''"),
+        ({"content": "", "tool_calls": [{"name": "f"}]}, "has tool_calls, which this chat template does not support"),
+    ],
+)
+def test_the_chat_template_says_what_it_cannot_express(message, error):
+    with pytest.raises(TemplateError, match=error):
+        TOKENIZER.apply_chat_template([CHAT[0], {"role": "user"} | message], tokenize=False)
+
+
+def test_the_chat_template_refuses_tools_and_documents():
+    tool = {"type": "function", "function": {"name": "f", "description": "", "parameters": {}}}
+    for options in ({"tools": [tool]}, {"documents": [{"title": "a", "text": "b"}]}):
+        with pytest.raises(TemplateError, match="supports neither tools nor documents"):
+            TOKENIZER.apply_chat_template(CHAT, tokenize=False, **options)
+    assert TOKENIZER.apply_chat_template(CHAT, tokenize=False, tools=[]).endswith("Bye<|im_end|>\n")
+
+
 def test_tokens_can_be_added_up_to_the_reserved_rows():
     tokenizer = STLMTokenizer()
     assert tokenizer.add_tokens(["<tool>"]) == 1
     assert tokenizer("<tool>")["input_ids"] == [262]
+
+
+def test_added_tokens_come_back_as_their_text():
+    tokenizer = STLMTokenizer()
+    tokenizer.add_tokens(["<tool>", "f\u00fcr", "two words", "\u6771"])
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<special>"]}, replace_extra_special_tokens=False)
+    text = "a <tool> f\u00fcr \u00e9 two words<special>\u6771<eos>!"
+    ids = tokenizer(text)["input_ids"]
+    assert {262, 263, 264, 265, 266} < set(ids)
+    for skip in (True, False):
+        expected = text.replace("<special>", "").replace("<eos>", "") if skip else text
+        assert tokenizer.decode_bytes(ids, skip_special_tokens=skip) == expected.encode()
+        assert tokenizer.decode(ids, skip_special_tokens=skip) == expected
+        streamed = [tokenizer.decode_bytes([i], skip_special_tokens=skip) for i in ids]
+        assert b"".join(streamed) == expected.encode()
+    assert tokenizer.encode_bytes(text).tolist() == list(text.encode())
+    for decode in (tokenizer.decode, TOKENIZER.decode):
+        assert decode([97, 300, 98, 0xE6]) == "ab\ufffd", "a reserved id has no token"
+        assert decode(97) == "a" and decode([[97], [98]]) == ["a", "b"] and decode(TOKENIZER("ab")) == "ab"
+
+
+class Streamed(TextStreamer):
+    text = ""
+
+    def on_finalized_text(self, text, stream_end=False):
+        self.text += text
+
+
+def test_added_tokens_are_streamed():
+    tokenizer = STLMTokenizer()
+    tokenizer.add_tokens(["<f\u00fcr>"])
+    streamer = Streamed(tokenizer)
+    for token_id in tokenizer("a <f\u00fcr>\u6771 b")["input_ids"]:
+        streamer.put(torch.tensor([token_id]))
+    streamer.end()
+    assert streamer.text == "a <f\u00fcr>\u6771 b"
+
+
+def test_a_newly_trained_tokenizer_is_no_byte_tokenizer(tmp_path):
+    trained = STLMTokenizer(model_max_length=77).train_new_from_iterator(["hello world"] * 20, 300)
+    assert type(trained) is TokenizersBackend and not hasattr(trained, "decode_bytes")
+    ids = trained("hello world<eos>")["input_ids"]
+    assert len(ids) < 12 and ids[-1] == trained.eos_token_id and trained.decode(ids) == "hello world<eos>"
+    assert trained.model_max_length == 77 and trained.all_special_tokens == TOKENIZER.all_special_tokens
+    trained.save_pretrained(tmp_path)
+    assert type(AutoTokenizer.from_pretrained(tmp_path)) is TokenizersBackend
+    with pytest.raises(ValueError, match=r"expects the 256 bytes as vocabulary.* got \d+ other tokens"):
+        STLMTokenizer.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("path", [None, *SHIPPED], ids=lambda path: path.name if path else "saved")
+@pytest.mark.parametrize("kind", [STLMTokenizer, TokenizersBackend])
+def test_chat_markers_are_special_and_padding_is_left(tmp_path, path, kind):
+    TOKENIZER.save_pretrained(tmp_path)
+    tokenizer = kind.from_pretrained(path or tmp_path)
+    assert tokenizer(["ab", "c"], padding=True)["input_ids"][1] == [256, 99], "texts to be continued are padded left"
+    assert sorted(tokenizer.all_special_ids) == [256, 257, 258, 259, 260, 261] and len(tokenizer) == 262
+    assert tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"]) == [260, 261]
+    ids = tokenizer("<bos><|im_start|>user\nhi<|im_end|><eos>")["input_ids"]
+    mask = tokenizer.get_special_tokens_mask(ids, already_has_special_tokens=True)
+    assert mask == [int(i >= 256) for i in ids]
+    batch = DataCollatorForLanguageModeling(tokenizer, mlm_probability=0.9)([{"input_ids": ids}] * 20)
+    chosen = batch["labels"] != -100
+    assert chosen.any() and (batch["labels"][chosen] < 256).all()
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "user\nhi"
+
+
+def test_chat_markers_stay_special_in_folders_saved_before_they_were(tmp_path):
+    TOKENIZER.save_pretrained(tmp_path)
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    del settings["extra_special_tokens"]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert {260, 261} < set(AutoTokenizer.from_pretrained(tmp_path).all_special_ids)
+    more = STLMTokenizer(extra_special_tokens=["<more>"])
+    assert more.extra_special_tokens == ["<|im_start|>", "<|im_end|>", "<more>"]
+    assert more("<more>")["input_ids"] == [262]
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
+def test_the_shipped_files_are_those_of_this_tokenizer(tmp_path, path):
+    TOKENIZER.save_pretrained(tmp_path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert json.loads((path / name).read_text()) == json.loads((tmp_path / name).read_text())
+    assert (path / "chat_template.jinja").read_text() == TOKENIZER.chat_template
 
 
 def test_a_saved_folder_loads_in_full(tmp_path):

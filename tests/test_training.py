@@ -1,22 +1,40 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training with the unchanged Trainer, and the parts that plug into it."""
 
+import copy
 import json
 import math
+import os
+import pickle
 import time
 from collections import Counter, defaultdict
+from pathlib import Path
 
 import evaluate
 import numpy as np
 import pytest
 import torch
-from transformers import DataCollatorWithFlattening, Trainer, TrainerCallback, set_seed
+from peft import LoraConfig, get_peft_model
+from tokenizers import Tokenizer
+from tokenizers.models import BPE, WordLevel
+from torch.nn.parallel import DistributedDataParallel
+from transformers import (
+    ByT5Tokenizer,
+    DataCollatorWithFlattening,
+    EvalPrediction,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainerCallback,
+    TrainerState,
+    set_seed,
+)
 
 from modeling_stlm import STLMForCausalLM
 from modeling_stlm.training import bits_per_byte as metric
-from modeling_stlm.training.corpus import PackedWindows, write_corpus
+from modeling_stlm.training.corpus import PackedWindows, ids_are_bytes, write_corpus
 from modeling_stlm.training.entropy_table import entropy_table
 from modeling_stlm.training.optimizer import MuonRecipe, orthogonalize
+from modeling_stlm.training.patch_curriculum import PatchLengthCurriculum
 from modeling_stlm.training.time_budget import TimeBudget
 
 from .tiny import SHARING, TEXT, ids_of, tiny_config, tiny_model
@@ -55,9 +73,80 @@ def test_any_file_of_bytes_is_a_corpus(tmp_path):
     assert windows[0]["input_ids"][:4].tolist() == [257, 0, 1, 2]
     with pytest.raises(ValueError, match="fewer than one window of 1000"):
         PackedWindows(tmp_path / "text", TOKENIZER, block_size=1000)
+    (tmp_path / "nothing").touch()
+    with pytest.raises(ValueError, match="got 0 ids and 0 bytes: it is empty"):
+        PackedWindows(tmp_path / "nothing", TOKENIZER, block_size=1)
     with pytest.raises(ValueError, match="every document is empty"):
         write_corpus(tmp_path / "empty.bin", ["", ""], TOKENIZER)
     assert not list(tmp_path.glob("empty*"))
+
+
+@pytest.fixture(scope="module")
+def bpe() -> PreTrainedTokenizerFast:
+    return TOKENIZER.train_new_from_iterator([TEXT] * 20, 300)
+
+
+def test_a_corpus_of_another_tokenizer_holds_its_ids(tmp_path, bpe):
+    path = write_corpus(
+        tmp_path / "corpus.bin", [text if i % 2 else text.encode() for i, text in enumerate(DOCUMENTS)], bpe
+    )
+    row = [i for text in DOCUMENTS if text for i in (bpe.bos_token_id, *bpe(text)["input_ids"], bpe.eos_token_id)]
+    windows = PackedWindows(path, bpe, block_size=7)
+    assert torch.cat([windows[i]["input_ids"] for i in range(len(windows))]).tolist() == row[: len(row) // 7 * 7]
+    for num_bytes in (4, 5):
+        text = write_corpus(tmp_path / "text.bin", ["a"] * num_bytes, TOKENIZER)
+        error = f"of type uint16 .* starting at id {num_bytes - 1}, got 2 ids and {num_bytes % 2} bytes"
+        with pytest.raises(ValueError, match=error):
+            PackedWindows(text, bpe, block_size=1)
+    (tmp_path / "odd").write_bytes(b"abc")
+    with pytest.raises(ValueError, match="got 1 ids and 1 bytes: it is empty or was written with another tokenizer"):
+        PackedWindows(tmp_path / "odd", bpe, block_size=1)
+
+
+def test_corpora_ask_what_the_ids_are_and_not_for_a_class(tmp_path, bpe):
+    TOKENIZER.save_pretrained(tmp_path)
+    plain = PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    path = write_corpus(tmp_path / "corpus.bin", DOCUMENTS, plain)
+    assert path.read_bytes() == "".join(DOCUMENTS).encode()
+    assert PackedWindows(path, plain, 64).ids.tolist() == PackedWindows(path, TOKENIZER, 64).ids.tolist()
+    shifted = ByT5Tokenizer()  # one id per byte, but not its value
+    merged = Tokenizer(BPE(TOKENIZER.backend_tokenizer.get_vocab(with_added_tokens=False) | {"ab": 256}, [("a", "b")]))
+    others = (bpe, shifted, PreTrainedTokenizerFast(tokenizer_object=merged))
+    assert ids_are_bytes(TOKENIZER) and ids_are_bytes(plain) and not any(map(ids_are_bytes, others))
+
+
+def test_a_corpus_is_all_there_or_not_at_all(tmp_path):
+    def failing():
+        yield "some text"
+        assert [path.name for path in tmp_path.iterdir()] == [f"corpus.bin.{os.getpid()}.partial"]
+        raise OSError("once")
+
+    with pytest.raises(OSError, match="once"):
+        write_corpus(tmp_path / "corpus.bin", failing(), TOKENIZER)
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(ValueError, match="ids of at most 16 bits, the tokenizer has 65537 tokens"):
+        write_corpus(tmp_path / "corpus.bin", ["text"], vocabulary_of(2**16 + 1))
+    write_corpus(tmp_path / "corpus.bin", ["t1"], vocabulary_of(2**16))
+
+
+def vocabulary_of(size: int) -> PreTrainedTokenizerFast:
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({f"t{i}": i for i in range(size)})))
+
+
+def test_pickled_windows_hold_no_corpus(tmp_path, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    windows = PackedWindows(write_corpus("corpus.bin", ["hello world "] * 20_000, TOKENIZER), TOKENIZER, block_size=64)
+    pickled = pickle.dumps(windows)
+    assert len(pickled) < 1000
+    monkeypatch.chdir("elsewhere")
+    for again in (pickle.loads(pickled), copy.deepcopy(windows)):
+        assert isinstance(again.ids, np.memmap) and len(again) == len(windows) > 4000
+        for i in (0, 17, len(windows) - 1):
+            assert all(torch.equal(again[i][name], value) for name, value in windows[i].items())
+    (tmp_path / "corpus.bin").unlink()
+    with pytest.raises(FileNotFoundError, match=r"corpus\.bin"):
+        pickle.loads(pickled)
 
 
 def test_flattened_batches_give_the_loss_of_the_documents_apart():
@@ -207,16 +296,90 @@ def test_bits_per_byte_is_one_number_through_every_door(tmp_path, windows):
         metric.bits_per_byte(1.0, 0)
 
 
+def test_only_ids_of_bytes_count_as_bytes():
+    ids = [7, 255, 256, 257, 258, 261, 262, 319, 0, -100]
+    nats = [1.0, 2.0, *[100.0] * 6, 4.0, 100.0]
+    for door in (metric.BitsPerByte(), evaluate.load(metric.__file__)):
+        expected = 7 / math.log(2) / 3
+        assert door.compute(predictions=[nats], references=[ids])["bits_per_byte"] == pytest.approx(expected, rel=1e-6)
+        with pytest.raises(ValueError, match="has 2 predictions for 1 ids"):
+            door.compute(predictions=[[1.0, 2.0]], references=[[7]])
+    prediction = EvalPrediction(predictions=np.array([nats]), label_ids=np.array([ids]))
+    evaluator = metric.BitsPerByteEvaluator()
+    expected = {"bits_per_byte": pytest.approx(6 / math.log(2) / 2), "bytes": 2}  # the first id has no prediction
+    assert [evaluator(prediction) for _ in range(2)] == [expected] * 2
+
+
+def test_nats_need_the_logits_alone_of_all_outputs():
+    logits, labels = torch.randn(2, 5, 320), torch.tensor([[65, 66, -100, 68, 258], [1, 2, 3, 4, -100]])
+    expected = torch.zeros(2, 5)
+    for row, t in ((0, 1), (0, 3), (0, 4), (1, 1), (1, 2), (1, 3)):
+        expected[row, t] = -logits[row, t - 1].log_softmax(-1)[labels[row, t]]
+    for outputs in (logits, (logits, (torch.randn(2, 5, 16),))):
+        torch.testing.assert_close(metric.BitsPerByteEvaluator.nats(outputs, labels), expected)
+
+
+def test_ids_that_are_no_bytes_are_refused():
+    evaluator = metric.BitsPerByteEvaluator()
+    prediction = EvalPrediction(predictions=np.ones((1, 3)), label_ids=np.array([[1, 320, 2]]))
+    with pytest.raises(ValueError, match=r"label 320 is not in the byte vocabulary of 320 ids: give .* token_bytes"):
+        evaluator(prediction)
+
+
+class FailsOnce(torch.utils.data.Dataset):
+    """Rows of ten bytes; `failure` exists until the sixth row has been asked for."""
+
+    def __init__(self, failure: Path):
+        self.failure = failure
+
+    def __len__(self):
+        return 12
+
+    def __getitem__(self, index):
+        if index == 6 and self.failure.exists():
+            self.failure.unlink()
+            raise OSError("once")
+        ids = torch.arange(65, 75)
+        return {"input_ids": ids, "labels": ids}
+
+
+@pytest.mark.parametrize("workers", [0, 1], ids=["no workers", "persistent workers"])
+def test_an_evaluation_that_failed_leaves_nothing_behind(tmp_path, workers):
+    evaluator = metric.BitsPerByteEvaluator()
+    args = arguments(
+        tmp_path,
+        batch_eval_metrics=True,
+        per_device_eval_batch_size=2,
+        dataloader_num_workers=workers,
+        dataloader_persistent_workers=bool(workers),
+    )
+    trainer = Trainer(
+        model=tiny_model(),
+        args=args,
+        eval_dataset=FailsOnce(tmp_path / "failure"),
+        compute_metrics=evaluator,
+        preprocess_logits_for_metrics=evaluator.nats,
+    )
+    kept = []  # as a notebook keeps the last traceback, and with it the dataloader
+    for _ in range(2):
+        (tmp_path / "failure").touch()
+        with pytest.raises(OSError, match="once") as failed:
+            trainer.evaluate()
+        kept.append(failed)
+        for _ in range(2):
+            assert trainer.evaluate()["eval_bytes"] == 12 * 9
+    nothing = EvalPrediction(predictions=np.ones((1, 2)), label_ids=np.array([[65, 256]]))
+    with pytest.raises(ValueError, match="at least one byte"):
+        evaluator(nothing)
+    assert trainer.evaluate()["eval_bytes"] == 12 * 9
+
+
 def test_bits_per_byte_counts_the_bytes_behind_other_tokens():
-    token_bytes = torch.tensor([0, 1, 3])
-    evaluator = metric.BitsPerByteEvaluator(token_bytes)
-
-    class Prediction:
-        predictions = np.array([[0.0, 2.0, 5.0, 7.0]])
-        label_ids = np.array([[1, 2, 1, 0]])
-
-    # The first token has no prediction, the last is special: two tokens of 3 + 1 bytes.
-    assert evaluator(Prediction)["bits_per_byte"] == pytest.approx(7 / math.log(2) / 4)
+    evaluator = metric.BitsPerByteEvaluator(torch.tensor([9, 0, 1, 3]))
+    nats, labels = np.array([[0.0, 2.0, 5.0, 7.0, 8.0]]), np.array([[2, 3, 2, 1, -100]])
+    # The first token has no prediction, the fourth is special, the last is padding: two tokens of 3 + 1 bytes.
+    found = evaluator(EvalPrediction(predictions=nats, label_ids=labels))
+    assert found == {"bits_per_byte": pytest.approx(7 / math.log(2) / 4), "bytes": 4}
 
 
 def test_a_resumed_time_budget_goes_on_where_it_was_cut(tmp_path, windows):
@@ -248,13 +411,46 @@ def test_a_resumed_time_budget_goes_on_where_it_was_cut(tmp_path, windows):
     assert resumed.state.global_step > 30
 
 
+def test_every_training_has_a_budget_of_its_own(tmp_path, windows):
+    budget, applied = TimeBudget(minutes=1.5 / 60, warmup=0.3, decay=0.5), []
+
+    class Record(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            applied.append([])
+
+        def on_optimizer_step(self, args, state, control, optimizer, **kwargs):
+            applied[-1].append(optimizer.param_groups[0]["lr"])
+
+    args = arguments(tmp_path, max_steps=10**6, lr_scheduler_type="constant")
+    trainer = Trainer(
+        model=STLMForCausalLM(tiny_config()), args=args, train_dataset=windows, callbacks=[budget, Record()]
+    )
+    for _ in range(2):
+        trainer.train()
+        assert 1.5 <= budget.elapsed_seconds < 5
+    for rates in applied:
+        assert len(rates) > 10 and max(rates) == pytest.approx(1e-2, rel=0.2)
+        assert rates[0] < 0.5 * max(rates) and rates[-1] < 0.2 * max(rates)
+
+
 def test_evaluation_and_saving_are_not_on_the_budget(tmp_path, windows):
     class Slow(TrainerCallback):
         def on_evaluate(self, args, state, control, **kwargs):
             time.sleep(1)
 
+        on_save = on_evaluate
+
     budget = TimeBudget(minutes=1)
-    args = arguments(tmp_path, max_steps=4, lr_scheduler_type="constant", eval_strategy="steps", eval_steps=1)
+    args = arguments(
+        tmp_path,
+        max_steps=4,
+        lr_scheduler_type="constant",
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+        save_total_limit=1,
+    )
     trainer = Trainer(
         model=STLMForCausalLM(tiny_config()),
         args=args,
@@ -264,6 +460,68 @@ def test_evaluation_and_saving_are_not_on_the_budget(tmp_path, windows):
     )
     trainer.train()
     assert 0 < budget.elapsed_seconds < 3
+
+
+@pytest.mark.parametrize("clock", ["wall", "cpu"])
+def test_waiting_counts_on_the_wall_clock_alone(tmp_path, windows, clock):
+    class Waiting(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            time.sleep(1.5)
+
+    budget = TimeBudget(minutes=1, clock=clock)
+    args = arguments(tmp_path, max_steps=2, lr_scheduler_type="constant")
+    Trainer(
+        model=STLMForCausalLM(tiny_config()), args=args, train_dataset=windows, callbacks=[Waiting(), budget]
+    ).train()
+    assert budget.elapsed_seconds >= 3 if clock == "wall" else 0 < budget.elapsed_seconds < 2.5
+
+
+WRAPPERS = {
+    "lora": lambda model, name: get_peft_model(model, LoraConfig(target_modules="all-linear")),
+    "trained in full": lambda model, name: get_peft_model(
+        model, LoraConfig(target_modules=["q_proj"], modules_to_save=[name])
+    ),
+    "compiled": lambda model, name: torch.compile(model),
+    "ddp": lambda model, name: DistributedDataParallel(model, process_group=one_process()),
+}
+
+
+def one_process():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    return torch.distributed.group.WORLD
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
+def test_the_curriculum_finds_the_router_of_a_wrapped_model(wrap):
+    model = tiny_model(patching="learned", patch_bytes=6)
+    name, router = next((n, m) for n, m in model.named_modules() if hasattr(type(m), "ratio_loss"))
+    try:
+        wrapped = wrap(model, name.rsplit(".", 1)[-1])
+        PatchLengthCurriculum(4).on_step_begin(None, TrainerState(global_step=3), None, model=wrapped)
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+    routers = [module for module in wrapped.modules() if type(module) is type(router)]
+    assert [module for module in wrapped.modules() if "patch_bytes" in vars(module)] == routers
+    assert router in routers and [module.patch_bytes for module in routers] == [5.0] * len(routers)
+    assert len(routers) == (2 if wrap is WRAPPERS["trained in full"] else 1)
+
+
+def test_the_curriculum_runs_in_a_training_of_adapters(tmp_path, windows):
+    model = get_peft_model(tiny_model(patching="learned", patch_bytes=6), LoraConfig(target_modules="all-linear"))
+    curriculum = PatchLengthCurriculum(2)
+    Trainer(model=model, args=arguments(tmp_path), train_dataset=windows, callbacks=[curriculum]).train()
+    assert [m.patch_bytes for m in model.modules() if hasattr(type(m), "ratio_loss")] == [6.0]
+
+
+def test_the_curriculum_names_models_without_a_router():
+    for model, error in (
+        (tiny_model(), "patching='spacelike' has no router"),
+        (tiny_model(patching="fixed"), "patching='fixed' has no router"),
+        (torch.nn.Linear(1, 1), "Linear has no patches: this is for STLM with patching='learned'"),
+    ):
+        with pytest.raises(ValueError, match=error):
+            PatchLengthCurriculum(4).on_step_begin(None, TrainerState(), None, model=model)
 
 
 def test_the_entropy_table_is_that_of_a_count_by_hand():

@@ -7,9 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, GenerationConfig
 
+from modeling_stlm import STLMForCausalLM, STLMTokenizer
 from modeling_stlm.generation_stlm import UTF8LogitsProcessor
 
-from .tiny import batch, ids_of, tiny_model
+from .tiny import batch, ids_of, tiny_config, tiny_model
 
 
 def is_prefix_of_text(data: bytes) -> bool:
@@ -21,8 +22,12 @@ def is_prefix_of_text(data: bytes) -> bool:
     return True
 
 
-def allowed(ids: list[int], max_length: int | None = None, vocab_size: int = 320) -> set[int]:
-    scores = UTF8LogitsProcessor(max_length)(torch.tensor([ids], dtype=torch.long), torch.zeros(1, vocab_size))
+NAMED = set(range(256, len(STLMTokenizer())))
+
+
+def allowed(ids: list[int], max_length: int | None = None, vocab_size: int = 320, **options) -> set[int]:
+    processor = UTF8LogitsProcessor(max_length, **options)
+    scores = processor(torch.tensor([ids], dtype=torch.long), torch.zeros(1, vocab_size))
     return set(scores[0].isfinite().nonzero()[:, 0].tolist())
 
 
@@ -31,7 +36,27 @@ def test_a_byte_is_allowed_where_some_text_goes_on_with_it(text, cut):
     data = text.encode()[: max(0, len(text.encode()) - cut)]
     bytes_allowed = {byte for byte in range(256) if is_prefix_of_text(data + bytes([byte]))}
     complete = is_prefix_of_text(data + b"a")
-    assert allowed(list(data)) == bytes_allowed | (set(range(256, 320)) if complete else set())
+    assert allowed(list(data)) == bytes_allowed | (NAMED if complete else set())
+
+
+def test_reserved_ids_are_written_only_on_request():
+    assert max(NAMED) == 261
+    assert allowed([65]) - set(range(256)) == NAMED
+    assert allowed([65], token_ids=[262, 319, 65]) - set(range(256)) == NAMED | {262, 319}
+    for size in (256, 258, 262, 263, 319, 320):
+        assert allowed([65], vocab_size=size) - set(range(256)) == {i for i in NAMED if i < size}
+    assert allowed([65], vocab_size=384) - set(range(256)) == NAMED | set(range(320, 384)), "an enlarged vocabulary"
+    inside = allowed([0xC3], vocab_size=384, token_ids=[262])
+    assert inside == set(range(0x80, 0xC0)), "no token inside a character"
+    assert allowed([65, 300], token_ids=[262]) == allowed([65], token_ids=[262]), "a prompt may hold any id"
+
+
+def test_a_new_model_writes_no_reserved_id():
+    model = STLMForCausalLM(tiny_config(use_cache=True))
+    options = {"max_new_tokens": 40, "do_sample": True, "top_k": 0, "eos_token_id": None, "pad_token_id": 256}
+    prompts = torch.full((16, 1), 65)
+    new, free = (model.generate(prompts, **options, valid_utf8=valid) for valid in (True, False))
+    assert new.max() < 262 <= free.max()
 
 
 @pytest.mark.parametrize("character", ["é", "東", "😀", "\ud7ff", "\ue000", "\u0800", "\U00010000", "\U0010ffff"])
@@ -48,6 +73,7 @@ def test_an_ill_formed_prompt_is_left_alone_and_text_starts_anew():
     for prompt in (b"\xff\xfe", b"ab\x80\x80\x80", b"\xe6\x97a", b"\xed\xa0"):
         assert {ord("a"), 0xC3} <= allowed(list(prompt)) and 0xFF not in allowed(list(prompt))
     assert allowed([0xE6, 257]) == allowed([65])
+    assert allowed([0xE6, 0xC3]) == allowed([0xC3]) == set(range(0x80, 0xC0)), "a character cut off by another"
 
 
 @pytest.mark.parametrize(

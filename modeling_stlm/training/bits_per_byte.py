@@ -2,7 +2,7 @@
 """Bits per byte: total nats / ln 2 / number of bytes predicted.
 
 Comparable between models of any tokenizer. Special tokens count neither as nats nor as bytes; every byte of a
-multi-byte character counts. Three doors to one function:
+multi-byte character counts. Three ways to one function:
 
 - `bits_per_byte(nats, num_bytes)`;
 - `evaluate.load("modeling_stlm/training/bits_per_byte.py")`, from a checkout or from the installed file;
@@ -10,14 +10,17 @@ multi-byte character counts. Three doors to one function:
 """
 
 import math
+import weakref
 
 import datasets
 import evaluate
 import torch
+from accelerate.state import GradientState
 from torch.nn import functional as F
 
 
 NUM_BYTES = 256
+VOCABULARY = 320  # ids of the byte vocabulary, special and reserved tokens included
 
 
 def bits_per_byte(nats: float, num_bytes: int) -> float:
@@ -73,12 +76,15 @@ class BitsPerByteEvaluator:
 
     Args:
         token_bytes (`torch.Tensor` of shape `(V,)`, *optional*):
-            Bytes behind each id, 0 for special tokens, for models over other tokens than bytes.
+            Number of bytes of each id, 0 for special tokens. Needed unless ids are bytes.
+
+    Raises:
+        ValueError: when called without `token_bytes` on ids that are not bytes, or on labels without any byte.
     """
 
     def __init__(self, token_bytes: torch.Tensor | None = None):
         self.token_bytes = token_bytes
-        self.total_nats, self.total_bytes = 0.0, 0
+        self.evaluation = None
 
     @staticmethod
     def nats(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -92,13 +98,28 @@ class BitsPerByteEvaluator:
         nats, labels = torch.as_tensor(prediction.predictions), torch.as_tensor(prediction.label_ids)
         labels = F.pad(labels[:, 1:], (1, 0), value=-100)  # the first id of a window has no prediction
         if self.token_bytes is None:
+            if (largest := int(labels.max())) >= VOCABULARY:
+                raise ValueError(
+                    f"label {largest} is not in the byte vocabulary of {VOCABULARY} ids: give BitsPerByteEvaluator "
+                    "token_bytes, the number of bytes of each id"
+                )
             token_bytes = ((labels >= 0) & (labels < NUM_BYTES)).long()
         else:
-            token_bytes = self.token_bytes[labels.clamp(min=0)] * (labels >= 0)
+            token_bytes = self.token_bytes.to(labels.device)[labels.clamp(min=0)] * (labels >= 0)
+        if (evaluation := running_evaluation()) != self.evaluation:
+            self.evaluation, self.total_nats, self.total_bytes = evaluation, 0.0, 0
         self.total_nats += float(nats[token_bytes > 0].double().sum())
         self.total_bytes += int(token_bytes.sum())
         if not compute_result:
             return {}
-        result = {"bits_per_byte": bits_per_byte(self.total_nats, self.total_bytes), "bytes": self.total_bytes}
-        self.total_nats, self.total_bytes = 0.0, 0
-        return result
+        self.evaluation = None
+        return {"bits_per_byte": bits_per_byte(self.total_nats, self.total_bytes), "bytes": self.total_bytes}
+
+
+def running_evaluation() -> tuple:
+    """Differs between evaluations by `Trainer`, which does not say when it starts one, and may not finish it.
+
+    Each has a dataloader of its own, unless the workers are persistent; then accelerate lists it again.
+    """
+    loaders = GradientState().dataloader_references
+    return len(loaders), loaders[-1] and weakref.ref(loaders[-1])

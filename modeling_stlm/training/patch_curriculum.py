@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Short patches first, long ones later, for `patching="learned"` (ATDC, arXiv:2605.30080)."""
 
-from transformers import TrainerCallback
+from torch import nn
+from transformers import PreTrainedConfig, TrainerCallback
 
 
 class PatchLengthCurriculum(TrainerCallback):
@@ -21,8 +22,22 @@ class PatchLengthCurriculum(TrainerCallback):
         self.steps, self.first_bytes = steps, first_bytes
 
     def on_step_begin(self, args, state, control, model=None, **kwargs):
-        router = model.base_model.router
-        if router is None:
-            raise ValueError(f"patching={model.config.patching!r} has no router: this is for patching='learned'")
         progress = min(1.0, state.global_step / self.steps)
-        router.patch_bytes = self.first_bytes + progress * (model.config.patch_bytes - self.first_bytes)
+        last_bytes = config_of(model).patch_bytes
+        for router in routers_of(model):
+            router.patch_bytes = self.first_bytes + progress * (last_bytes - self.first_bytes)
+
+
+def routers_of(model: nn.Module) -> list[nn.Module]:
+    """Routers inside the model, whatever wraps it (peft, DDP, `torch.compile`). peft may keep copies of one."""
+    routers = [m for m in model.modules() if "patch_bytes" in vars(m) and hasattr(m, "ratio_loss")]
+    if not routers:
+        raise ValueError(f"patching={config_of(model).patching!r} has no router: this is for patching='learned'")
+    return routers
+
+
+def config_of(model: nn.Module) -> PreTrainedConfig:
+    for module in model.modules():
+        if hasattr(getattr(module, "config", None), "patch_bytes"):
+            return module.config
+    raise ValueError(f"{type(model).__name__} has no patches: this is for STLM with patching='learned'")

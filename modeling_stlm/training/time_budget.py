@@ -3,7 +3,9 @@
 
 import time
 
-from transformers import TrainerCallback
+import torch
+from accelerate.utils import broadcast
+from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
 
@@ -12,12 +14,13 @@ class TimeBudget(TrainerCallback, ExportableState):
 
     Linear warm-up, then constant, then linear decay to zero at the end of the budget. Use with
     `lr_scheduler_type="constant"` and, so that a resumed run goes on where it was cut and with the budget it was started
-    with, `restore_callback_states_from_checkpoint=True`. Evaluation and saving do not count.
+    with, `restore_callback_states_from_checkpoint=True`. Every other run starts a new budget. Evaluation and saving do
+    not count. Among several processes, the clock of the main one decides for all.
 
     Args:
         minutes (`float`): length of the training.
         warmup (`float`), decay (`float`): shares of it spent warming up and decaying.
-        clock (`str`): `"wall"`, or `"cpu"` for the time of this process on all cores, which a busy machine does not
+        clock (`str`): `"wall"`, or `"cpu"` for the time of the process on all cores, which a busy machine does not
             stretch.
     """
 
@@ -33,22 +36,27 @@ class TimeBudget(TrainerCallback, ExportableState):
     def _now(self) -> float:
         return time.process_time() if self.clock == "cpu" else time.monotonic()
 
-    def _tick(self) -> float:
+    def _tick(self, args: TrainingArguments) -> float:
         """Share of the budget that has passed."""
         now = self._now()
-        if self._last is not None:
-            self.elapsed_seconds += now - self._last
+        self.elapsed_seconds += now - self._last
         self._last = now
+        if args.world_size > 1:
+            # Processes whose clocks differ would train with different rates and wait for each other at the last step.
+            elapsed = torch.tensor(self.elapsed_seconds, dtype=torch.float64, device=args.device)
+            self.elapsed_seconds = broadcast(elapsed).item()
         return self.elapsed_seconds / (60 * self.minutes)
 
     def learning_rate_factor(self, fraction: float) -> float:
         return max(0.0, min(1.0, fraction / self.warmup, (1 - fraction) / self.decay))
 
     def on_train_begin(self, args, state, control, **kwargs):
+        if state.global_step == 0:
+            self.elapsed_seconds = 0.0
         self._last = self._now()
 
     def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
-        factor = self.learning_rate_factor(self._tick())
+        factor = self.learning_rate_factor(self._tick(args))
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
 
@@ -59,7 +67,7 @@ class TimeBudget(TrainerCallback, ExportableState):
             state.log_history[-1]["learning_rate"] *= self.learning_rate_factor(fraction)
 
     def on_step_end(self, args, state, control, **kwargs):
-        if self._tick() >= 1:
+        if self._tick(args) >= 1:
             control.should_training_stop = True
 
     def on_evaluate(self, args, state, control, **kwargs):
