@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What `generate` does with bytes: text that is always well-formed UTF-8 (RFC 3629)."""
 
+from collections.abc import Iterable
+
 import torch
 from transformers import GenerationMixin, LogitsProcessor
 
@@ -103,9 +105,9 @@ class STLMGenerationMixin(GenerationMixin):
         if getattr(generation_config, "valid_utf8", False):
             # The last place may be taken by an end of text.
             forced = generation_config.forced_eos_token_id is not None
-            # First, so that top-k and top-p choose among what is allowed.
             ends = generation_config._eos_token_tensor
             ends = () if ends is None else ends.flatten().tolist()
+            # First, so that top-k and top-p choose among what is allowed.
             processors.insert(0, UTF8LogitsProcessor(generation_config.max_length - forced, ends))
         return processors
 

@@ -32,7 +32,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, slice_logits_to
 from transformers.models.llama.modeling_llama import eager_attention_forward
 from transformers.utils import can_return_tuple, logging
 from transformers.utils.deprecation import deprecate_kwarg
-from transformers.utils.import_utils import is_torchdynamo_exporting, is_tracing
+from transformers.utils.import_utils import is_torchdynamo_compiling, is_torchdynamo_exporting, is_tracing
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .batching_stlm import STLMBatch

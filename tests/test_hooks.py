@@ -77,7 +77,10 @@ def test_every_module_with_weights_is_called_on_every_path(options):
         missing = set(leaves) - called
         if way in ("step", "chunk", "static", "crop"):
             missing.discard("model.patcher.start")  # the state of the rows has it
-        if way in ("step", "static") and options.get("patching") in ("learned", "vocabulary"):  # may not end a patch at that byte
+        if way in ("step", "static") and options.get("patching") in (
+            "learned",
+            "vocabulary",
+        ):  # may not end a patch at that byte
             missing = {name for name in missing if "trunk" not in name and "_proj" not in name}
         assert not missing, f"{way}: {sorted(missing)}"
 
