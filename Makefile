@@ -37,11 +37,11 @@ style: $(VENV)/ready ## lint and format, with changes
 	$(BIN)/ruff format .
 
 benchmark: $(VENV)/ready ## speed and memory beside two Llamas and, at 10M, BLT
-	OMP_NUM_THREADS=1 $(BIN)/python examples/benchmark.py --preset stlm-3m --models stlm stlm-onnx llama-bytes llama-bpe
-	OMP_NUM_THREADS=1 $(BIN)/python examples/benchmark.py --preset stlm-10m
+	OMP_NUM_THREADS=1 $(BIN)/python examples/research/benchmark.py --preset stlm-3m --models stlm stlm-onnx llama-bytes llama-bpe
+	OMP_NUM_THREADS=1 $(BIN)/python examples/research/benchmark.py --preset stlm-10m
 
-report: $(VENV)/ready ## RESULTS.md from the measurements in examples/results
-	$(BIN)/python examples/report.py write
+report: $(VENV)/ready ## RESULTS.md from the measurements in examples/research/results
+	$(BIN)/python examples/research/report.py write
 
 conformance: $(VENV)/ready ## the README's table beside BLT, ByT5 and Llama
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.conformance.table

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import transformers
 
-from examples.provenance import run_info
+from examples.research.provenance import run_info
 
 from .features import FEATURES, NotApplicable
 from .kits import KITS, Kit

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compare designs: train a list of configurations under the same budget, with the same data order and seeds.
 
-    python examples/ablate.py examples/ablations/3m.json --output runs/ablations \
+    python examples/research/ablate.py examples/research/ablations/3m.json --output runs/ablations \
         --train 'corpus/train/*.jsonl.gz' --validation corpus/validation.jsonl.gz
 
 The list is a JSON file: `arguments` of `pretrain.py` that all runs share, and `runs` by name with what is different

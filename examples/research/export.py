@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Turn a finished run of `pretrain.py` into a checkpoint to publish: bfloat16 weights, current code, model card.
 
-    python examples/export.py --run runs/stlm-3m --output examples/checkpoints/stlm-3m --data examples/checkpoints/sources.md \
+    python examples/research/export.py --run runs/stlm-3m --output examples/checkpoints/stlm-3m --data examples/checkpoints/sources.md \
         --validation validation.jsonl.gz --test test.jsonl.gz
 
 `--data` is a Markdown file that names the training texts and their licences; it goes into the card word for word. The

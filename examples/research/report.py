@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measure checkpoints on held-out text, noised text and tasks, and write RESULTS.md.
 
-    python examples/report.py measure runs/stlm-10m --name stlm-10m --validation validation.jsonl.gz \
+    python examples/research/report.py measure runs/stlm-10m --name stlm-10m --validation validation.jsonl.gz \
         --test test.jsonl.gz --blimp blimp.jsonl.gz --arc_easy arc_easy.jsonl.gz
-    python examples/report.py write
+    python examples/research/report.py write
 
 `measure` takes a checkpoint folder of any causal language model with its tokenizer and leaves one JSON file in
-`examples/results`; `write` makes tables of all that lie there. Held-out files are JSON lines with `text` and, for a
+`examples/research/results`; `write` makes tables of all that lie there. Held-out files are JSON lines with `text` and, for a
 table by source, `source`. Noise goes into the first 200 kB of the validation text and into every tenth pair of BLiMP:
 each letter is hit with probability 0.1, for every model the same letters, and in both sentences of a pair the same
 letters of the words that they share.
@@ -177,7 +177,7 @@ def document(results: list[dict]) -> str:
         ["trained at commit", *(result.get("training", {}).get("commit", "") for result in results)],
     ]
     sections = [
-        "# Results\n\nMade by `make report` from the measurements in `examples/results`; files, versions and hardware "
+        "# Results\n\nMade by `make report` from the measurements in `examples/research/results`; files, versions and hardware "
         "are in\nthem. Every text stands behind `<bos>`; nothing was tuned on the test files.",
         "## Models\n\n" + markdown_table(["", *names], about),
     ]

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What STLM costs before and beside its arithmetic: importing, loading, and memory while it writes.
 
-    OMP_NUM_THREADS=1 python examples/startup.py --preset stlm-10m --repeats 5
+    OMP_NUM_THREADS=1 python examples/research/startup.py --preset stlm-10m --repeats 5
 
 Importing and loading beside a Llama over bytes of equal stored parameters, in processes that take turns: CPU seconds,
 median (lowest to highest). Memory is the peak of resident memory over that before the model is loaded (another of its

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Speed and memory of STLM beside Llama over bytes, Llama over BPE and BLT, at equal stored parameters, in one run.
 
-    OMP_NUM_THREADS=1 python examples/benchmark.py --preset stlm-10m --repeats 5
-    OMP_NUM_THREADS=1 python examples/benchmark.py --preset stlm-10m --repeats 3 --sweep --plot examples/speed.png
+    OMP_NUM_THREADS=1 python examples/research/benchmark.py --preset stlm-10m --repeats 5
+    OMP_NUM_THREADS=1 python examples/research/benchmark.py --preset stlm-10m --repeats 3 --sweep --plot examples/research/speed.png
 
 Models take turns, so that a noisy machine is noisy for all; every figure is the median over the repeats with the lowest
 and the highest. Time is CPU time of this process (`--clock wall` for wall-clock). Peak memory comes from a process of
