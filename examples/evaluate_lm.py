@@ -16,13 +16,13 @@ Every text stands behind `<bos>`, as documents do in training: the harness sets 
 import argparse
 import json
 from collections import defaultdict
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from lm_eval import evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
-from provenance import run_info
 
 import modeling_stlm  # noqa: F401  (registers the Auto classes)
 
@@ -110,9 +110,9 @@ def main():
             "checkpoint": Path(args.checkpoint).name,
             "add_bos_token": not args.no_bos,
             "batch_size": args.batch_size,
-        }
+        } | {name: version(name) for name in ("torch", "transformers", "lm_eval")}
         args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(about | run_info("lm_eval") | {"scores": scores}, indent=1) + "\n")
+        args.output.write_text(json.dumps(about | {"scores": scores}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

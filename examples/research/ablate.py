@@ -4,7 +4,7 @@
     python examples/research/ablate.py examples/research/ablations/3m.json --output runs/ablations \
         --train 'corpus/train/*.jsonl.gz' --validation corpus/validation.jsonl.gz
 
-The list is a JSON file: `arguments` of `pretrain.py` that all runs share, and `runs` by name with what is different
+The list is a JSON file: `arguments` of `train.py` that all runs share, and `runs` by name with what is different
 (`set` holds fields of the config; `seeds` makes several runs of one). Each run is a process of one thread, `--jobs` of
 them at a time. Runs that are done are not repeated, one that was cut goes on where it was, and every finished run leaves
 one JSON beside the list, in a folder of its name. `--report` only writes the table and the plots from these.
@@ -70,7 +70,7 @@ def expand(path: Path, only: list[str] | None = None) -> dict[str, dict]:
 
 
 def command(arguments: dict, args: argparse.Namespace, output: Path) -> list[str]:
-    words = [sys.executable, str(HERE / "pretrain.py"), "--eval_at_end"]
+    words = [sys.executable, str(HERE / "train.py"), "--eval_at_end"]
     words += ["--train", *args.train, "--validation", *args.validation]
     words += ["--output", str(output), "--data", str(args.output / "data")]
     for name, value in arguments.items():
@@ -113,10 +113,10 @@ def is_done(path: Path, arguments: dict) -> bool:
 
 def prepare(arguments: dict, args: argparse.Namespace) -> None:
     """Tokenizers and corpora, so that runs side by side need not make the same ones."""
-    import pretrain
+    import train as script
 
     words = command(arguments, args, args.output / "none")[2:]
-    pretrain.prepare(pretrain.parse_arguments(words))
+    script.prepare(script.parse_arguments(words))
 
 
 def watch(folder: Path, running: set[str], stop: threading.Event) -> None:

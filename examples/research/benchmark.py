@@ -66,12 +66,12 @@ class Peer(NamedTuple):
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="stlm-10m")
-    parser.add_argument("--text", type=Path, default=HERE / "data" / "shakespeare.txt")
+    parser.add_argument("--text", type=Path, default=HERE.parent / "data" / "shakespeare.txt")
     parser.add_argument("--vocab_size", type=int, default=8192)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
     parser.add_argument(
-        "--prompts", type=int, nargs="+", default=[2048, 8192], help="bytes, for the first byte behind"
+        "--prompts", type=int, nargs="+", default=[2048, 8192], help="bytes of the prompts of the first byte"
     )
     parser.add_argument("--only", nargs="+", help="names of measures, or their first words; leaves memory out")
     parser.add_argument(
@@ -144,7 +144,7 @@ def train_bytes_per_second(peer: Peer, text: bytes, now) -> float:
     ids = ids_of(peer.tokenizer, rows_of(text, 8, 1024))
     inputs = {"input_ids": ids, "labels": ids}
     if peer.options["use_cache"]:
-        # Packed windows, as `pretrain.py` feeds them: here one of eight rows holds two documents.
+        # Packed windows, as the trainings of `pretrain.py` have them: here one of eight rows holds two documents.
         inputs["position_ids"] = torch.arange(ids.shape[1]).repeat(len(ids), 1)
         inputs["position_ids"][0, ids.shape[1] // 2 :] -= ids.shape[1] // 2
     started = now()

@@ -1,22 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Turn a finished run of `pretrain.py` into a checkpoint to publish: bfloat16 weights, current code, model card.
+"""Turn a finished run of `train.py` into a shipped checkpoint: bfloat16 weights, scores of these, model card.
 
     python examples/research/export.py --run runs/stlm-3m --output examples/checkpoints/stlm-3m --data examples/checkpoints/sources.md \
         --validation validation.jsonl.gz --test test.jsonl.gz
 
 `--data` is a Markdown file that names the training texts and their licences; it goes into the card word for word. The
-rounded weights are evaluated anew, so the card says what the files score and not what the run scored.
+rounded weights are evaluated again, so the card says what the files score and not what the run scored. The folder holds
+no code: `push_to_hub.py` adds it, and the `config.json` says float32, in which the weights are loaded.
 """
 
 import argparse
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import torch
 from provenance import run_info
-from scoring import bits_of_documents, documents
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+
+sys.path.append(str(Path(__file__).parents[1]))  # the examples
+
+from scoring import bits_of_documents, documents
 
 from modeling_stlm import STLMTokenizer
 from modeling_stlm.training.model_card import build_model_card, write_model_card
@@ -24,7 +30,7 @@ from modeling_stlm.training.model_card import build_model_card, write_model_card
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", type=Path, required=True, help="output folder of pretrain.py")
+    parser.add_argument("--run", type=Path, required=True, help="output folder of train.py")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--data", type=Path, required=True, help="Markdown about the training texts")
     parser.add_argument("--licence", default="cc-by-sa-4.0", help="licence of the weights, as the Hub spells it")
@@ -44,8 +50,14 @@ def main():
     args.output.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(args.output)
     tokenizer.save_pretrained(args.output)
+    for code in args.output.glob("*.py"):
+        code.unlink()
+    path = args.output / "config.json"
+    config = json.loads(path.read_text()) | {"dtype": "float32"}
+    config.pop("auto_map", None)
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
-    model = AutoModelForCausalLM.from_pretrained(args.output, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(args.output)
     tokenizer = AutoTokenizer.from_pretrained(args.output)
     scores = {
         split: bits_of_documents(model, tokenizer, documents(getattr(args, split)), block_bytes)

@@ -14,6 +14,7 @@ letters of the words that they share.
 
 import argparse
 import json
+import sys
 import tempfile
 from collections import defaultdict
 from pathlib import Path
@@ -21,13 +22,17 @@ from pathlib import Path
 import torch
 from costs import effective_parameters
 from datasets import load_dataset
-from evaluate_lm import TASKS, score
 from lm_eval.models.huggingface import HFLM
 from noise import KINDS, add_noise
 from provenance import run_info
-from scoring import bits_of_documents
 from tables import markdown_table
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+
+
+sys.path.append(str(Path(__file__).parents[1]))  # the examples
+
+from evaluate_lm import TASKS, score
+from scoring import bits_of_documents
 
 import modeling_stlm  # noqa: F401  (registers the Auto classes)
 
@@ -52,7 +57,7 @@ def parse_arguments() -> argparse.Namespace:
     write = commands.add_parser("write", help="RESULTS.md from all measurements")
     for command in (measure, write):
         command.add_argument("--results", type=Path, default=RESULTS)
-    write.add_argument("--output", type=Path, default=HERE.parent / "RESULTS.md")
+    write.add_argument("--output", type=Path, default=HERE.parents[1] / "RESULTS.md")
     return parser.parse_args()
 
 
