@@ -25,7 +25,7 @@ setup(
     packages=["modeling_stlm", "modeling_stlm.training", "modeling_stlm.inference", "tokenization_stlm"],
     package_dir={"tokenization_stlm": "tokenization"},
     package_data={"modeling_stlm": ["presets/*.json"]},
-    install_requires=["torch>=2.6", "transformers>=5.23,<6", "numpy"],
+    install_requires=["torch>=2.6", "transformers>=5.24,<6", "numpy"],
     extras_require={
         "train": ["accelerate>=1.15", "datasets>=4", "evaluate>=0.4", "matplotlib>=3.9", "peft>=0.21"],
         "eval": ["lm_eval[hf]>=0.4.13"],

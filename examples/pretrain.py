@@ -133,7 +133,9 @@ def main():
         for split, path in write_corpora(args, tokenizer, args.output / "data").items()
     }
     model = AutoModelForCausalLM.from_config(load_config(args.model, args.set))
-    print(f"{args.model}: {model.num_parameters():,} parameters, {model.device}, {model.dtype}, {len(sets['train']):,} windows")
+    print(
+        f"{args.model}: {model.num_parameters():,} parameters, {model.device}, {model.dtype}, {len(sets['train']):,} windows"
+    )
 
     evaluator, step_bytes = BitsPerByteEvaluator(), args.batch_size * args.block_bytes
     timed = args.max_minutes is not None

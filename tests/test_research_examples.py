@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import safe_open
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from huggingface_hub import ModelCard
-from safetensors import safe_open
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import modeling_stlm
@@ -255,7 +255,17 @@ def test_the_report_measures_and_writes(tmp_path):
         tmp_path / "copa.jsonl.gz", [{"query": "It rained, so", "choices": ["a", "b"], "gold": 1}] * 3
     )
     run(
-        *("research/report.py", "measure", tmp_path / "model", "--name", "tiny", "--validation", held_out, "--test", held_out),
+        *(
+            "research/report.py",
+            "measure",
+            tmp_path / "model",
+            "--name",
+            "tiny",
+            "--validation",
+            held_out,
+            "--test",
+            held_out,
+        ),
         *("--blimp", blimp, "--copa", choices, "--results", tmp_path / "results"),
         cwd=tmp_path,
     )
@@ -267,7 +277,15 @@ def test_the_report_measures_and_writes(tmp_path):
     assert f"| copa_file | acc | {measured['tasks']['copa_file']['acc']:.4f} |" in scored
     assert measured["tasks"]["copa_file"]["rows"] == 3 and measured["tasks"]["blimp_file"]["rows"] == 30
     assert all(sample["text"].startswith(sample["prompt"]) for sample in measured["samples"])
-    run("research/report.py", "write", "--results", tmp_path / "results", "--output", tmp_path / "RESULTS.md", cwd=tmp_path)
+    run(
+        "research/report.py",
+        "write",
+        "--results",
+        tmp_path / "results",
+        "--output",
+        tmp_path / "RESULTS.md",
+        cwd=tmp_path,
+    )
     written = (tmp_path / "RESULTS.md").read_text()
     assert f"| two | {measured['held_out']['test']['two']['bits_per_byte']:.3f} |" in written
     assert "## Robustness" in written and "| homoglyph |" in written and "| copa | acc |" in written
@@ -300,7 +318,9 @@ def test_speed_is_measured_beside_another_model(tmp_path):
     assert "first byte ms, 3 kB" not in table["stlm-onnx-int8"]
     assert table["stlm"]["bytes a unit"] > 3 and abs(table["llama-bpe"]["stored"] / table["stlm"]["stored"] - 1) < 0.02
 
-    sweep = run("research/benchmark.py", *options, "--sweep", "--only", "context 1024", "--plot", "plot.png", cwd=tmp_path)
+    sweep = run(
+        "research/benchmark.py", *options, "--sweep", "--only", "context 1024", "--plot", "plot.png", cwd=tmp_path
+    )
     assert json.loads(sweep.splitlines()[-1])["table"]["stlm"]["context 1024"]["median"] > 0
     assert (tmp_path / "plot.png").read_bytes()[:4] == b"\x89PNG"
 

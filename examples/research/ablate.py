@@ -19,7 +19,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -82,7 +81,7 @@ def command(arguments: dict, args: argparse.Namespace, output: Path) -> list[str
 
 
 def train(name: str, arguments: dict, args: argparse.Namespace, results: Path) -> str:
-    """One run in a process of its own; returns a line about it."""
+    """One run in its own process; returns a line about it."""
     folder = args.output / name
     folder.mkdir(parents=True, exist_ok=True)
     note = folder / "arguments.json"
@@ -167,9 +166,9 @@ def plot(results: dict[str, dict], path: Path) -> None:
     plt.close(figure)
 
 
-def report(folder: Path, runs: Iterable[str]) -> None:
-    paths = {name: folder / f"{name}.json" for name in runs}
-    results = {name: json.loads(path.read_text()) for name, path in paths.items() if path.is_file()}
+def report(folder: Path) -> None:
+    """Of all results in the folder: also of runs whose fields the config no longer has."""
+    results = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
     if results:
         (folder / "README.md").write_text(f"# {folder.name}\n\n{table(results)}\n\n![bits per byte](plots.png)\n")
         plot(results, folder / "plots.png")
@@ -178,6 +177,8 @@ def report(folder: Path, runs: Iterable[str]) -> None:
 
 def train_missing(args: argparse.Namespace, results: Path) -> list[str]:
     """Train the runs of the list that have no results yet; a line about each that failed."""
+    if note := json.loads(args.list.read_text(encoding="utf-8")).get("historical"):
+        raise SystemExit(f"{args.list} is a record: {note}")
     runs = expand(args.list, args.only)
     left = {name: run for name, run in runs.items() if not is_done(results / f"{name}.json", run)}
     print(f"{len(runs)} runs, {len(left)} to do, {args.jobs} at a time", flush=True)
@@ -210,7 +211,7 @@ def main():
     results = args.list.with_suffix("")
     results.mkdir(exist_ok=True)
     failed = [] if args.report else train_missing(args, results)
-    report(results, expand(args.list))
+    report(results)
     if failed:
         raise SystemExit("\n".join(failed))
 

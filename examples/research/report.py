@@ -6,7 +6,7 @@
     python examples/research/report.py write
 
 `measure` takes a checkpoint folder of any causal language model with its tokenizer and leaves one JSON file in
-`examples/research/results`; `write` makes tables of all that lie there. Held-out files are JSON lines with `text` and, for a
+`examples/research/results`; `write` makes tables of all of them in RESULTS.md. Held-out files are JSON lines with `text` and, for a
 table by source, `source`. Noise goes into the first 200 kB of the validation text and into every tenth pair of BLiMP:
 each letter is hit with probability 0.1, for every model the same letters, and in both sentences of a pair the same
 letters of the words that they share.
@@ -25,7 +25,7 @@ from datasets import load_dataset
 from lm_eval.models.huggingface import HFLM
 from noise import KINDS, add_noise
 from provenance import run_info
-from tables import markdown_table
+from tables import markdown_table, replace_section
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 
@@ -54,7 +54,7 @@ def parse_arguments() -> argparse.Namespace:
     for task, fields in TASKS.items():
         measure.add_argument(f"--{task}", help=f"JSON lines with {fields}")
     measure.add_argument("--limit", type=int, help="only the first rows of each task")
-    write = commands.add_parser("write", help="RESULTS.md from all measurements")
+    write = commands.add_parser("write", help="the section of RESULTS.md from all measurements")
     for command in (measure, write):
         command.add_argument("--results", type=Path, default=RESULTS)
     write.add_argument("--output", type=Path, default=HERE.parents[1] / "RESULTS.md")
@@ -155,7 +155,7 @@ def measure(args: argparse.Namespace) -> dict:
 
 
 def document(results: list[dict]) -> str:
-    """RESULTS.md: models as columns."""
+    """The section of RESULTS.md: models as columns."""
     names = [result["name"] for result in results]
 
     def lines(*path: str, digits: int = 3, value=lambda cell: cell) -> list[list[str]]:
@@ -182,18 +182,19 @@ def document(results: list[dict]) -> str:
         ["trained at commit", *(result.get("training", {}).get("commit", "") for result in results)],
     ]
     sections = [
-        "# Results\n\nMade by `make report` from the measurements in `examples/research/results`; files, versions and hardware "
-        "are in\nthem. Every text stands behind `<bos>`; nothing was tuned on the test files.",
-        "## Models\n\n" + markdown_table(["", *names], about),
+        "## Quality\n\nWritten by `make report` from `examples/research/results`, which also name the files, versions and "
+        "hardware.\nEvery text starts with `<bos>`; nothing was tuned on the test files.",
+        markdown_table(["", *names], about),
     ]
     for split in ("validation", "test"):
         sections.append(
-            f"## Bits per byte, {split}\n\n" + markdown_table(["source", *names], lines("held_out", split, value=bits))
+            f"### Bits per byte, {split}\n\n"
+            + markdown_table(["source", *names], lines("held_out", split, value=bits))
         )
     noise = lines("noise", "bits", value=bits)
     sections.append(
-        f"## Robustness\n\nBits per byte of validation text in which each letter was hit by noise with probability "
-        f"{NOISE_RATE}. Each row is\nanother text, of other length: compare models in a row.\n\n"
+        f"### Robustness\n\nBits per byte of validation text in which each letter is noised with probability "
+        f"{NOISE_RATE}. Each row is\nanother text of another length: compare models within a row.\n\n"
         + markdown_table(["noise", *names], noise)
         + "\n\nAccuracy on every tenth pair of BLiMP with the same noise in both sentences:\n\n"
         + markdown_table(["noise", *names], lines("noise", "blimp", digits=4, value=lambda cell: cell["acc"]))
@@ -205,16 +206,16 @@ def document(results: list[dict]) -> str:
             if any(metric in result["tasks"].get(task, {}) for result in results):
                 cells = [result["tasks"].get(task, {}).get(metric) for result in results]
                 rows.append([task.removesuffix("_file"), metric, *("" if c is None else f"{c:.4f}" for c in cells)])
-    sections.append("## Tasks, zero-shot\n\n" + markdown_table(["task", "metric", *names], rows))
+    sections.append("### Tasks, zero-shot\n\n" + markdown_table(["task", "metric", *names], rows))
     sections.append(
-        "## BLiMP by field\n\n"
+        "### BLiMP by field\n\n"
         + markdown_table(
             ["field", *names], lines("tasks", "blimp_file", "fields", digits=4, value=lambda cell: cell["acc"])
         )
     )
     for result in results:
         texts = (f"{sample['how']}:\n\n```text\n{sample['text']}\n```" for sample in result["samples"])
-        sections.append(f"## Samples of {result['name']}, unedited\n\n" + "\n\n".join(texts))
+        sections.append(f"### Samples of {result['name']}, unedited\n\n" + "\n\n".join(texts))
     return "\n\n".join(sections) + "\n"
 
 
@@ -229,9 +230,7 @@ def main():
     files = sorted(args.results.glob("*.json"))
     if not files:
         raise SystemExit(f"no measurements in {args.results}: run `measure` first")
-    args.output.write_text(
-        document([json.loads(file.read_text(encoding="utf-8")) for file in files]), encoding="utf-8"
-    )
+    replace_section(args.output, "report", document([json.loads(file.read_text(encoding="utf-8")) for file in files]))
     print(f"wrote {args.output}")
 
 
