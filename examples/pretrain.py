@@ -99,28 +99,24 @@ def last_checkpoint(output: Path) -> str | None:
     return None if newest is None else str(newest.parent)
 
 
-def write_curve(history: list[dict], path: Path, title: str) -> None:
-    figure = Figure()
-    curve = [(log["step"], log["eval_bits_per_byte"]) for log in history if "eval_bits_per_byte" in log]
-    figure.subplots().plot(*zip(*curve or [(0, float("nan"))]), marker=".")
-    figure.axes[0].set(xlabel="step", ylabel="bits per byte (validation)", title=title)
-    figure.savefig(path)
-
-
 def save(args: argparse.Namespace, trainer: Trainer, results: dict) -> None:
-    """Checkpoint, history, curve and results. The generation config sets no length."""
-    model, tokenizer = trainer.model, trainer.processing_class
-    model.config.use_cache = True  # Trainer turns it off
+    """Checkpoint, history, curve and results; the generation config sets no length."""
+    tokenizer, history = trainer.processing_class, trainer.state.log_history
+    trainer.model.config.use_cache = True  # Trainer turns it off
     special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    model.generation_config = GenerationConfig(do_sample=True, temperature=0.8, top_p=0.95, **special)
+    trainer.model.generation_config = GenerationConfig(do_sample=True, temperature=0.8, top_p=0.95, **special)
     trainer.save_model()
     # Results are published: names of files, no folders of this machine.
     names = {split: " ".join(Path(file).name for file in getattr(args, split)) for split in SPLITS}
     arguments = vars(args) | names | {"output": args.output.name}
     results["arguments"] = {name: str(value) for name, value in arguments.items()}
-    write_curve(trainer.state.log_history, args.output / "loss.png", args.model)
-    (args.output / "history.json").write_text(json.dumps(trainer.state.log_history, indent=1) + "\n")
-    (args.output / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    for name, value in {"history": history, "results": results}.items():
+        (args.output / f"{name}.json").write_text(json.dumps(value, indent=1) + "\n")
+    names = ("eval_bits_per_byte", "validation_bits_per_byte")  # while training and at the end
+    curve = [(log["step"], log[name]) for log in history for name in names if name in log]
+    figure = Figure()
+    figure.subplots(subplot_kw={"xlabel": "step", "ylabel": "bits per byte"}).plot(*zip(*curve), marker=".")
+    figure.savefig(args.output / "loss.png")
     print(json.dumps(results, indent=1))
 
 
@@ -133,10 +129,7 @@ def main():
         for split, path in write_corpora(args, tokenizer, args.output / "data").items()
     }
     model = AutoModelForCausalLM.from_config(load_config(args.model, args.set))
-    print(
-        f"{args.model}: {model.num_parameters():,} parameters, {model.device}, {model.dtype}, {len(sets['train']):,} windows"
-    )
-
+    print(f"{args.model}: {model.num_parameters():,} parameters, {model.device}, {model.dtype}")
     evaluator, step_bytes = BitsPerByteEvaluator(), args.batch_size * args.block_bytes
     timed = args.max_minutes is not None
     trainer = Trainer(
@@ -150,18 +143,19 @@ def main():
         optimizer_cls_and_kwargs=(MuonRecipe, {"muon_lr": args.muon_lr, "adamw_lr": args.adamw_lr}),
         callbacks=[TimeBudget(args.max_minutes, clock=args.clock)] if timed else [],
     )
-    trainer.train(resume_from_checkpoint=last_checkpoint(args.output))
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    trainer.train(resume_from_checkpoint=last_checkpoint(args.output))
     steps = trainer.state.global_step
     scores = {split: trainer.evaluate(sets[split], metric_key_prefix=split) for split in sets if split != "train"}
     results = {
         "model": args.model,
         "stored_parameters": model.num_parameters(),
         "steps": steps,
-        "bytes_seen": steps * step_bytes,
+        "bytes_seen": steps * step_bytes,  # special tokens included
         "budget": {"minutes": args.max_minutes, "clock": args.clock} if timed else {"steps": steps},
         "bits_per_byte": {split: score[f"{split}_bits_per_byte"] for split, score in scores.items()},
-        "commit": subprocess.run(git, capture_output=True, text=True).stdout.strip(),
+        "commit": commit,
         "device": torch.cuda.get_device_name() if model.device.type == "cuda" else platform.machine(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,

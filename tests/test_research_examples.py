@@ -204,6 +204,22 @@ def test_runs_of_a_list_by_name_and_seed(tmp_path):
         ablate.expand(path, ["c"])
 
 
+def test_the_lists_that_can_be_run_set_fields_that_exist():
+    lists = [json.loads(path.read_text()) for path in (RESEARCH / "ablations").glob("*.json")]
+    runnable = [listed for listed in lists if "historical" not in listed]
+    assert len(runnable) >= 4
+    changes = {field for listed in runnable for run in listed["runs"].values() for field in run.get("set", {})}
+    base = json.loads((RESEARCH / "ablations" / "base-3m" / "config.json").read_text())
+    assert (changes | set(base)) - set(modeling_stlm.STLMConfig().to_dict()) == set()
+
+
+def test_records_are_not_run(tmp_path):
+    trials = RESEARCH / "ablations" / "trials-3m.json"
+    command = [sys.executable, str(RESEARCH / "ablate.py"), str(trials), "--train", "a", "--validation", "b"]
+    refused = subprocess.run([*command, "--output", str(tmp_path)], capture_output=True, text=True)
+    assert refused.returncode != 0 and "is a record: made with trials-3m/changes.patch" in refused.stderr
+
+
 def test_ablations_leave_a_table_and_are_not_repeated(small_text, tmp_path):
     tiny = {"trunk_intermediate_size": 8, "intermediate_size": 8}
     listed = {

@@ -87,7 +87,9 @@ def run_llama(path: str, prompt: list[int], num_new: int) -> dict[str, float]:
     llama_cpp.llama_backend_init()
     silent = llama_cpp.llama_log_callback(lambda *message: None)
     llama_cpp.llama_log_set(silent, None)
-    model = llama_cpp.llama_model_load_from_file(path.encode(), llama_cpp.llama_model_default_params())
+    model_settings = llama_cpp.llama_model_default_params()
+    model_settings.use_extra_bufts = False
+    model = llama_cpp.llama_model_load_from_file(path.encode(), model_settings)
     settings = llama_cpp.llama_context_default_params()
     settings.n_ctx = settings.n_batch = settings.n_ubatch = len(prompt) + num_new + 8
     settings.n_threads = settings.n_threads_batch = 1
