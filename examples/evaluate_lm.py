@@ -3,14 +3,14 @@
 
     python examples/evaluate_lm.py --blimp blimp.jsonl.gz --hellaswag hellaswag_val.jsonl.gz --output scores.json
 
-The same through the command of the harness, with the code of the checkpoint instead of the installed package:
+The harness itself takes the tasks, too, with a published checkpoint and its code instead of the installed package:
 
     lm_eval run --model hf --device cpu --batch_size 64 --include_path examples/tasks --tasks blimp_file \
-        --model_args pretrained=examples/checkpoints/stlm-3m,trust_remote_code=True,dtype=float32,add_bos_token=True \
+        --model_args pretrained=YOUR_NAME/MODEL,trust_remote_code=True,dtype=float32,add_bos_token=True \
         --metadata '{"blimp_file": "blimp.jsonl.gz"}'
 
-Every text stands behind `<bos>`, as documents do in training: the harness sets it before texts without a context,
-`add_bos_token` before all others. Scores are sums over a sentence; bfloat16 would round them, so `dtype=float32`.
+Every text starts with `<bos>`, as documents do in training: the harness adds it to texts without a context, and
+`add_bos_token` to all others. Scores are sums over a sentence, which bfloat16 would round: hence `dtype=float32`.
 """
 
 import argparse
