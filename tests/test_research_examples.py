@@ -369,7 +369,7 @@ def test_export_publishes_what_the_rounded_weights_score(small_text, tmp_path):
     card = ModelCard.load(tmp_path / "out" / "README.md")
     assert card.data.license == "mit" and card.data.eval_results[1].metric_value == round(score, 4)
     assert "A play." in card.text
-    # Written by hand since: kept, while the rest is exported anew.
+    # An edited card is kept, while the rest is exported again.
     (tmp_path / "out" / "README.md").write_text("# Mine\n")
     (tmp_path / "out" / "model.safetensors").unlink()
     assert "kept" in run("research/export.py", *arguments, cwd=tmp_path)

@@ -4,10 +4,10 @@
     python examples/research/ablate.py examples/research/ablations/3m.json --output runs/ablations \
         --train 'corpus/train/*.jsonl.gz' --validation corpus/validation.jsonl.gz
 
-The list is a JSON file: `arguments` of `train.py` that all runs share, and `runs` by name with what is different
-(`set` holds fields of the config; `seeds` makes several runs of one). Each run is a process of one thread, `--jobs` of
-them at a time. Runs that are done are not repeated, one that was cut goes on where it was, and every finished run leaves
-one JSON beside the list, in a folder of its name. `--report` only writes the table and the plots from these.
+The list is a JSON file: `arguments` of `train.py` that all runs share, and `runs` by name with what differs
+(`set` holds config fields; `seeds` repeats a run). Each run is a process with one thread, `--jobs` of them at a time.
+Finished runs are not repeated, interrupted ones resume, and every finished run leaves one JSON in the folder named like
+the list. `--report` only writes the table and the plots from these.
 """
 
 import argparse
@@ -101,7 +101,7 @@ def train(name: str, arguments: dict, args: argparse.Namespace, results: Path) -
 
 
 def is_done(path: Path, arguments: dict) -> bool:
-    """Whether the results of a run lie there, and are those of these arguments."""
+    """Whether `path` has the results of a run with these arguments."""
     if not path.is_file():
         return False
     listed = json.loads(path.read_text())["listed"]
@@ -111,7 +111,7 @@ def is_done(path: Path, arguments: dict) -> bool:
 
 
 def prepare(arguments: dict, args: argparse.Namespace) -> None:
-    """Tokenizers and corpora, so that runs side by side need not make the same ones."""
+    """Tokenizers and corpora, once for all parallel runs."""
     import train as script
 
     words = command(arguments, args, args.output / "none")[2:]
@@ -119,7 +119,7 @@ def prepare(arguments: dict, args: argparse.Namespace) -> None:
 
 
 def watch(folder: Path, running: set[str], stop: threading.Event) -> None:
-    """A line about every run at work, now and then."""
+    """Prints the progress of every active run once a minute."""
     while not stop.wait(60):
         for name in sorted(running):
             path = folder / name / "log.txt"
@@ -131,7 +131,7 @@ def watch(folder: Path, running: set[str], stop: threading.Event) -> None:
 
 def table(results: dict[str, dict]) -> str:
     """Best first."""
-    head = "run, bits per byte, stored, effective, MFLOP a byte, MB seen, training PFLOP, CPU s, commit".split(", ")
+    head = "run, bits per byte, stored, effective, MFLOP per byte, MB seen, training PFLOP, CPU s, commit".split(", ")
     rows = [
         [
             name,

@@ -4,14 +4,13 @@
     OMP_NUM_THREADS=1 python examples/research/benchmark.py --preset stlm-10m --repeats 5
     OMP_NUM_THREADS=1 python examples/research/benchmark.py --preset stlm-10m --repeats 3 --sweep --plot examples/research/speed.png
 
-Models take turns, so that a noisy machine is noisy for all; every figure is the median over the repeats with the lowest
-and the highest. Time is CPU time of this process (`--clock wall` for wall-clock). Peak memory comes from a process of
-its own for each model. All models are untrained: speed does not depend on it, except that the patch length of generated
-text would; so all write the given text (`Forced`) through `generate`. `stlm-onnx` is `stlm` with its steps in ONNX
-Runtime (`modeling_stlm.inference.onnx_steps`), the same text; `stlm-onnx-int8` has matrices of 8 bits there, which cost
-some quality that this does not show. BLT ends patches where its byte model is surprised; its threshold is set so that
-untrained patches have 4.5 bytes, it trains on whole rows, where the others have one with two documents, and it generates
-without its cache, which writes other text, three bytes instead of all.
+The models take turns, so that noise of the machine hits all of them; every figure is the median over the repeats with
+the lowest and the highest. Time is CPU time of this process (`--clock wall` for wall-clock time); peak memory is
+measured in one process per model. All models are untrained. Speed does not depend on the weights, but on the patch
+length of the generated text; so all are forced to write the given text through `generate` (`Forced`). `stlm-onnx` is
+`stlm` with its steps in ONNX Runtime (`modeling_stlm.inference.onnx_steps`); `stlm-onnx-int8` has int8 weights there.
+The entropy threshold of BLT is set so that its untrained patches have 4.5 bytes; it trains on whole rows, where the
+others have one row with two documents, and it generates three bytes without its cache, which is wrong.
 The last line is one JSON document.
 """
 
@@ -59,7 +58,7 @@ class Peer(NamedTuple):
 
     @property
     def num_steps(self) -> int | None:
-        """How many to time: a model without a cache runs the whole text for each byte, so that a few tell its speed."""
+        """How many steps to time: without a cache each step runs the whole text, so a few suffice."""
         return None if self.options["use_cache"] else 3
 
 
@@ -73,11 +72,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--prompts", type=int, nargs="+", default=[2048, 8192], help="bytes of the prompts of the first byte"
     )
-    parser.add_argument("--only", nargs="+", help="names of measures, or their first words; leaves memory out")
-    parser.add_argument(
-        "--sweep", action="store_true", help="generation by length of the context and by batch instead"
-    )
-    parser.add_argument("--plot", type=Path, help="with --sweep: where to draw it")
+    parser.add_argument("--only", nargs="+", help="measures whose names start so; memory is not measured")
+    parser.add_argument("--sweep", action="store_true", help="generation by context length and number of rows instead")
+    parser.add_argument("--plot", type=Path, help="with --sweep: file for the plot")
     parser.add_argument("--clock", choices=("cpu", "wall"), default="cpu")
     parser.add_argument("--memory_of", choices=MODELS, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -111,7 +108,7 @@ def build(name: str, args: argparse.Namespace) -> Peer:
 
 
 class Forced(LogitsProcessor):
-    """Makes `generate` write given ids (B, N) whatever the logits are, and notes when each is written."""
+    """Forces `generate` to write the given ids (B, N) and records the time of each."""
 
     def __init__(self, ids: torch.Tensor, num_prompt: int, now: Callable[[], float]):
         self.ids, self.num_prompt, self.now, self.times = ids, num_prompt, now, []
@@ -156,7 +153,7 @@ def train_bytes_per_second(peer: Peer, text: bytes, now) -> float:
 
 
 def generate(peer: Peer, prompt: torch.Tensor, new: torch.Tensor, now: Callable[[], float]) -> list[float]:
-    """Has `new` (B, N) written behind `prompt`; when each of the N was."""
+    """Generates `new` (B, N) after `prompt`; the times of the N steps."""
     forced = Forced(new, prompt.shape[1], now)
     peer.model.generate(
         prompt,
@@ -184,7 +181,7 @@ def generated_bytes_per_second(peer: Peer, text: bytes, num_rows: int, now) -> f
 
 
 def decoded_bytes_per_second(peer: Peer, text: bytes, num_rows: int, context: int, now) -> float:
-    """Without the prompt, whose time ends when the first byte is written."""
+    """Without the prompt, which ends with the first byte."""
     peer.model.eval()
     rows = rows_of(text, num_rows, context + SWEEP_BYTES)
     prompt = ids_of(peer.tokenizer, [row[:context] for row in rows])
@@ -194,7 +191,7 @@ def decoded_bytes_per_second(peer: Peer, text: bytes, num_rows: int, context: in
 
 
 def first_byte_ms(peer: Peer, text: bytes, prompt_bytes: int, now) -> float:
-    """Time to the first byte of an answer: tokenizing and the prompt."""
+    """Time to the first byte: tokenizer and prompt."""
     peer.model.eval()
     prompt = rows_of(text, 1, prompt_bytes)
     started = now()
@@ -204,7 +201,7 @@ def first_byte_ms(peer: Peer, text: bytes, prompt_bytes: int, now) -> float:
 
 
 def peak_memory_mb(name: str, args: argparse.Namespace) -> dict[str, float]:
-    """Peak memory of generating at batch 16 and of training, over that of the interpreter with its libraries."""
+    """Peak memory of generating 16 rows and of training, above that of the interpreter with its libraries."""
     command = [sys.executable, __file__, "--memory_of", name, "--preset", args.preset, "--text", str(args.text)]
     command += ["--vocab_size", str(args.vocab_size)]
     output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
@@ -276,7 +273,7 @@ def cell(value) -> str:
 
 
 def ratios(ours: dict, theirs: dict, measures) -> str:
-    """How many times better we are."""
+    """How many times faster `ours` is."""
     cells = []
     for measure in measures:
         if measure in ours and measure in theirs:

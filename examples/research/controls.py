@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The models STLM is compared with, at a given stored size: Llama over bytes, Llama over a BPE vocabulary, and BLT."""
+"""The models STLM is compared with, at a given stored size: Llama over bytes, Llama over a BPE, and BLT."""
 
 from collections.abc import Iterable
 
@@ -119,9 +119,9 @@ def blt_config(stored_parameters: int) -> BltConfig:
 
 @torch.no_grad()
 def blt(stored_parameters: int, text: str, patch_bytes: float = 4.5) -> tuple[BltForCausalLM, STLMTokenizer]:
-    """An untrained BLT that ends a patch every `patch_bytes` bytes of `text` on average.
+    """An untrained BLT whose patches have `patch_bytes` bytes of `text` on average.
 
-    Its byte model is untrained, too: nearly every byte surprises it, so the threshold is the quantile of its entropies.
+    Its byte model is untrained, too, and finds nearly every byte surprising; so the threshold is a quantile of its entropies.
     """
     model, tokenizer = BltForCausalLM(blt_config(stored_parameters)).eval(), STLMTokenizer()
     sample = torch.tensor([tokenizer(text[:4096])["input_ids"]])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a model costs: effective parameters and floating-point operations a byte, for STLM and for a Llama."""
+"""Effective parameters and floating-point operations per byte, of STLM and of a Llama."""
 
 import torch
 from transformers import LlamaForCausalLM, PreTrainedModel

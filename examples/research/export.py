@@ -4,9 +4,9 @@
     python examples/research/export.py --run runs/stlm-3m --output examples/checkpoints/stlm-3m --data examples/checkpoints/sources.md \
         --validation validation.jsonl.gz --test test.jsonl.gz
 
-`--data` is a Markdown file that names the training texts and their licences; it goes into the card word for word. The
-rounded weights are evaluated again, so the card says what the files score and not what the run scored. The folder holds
-no code: `push_to_hub.py` adds it, and the `config.json` says float32, in which the weights are loaded.
+`--data` is a Markdown file that names the training texts and their licences; it is copied into the card. The
+rounded weights are evaluated again, so the card has the scores of the files, not of the run. The folder gets no code
+(`push_to_hub.py` adds it), and a `config.json` with dtype float32, in which the weights are loaded.
 """
 
 import argparse

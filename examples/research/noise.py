@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Noise as keyboards, scanners and people make it, for measurements of robustness. Every function is deterministic."""
+"""Noise such as keyboards, scanners and people make, to measure robustness. Every function is deterministic."""
 
 import random
 
@@ -32,8 +32,8 @@ KINDS = {"drop": _drop, "swap": _swap, "repeat": _repeat, "upper": _upper, "homo
 
 
 def add_noise(text: str, kind: str, rate: float, seed: int | str = 0) -> str:
-    """`text` in which each letter is hit with probability `rate`: dropped, swapped with the next character, doubled,
-    upper-cased or replaced by one that looks the same. What has no upper case or no such double stays as it is.
+    """`text` with noise in each letter with probability `rate`: dropped, swapped with the next character, doubled,
+    upper-cased or replaced by a look-alike. Letters without upper case or look-alike stay.
 
     Raises:
         ValueError: if there is no such kind, or if the rate is not between 0 and 1.

@@ -7,9 +7,9 @@
 
 `measure` takes a checkpoint folder of any causal language model with its tokenizer and leaves one JSON file in
 `examples/research/results`; `write` makes tables of all of them in RESULTS.md. Held-out files are JSON lines with `text` and, for a
-table by source, `source`. Noise goes into the first 200 kB of the validation text and into every tenth pair of BLiMP:
-each letter is hit with probability 0.1, for every model the same letters, and in both sentences of a pair the same
-letters of the words that they share.
+table by source, `source`. Noise is added to the first 200 kB of the validation text and to every tenth pair of BLiMP:
+to each letter with probability 0.1, to the same letters for every model, and in both sentences of a pair to the same
+letters of the words they share.
 """
 
 import argparse
@@ -90,14 +90,14 @@ def noised_bits(model, tokenizer, rows: list[dict]) -> dict:
 
 
 def noised_sentence(sentence: str, kind: str, number: int) -> str:
-    """Word by word, so that the words that two sentences share get the same noise: `number` is that of the pair."""
+    """Word by word, so that words shared by both sentences get the same noise; `number` is that of the pair."""
     words = sentence.split(" ")
     times = [words[:i].count(word) for i, word in enumerate(words)]
     return " ".join(add_noise(word, kind, NOISE_RATE, f"{number} {word} {n}") for word, n in zip(words, times))
 
 
 def noised_blimp(lm: HFLM, path: str, limit: int | None) -> dict[str, float]:
-    """Accuracy on every tenth pair, without those whose sentences become equal under some kind of noise."""
+    """Accuracy on every tenth pair, except pairs whose sentences become equal under some kind of noise."""
     rows = rows_of(path)[: limit and 10 * limit : 10]
     keys = ("sentence_good", "sentence_bad")
     versions = {"clean": rows} | {
@@ -116,7 +116,7 @@ def noised_blimp(lm: HFLM, path: str, limit: int | None) -> dict[str, float]:
 
 
 def samples(model, tokenizer) -> list[dict[str, str]]:
-    """Continuations of 200 bytes or a little more, greedy and sampled, as they come."""
+    """Continuations of about 200 bytes, greedy and sampled, unselected."""
     out = []
     for prompt in PROMPTS:
         inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)

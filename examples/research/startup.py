@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What STLM costs before and beside its arithmetic: importing, loading, and memory while it writes.
+"""Time to import and load STLM, and its memory while generating.
 
     OMP_NUM_THREADS=1 python examples/research/startup.py --preset stlm-10m --repeats 5
 
-Importing and loading beside a Llama over bytes of equal stored parameters, in processes that take turns: CPU seconds,
-median (lowest to highest). Memory is the peak of resident memory over that before the model is loaded (another of its
-kind has written 64 bytes by then), beside the bytes of the weights and of what the cache holds at the end. The last line is
-one JSON document.
+Importing and loading in turns with a Llama over bytes of equal stored parameters: CPU seconds, median (lowest-highest).
+Memory is peak resident memory above that before loading (after another model of the same size has generated 64 bytes),
+next to the size of the weights and of the cache at the end. The last line is one JSON document.
 """
 
 import argparse
@@ -67,9 +66,11 @@ def child(name: str, folder: str, new_bytes: int) -> dict[str, float]:
     config = AutoConfig.from_pretrained(folder)
     prompt = torch.full((1, 8), 97)
     options = {"do_sample": True, "eos_token_id": None, "pad_token_id": 256, "return_dict_in_generate": True}
-    AutoModelForCausalLM.from_config(config).generate(prompt, max_new_tokens=64, **options)  # code is memory, too
+    AutoModelForCausalLM.from_config(config).generate(
+        prompt, max_new_tokens=64, **options
+    )  # loads the code, which takes memory, too
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # what was freed is not to be used again unseen
+    ctypes.CDLL(None).malloc_trim(0)  # or freed memory is reused and not counted
     before, ready = resident_mb("VmRSS"), time.process_time()
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     loaded = time.process_time()
