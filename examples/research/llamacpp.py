@@ -8,6 +8,9 @@ Every figure is text bytes per CPU second, median (lowest-highest) over the repe
 the models take turns. The prompt is 1,024 bytes of the text, then 256 bytes are generated: tokens of the argmax in
 llama.cpp, which has random weights (speed does not depend on them), and the bytes of the text through `generate` in
 STLM. The BPE is trained on the text that is measured. The last line is one JSON document.
+
+If llama.cpp crashes on a CPU with AMX (version 0.3.36 of the bindings did in a virtual machine), build it without:
+`CMAKE_ARGS="-DCMAKE_C_FLAGS=-mno-amx-tile\\ -mno-amx-int8 -DCMAKE_CXX_FLAGS=-mno-amx-tile\\ -mno-amx-int8"`.
 """
 
 import argparse
@@ -87,9 +90,7 @@ def run_llama(path: str, prompt: list[int], num_new: int) -> dict[str, float]:
     llama_cpp.llama_backend_init()
     silent = llama_cpp.llama_log_callback(lambda *message: None)
     llama_cpp.llama_log_set(silent, None)
-    model_settings = llama_cpp.llama_model_default_params()
-    model_settings.use_extra_bufts = False
-    model = llama_cpp.llama_model_load_from_file(path.encode(), model_settings)
+    model = llama_cpp.llama_model_load_from_file(path.encode(), llama_cpp.llama_model_default_params())
     settings = llama_cpp.llama_context_default_params()
     settings.n_ctx = settings.n_batch = settings.n_ubatch = len(prompt) + num_new + 8
     settings.n_threads = settings.n_threads_batch = 1
