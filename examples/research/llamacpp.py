@@ -142,6 +142,7 @@ def main():
         else:
             print(json.dumps(run_llama(path, *json.loads(Path(path).with_suffix(".json").read_text()))))
         return
+    info = run_info() | {name: version(name) for name in ("llama-cpp-python", "onnxruntime")}  # of the code that runs
     results = {name: [] for name in (*LLAMAS, *STLMS)}
     with TemporaryDirectory() as folder:
         tokenizer = train_bpe([text], VOCABULARY)
@@ -168,7 +169,6 @@ def main():
                 output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
                 seconds = json.loads(output.splitlines()[-1])
                 runs.append({"generated": NEW_BYTES / seconds["new"], "prompt": PROMPT_BYTES / seconds["prompt"]})
-    info = run_info() | {name: version(name) for name in ("llama-cpp-python", "onnxruntime")}
     print(", ".join(f"{name} {value}" for name, value in info.items()))
     rows = []
     for name, runs in results.items():
