@@ -30,8 +30,8 @@ from modeling_stlm.training.time_budget import TimeBudget
 SPLITS = ("train", "validation", "test")
 
 
-def argument_parser() -> tuple[argparse.ArgumentParser, argparse._MutuallyExclusiveGroup]:
-    """The parser and its group of budgets, one of which must be given."""
+def argument_parser():
+    """The parser, and its group of budgets, one of which must be given."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--train", nargs="+", required=True, help="files or patterns")
     parser.add_argument("--validation", nargs="+", required=True, help="files or patterns")
@@ -112,8 +112,8 @@ def save(args: argparse.Namespace, trainer: Trainer, results: dict) -> None:
     results["arguments"] = {name: str(value) for name, value in arguments.items()}
     for name, value in {"history": history, "results": results}.items():
         (args.output / f"{name}.json").write_text(json.dumps(value, indent=1) + "\n")
-    names = ("eval_bits_per_byte", "validation_bits_per_byte")  # while training and at the end
-    curve = [(log["step"], log[name]) for log in history for name in names if name in log]
+    scores = ("eval_bits_per_byte", "validation_bits_per_byte")  # while training and at the end
+    curve = [(log["step"], log[score]) for log in history for score in scores if score in log]
     figure = Figure()
     figure.subplots(subplot_kw={"xlabel": "step", "ylabel": "bits per byte"}).plot(*zip(*curve), marker=".")
     figure.savefig(args.output / "loss.png")
