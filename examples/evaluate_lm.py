@@ -3,26 +3,26 @@
 
     python examples/evaluate_lm.py --blimp blimp.jsonl.gz --hellaswag hellaswag_val.jsonl.gz --output scores.json
 
-The same through the command of the harness, with the code of the checkpoint instead of the installed package:
+The harness itself takes the tasks, too, with a published checkpoint and its code instead of the installed package:
 
     lm_eval run --model hf --device cpu --batch_size 64 --include_path examples/tasks --tasks blimp_file \
-        --model_args pretrained=examples/checkpoints/stlm-3m,trust_remote_code=True,dtype=float32,add_bos_token=True \
+        --model_args pretrained=YOUR_NAME/MODEL,trust_remote_code=True,dtype=float32,add_bos_token=True \
         --metadata '{"blimp_file": "blimp.jsonl.gz"}'
 
-Every text stands behind `<bos>`, as documents do in training: the harness sets it before texts without a context,
-`add_bos_token` before all others. Scores are sums over a sentence; bfloat16 would round them, so `dtype=float32`.
+Every text starts with `<bos>`, as documents do in training: the harness adds it to texts without a context, and
+`add_bos_token` to all others. Scores are sums over a sentence, which bfloat16 would round: hence `dtype=float32`.
 """
 
 import argparse
 import json
 from collections import defaultdict
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from lm_eval import evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
-from provenance import run_info
 
 import modeling_stlm  # noqa: F401  (registers the Auto classes)
 
@@ -110,9 +110,9 @@ def main():
             "checkpoint": Path(args.checkpoint).name,
             "add_bos_token": not args.no_bos,
             "batch_size": args.batch_size,
-        }
+        } | {name: version(name) for name in ("torch", "transformers", "lm_eval")}
         args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(about | run_info("lm_eval") | {"scores": scores}, indent=1) + "\n")
+        args.output.write_text(json.dumps(about | {"scores": scores}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Export a checkpoint to ONNX with the exporters of transformers, and go on with a prompt in ONNX Runtime.
+"""Export a checkpoint to ONNX with the exporters of transformers, and continue a prompt in ONNX Runtime.
 
     pip install -c constraints.txt -e '.[export]'
     python examples/export_onnx.py --output runs/onnx --prompt "The history of the"
 
-The folder has a graph for the prompt and one for a single byte, both for any number of rows. They keep a static cache
-of `--max_length` bytes, because the sizes of a graph cannot follow from a text; so the trunk runs for every byte and
-not only for the last of each patch.
+The folder gets one graph for prompts and one for single bytes, both for any number of rows. They use a static cache of
+`--max_length` bytes, because shapes in a graph must not depend on the text; so the trunk runs at every byte instead of
+once per patch.
 """
 
 import argparse

@@ -4,9 +4,9 @@
     hf auth login
     python examples/push_to_hub.py --checkpoint runs/finetuned --repo_id YOUR_NAME/stlm-shakespeare --licence apache-2.0
 
-The code goes along, so `AutoModelForCausalLM.from_pretrained(repo_id, trust_remote_code=True)` works for people who
-have not installed this package. The card is the `README.md` of the folder; without one, that of the repository stays,
-and without that too one is generated.
+The code of the installed package goes along, so `AutoModelForCausalLM.from_pretrained(repo_id, trust_remote_code=True)`
+works for people who have not installed it. The card is the `README.md` of the folder; without one, the card of the
+repository stays, and if there is none either, one is generated.
 """
 
 import argparse
@@ -37,7 +37,8 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         model_class.from_pretrained(args.checkpoint).save_pretrained(folder)
         AutoTokenizer.from_pretrained(args.checkpoint).save_pretrained(folder)
-        for name in ("README.md", "loss.png", "results.json"):
+        # The weights as they are: loading may have changed their dtype.
+        for name in ("model.safetensors", "README.md", "loss.png", "results.json"):
             if (args.checkpoint / name).is_file():
                 shutil.copy(args.checkpoint / name, folder)
         if not (args.checkpoint / "README.md").is_file() and not api.file_exists(repo_id, "README.md"):

@@ -44,10 +44,10 @@ def documents(patterns: list[str]) -> Iterable[str | bytes]:
 
 
 def token_bytes(tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
-    """Bytes behind each id of a byte-level tokenizer, 0 for special tokens.
+    """Bytes of each id of a byte-level tokenizer, 0 for special tokens.
 
     Raises:
-        ValueError: if the tokenizer is not byte-level; of others nothing tells which bytes a token stands for.
+        ValueError: if the tokenizer is not byte-level: the bytes of other tokens are unknown.
     """
     # A byte-level vocabulary writes each byte as one character.
     pieces = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
@@ -72,9 +72,9 @@ def bits_of_documents(
     documents: Iterable[str | bytes],
     block_bytes: int = 1024,
 ) -> dict[str, float]:
-    """Windows of about `block_bytes` bytes without overlap: `{"bits_per_byte": ..., "bytes": ...}`.
+    """`{"bits_per_byte": ..., "bytes": ...}` over windows of about `block_bytes` bytes without overlap.
 
-    What is left over at the end is dropped, so texts of less than a window raise a `ValueError`.
+    The rest after the last window is dropped, so texts shorter than a window raise a `ValueError`.
     """
     sizes = token_bytes(tokenizer)
     evaluator = BitsPerByteEvaluator(sizes)

@@ -7,8 +7,8 @@
         --data '{"model": "examples/checkpoints/stlm-3m", "prompt": "The history of the", "temperature": 0}'
     transformers chat examples/checkpoints/stlm-3m http://localhost:8000/v1
 
-`transformers serve` itself (5.23) looks for the class that `config.json` names inside the library and nowhere else, with
-`--trust-remote-code` too: no class from outside can be served. Here it is put where the server looks.
+`transformers serve` alone looks for the class that `config.json` names inside the library only, even with
+`--trust-remote-code`, so no class from outside can be served (transformers 5.23). This script puts it there.
 """
 
 import sys

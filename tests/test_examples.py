@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from huggingface_hub import ModelCard
+from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import modeling_stlm
@@ -35,33 +35,41 @@ def small_text(tmp_path_factory) -> Path:
     return path
 
 
-def pretrain(small_text: Path, output: Path, *more) -> dict:
+def pretrain(small_text: Path, output: Path, *more, script: str = "pretrain.py") -> dict:
     arguments = ["--train", small_text, "--validation", small_text, "--output", output, "--batch_size", 2]
-    run("pretrain.py", *arguments, "--block_bytes", 128, "--eval_steps", 4, *more, cwd=output.parent)
+    run(script, *arguments, "--block_bytes", 128, "--eval_steps", 4, *more, cwd=output.parent)
     return json.loads((output / "results.json").read_text())
 
 
-@pytest.mark.parametrize("model", ["stlm-3m", "llama-bytes", "llama-bpe"])
-def test_pretraining_goes_from_text_to_a_checkpoint(small_text, tmp_path, model):
-    results = pretrain(small_text, tmp_path / "run", "--model", model, "--max_steps", 8, "--vocab_size", 512)
+@pytest.mark.parametrize("script", ["pretrain.py", "research/train.py"])
+def test_pretraining_goes_from_text_to_a_checkpoint(small_text, tmp_path, script):
+    results = pretrain(small_text, tmp_path / "run", "--max_steps", 8, "--model", "stlm-3m", script=script)
+    check_a_run(tmp_path / "run", results)
+
+
+def check_a_run(folder: Path, results: dict) -> None:
     assert 2 < results["bits_per_byte"]["validation"] < 8
     assert results["commit"] and results["transformers"] and results["steps"] == 8
     for name in ("loss.png", "history.json", "generation_config.json", "tokenizer.json", "config.json"):
-        assert (tmp_path / "run" / name).stat().st_size > 0
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "run")
+        assert (folder / name).stat().st_size > 0
+    loaded = AutoModelForCausalLM.from_pretrained(folder)
     assert loaded.num_parameters() == results["stored_parameters"]
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run")
+    # A checkpoint that sets a length overrides `max_length` of whoever generates.
+    assert loaded.generation_config.max_new_tokens is None and loaded.generation_config.max_length is None
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     assert tokenizer.decode(tokenizer("ROMEO: Zoë")["input_ids"]) == "ROMEO: Zoë"
 
 
-def test_the_controls_have_the_stored_size_of_the_preset(small_text, tmp_path):
-    sizes = [
-        pretrain(small_text, tmp_path / model, "--model", model, "--max_steps", 1, "--vocab_size", 512)[
-            "stored_parameters"
-        ]
-        for model in ("stlm-3m", "llama-bytes", "llama-bpe")
-    ]
-    assert max(sizes) < 1.02 * min(sizes)
+def test_pretraining_in_bfloat16_on_a_clock(small_text, tmp_path):
+    budget = ["--max_minutes", 0.05, "--clock", "cpu", "--bf16", "--test", small_text]
+    results = pretrain(small_text, tmp_path / "run", *budget, "--set", "num_trunk_layers=3", 'layer_sharing="none"')
+    assert results["budget"] == {"minutes": 0.05, "clock": "cpu"} and results["steps"] > 0
+    assert results["bytes_seen"] == results["steps"] * 2 * 128
+    assert results["bits_per_byte"]["test"] == results["bits_per_byte"]["validation"] < 8.2
+    history = json.loads((tmp_path / "run" / "history.json").read_text())
+    assert any("validation_bits_per_byte" in log for log in history)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "run")
+    assert loaded.dtype == torch.float32 and loaded.config.layer_sharing == "none"
 
 
 def test_a_pretraining_that_was_cut_goes_on(small_text, tmp_path):
@@ -79,12 +87,9 @@ def test_a_pretraining_that_was_cut_goes_on(small_text, tmp_path):
     assert not (tmp_path / "cut" / "results.json").exists()
     (tmp_path / "cut" / "checkpoint-99").mkdir()  # half-written
     newest = max((tmp_path / "cut").glob("checkpoint-*/trainer_state.json"))
-    state = json.loads(newest.read_text())
-    state["stateful_callbacks"]["Stopwatch"]["attributes"]["wall_seconds"] = 5000
-    newest.write_text(json.dumps(state))
+    assert json.loads(newest.read_text())["global_step"] in (4, 8)
     resumed = pretrain(small_text, tmp_path / "cut", "--max_steps", 8)
     assert resumed["bits_per_byte"] == whole["bits_per_byte"]
-    assert 5000 <= resumed["wall_seconds"] < 5300 and 0 < whole["wall_seconds"] < 300
     # Results are published: names of files, no folders of this machine.
     assert resumed["arguments"]["train"] == small_text.name and resumed["arguments"]["output"] == "cut"
     assert str(tmp_path) not in json.dumps(resumed) and str(small_text.parent) not in json.dumps(resumed)
@@ -151,12 +156,14 @@ SHIPPED = {"stlm-3m": 8e6, "stlm-10m": 22e6}  # and the largest size in bytes
 @pytest.mark.parametrize("checkpoint", SHIPPED)
 def test_the_shipped_checkpoints_are_complete_and_learned_english(checkpoint):
     folder = ROOT / "examples" / "checkpoints" / checkpoint
-    for name in ("README.md", "config.json", "generation_config.json", "tokenizer.json", "modeling_stlm.py"):
+    for name in ("README.md", "config.json", "generation_config.json", "tokenizer.json", "results.json"):
         assert (folder / name).is_file(), name
+    assert not list(folder.glob("*.py"))  # publishing writes the code
     assert sum(path.stat().st_size for path in folder.iterdir()) < SHIPPED[checkpoint]
-    for path in (ROOT / "modeling_stlm").glob("*_stlm.py"):
-        assert (folder / path.name).read_text() == path.read_text(), "export it anew"
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        assert {file.get_tensor(name).dtype for name in file.keys()} == {torch.bfloat16}
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert model.dtype == torch.float32 and model.generation_config.max_new_tokens is None
     text = "The people of the city were not happy with the new government, and they said so."
     ids = torch.tensor([list(text.encode())])
     with torch.no_grad():
@@ -174,25 +181,3 @@ def test_chat_turns_follow_the_chat_template(monkeypatch):
     for end in ([], [258], [261]):  # cut by max_new_tokens, <eos>, <|im_end|>
         answered = torch.cat([asked, torch.tensor([[*b"Yo", *end]])], dim=1)
         assert torch.equal(generate.end_turn(answered, tokenizer), expected)
-
-
-def test_export_publishes_what_the_rounded_weights_score(small_text, tmp_path):
-    results = pretrain(small_text, tmp_path / "run", "--max_steps", 4, "--test", small_text)
-    (tmp_path / "data.md").write_text("A play.\n")
-    arguments = ["--run", tmp_path / "run", "--output", tmp_path / "out", "--data", tmp_path / "data.md"]
-    arguments += ["--validation", small_text, "--test", small_text, "--licence", "mit"]
-    run("export.py", *arguments, cwd=tmp_path)
-    exported = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert str(tmp_path) not in json.dumps(exported["arguments"]) and exported["arguments"]["train"] == "small.txt"
-    score = exported["exported"]["scores"]["test"]["bits_per_byte"]
-    assert abs(score - results["bits_per_byte"]["test"]) < 0.05  # bfloat16
-    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype == torch.bfloat16
-    card = ModelCard.load(tmp_path / "out" / "README.md")
-    assert card.data.license == "mit" and card.data.eval_results[1].metric_value == round(score, 4)
-    assert "A play." in card.text
-    # Written by hand since: kept, while the rest is exported anew.
-    (tmp_path / "out" / "README.md").write_text("# Mine\n")
-    (tmp_path / "out" / "model.safetensors").unlink()
-    assert "kept" in run("export.py", *arguments, cwd=tmp_path)
-    assert (tmp_path / "out" / "README.md").read_text() == "# Mine\n"
-    assert (tmp_path / "out" / "model.safetensors").is_file()

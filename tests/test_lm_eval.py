@@ -12,7 +12,7 @@ import pytest
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from modeling_stlm import STLMTokenizer
 
@@ -245,8 +245,11 @@ def test_generate_until_gives_the_greedy_text_of_each_prompt_alone():
 @pytest.mark.slow
 def test_the_command_of_the_harness_scores_a_checkpoint_with_its_own_code(files, tmp_path):
     # A new process, where nobody imports the package: config, model and cache are those of the folder.
+    published = tmp_path / "published"
+    AutoModelForCausalLM.from_pretrained(SHIPPED).save_pretrained(published)  # writes the code
+    AutoTokenizer.from_pretrained(SHIPPED).save_pretrained(published)
     command = [sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--device", "cpu", "--batch_size", "8"]
-    command += ["--model_args", f"pretrained={SHIPPED},trust_remote_code=True,dtype=float32,add_bos_token=True"]
+    command += ["--model_args", f"pretrained={published},trust_remote_code=True,dtype=float32,add_bos_token=True"]
     command += ["--include_path", str(ROOT / "examples" / "tasks"), "--tasks", *files]
     command += ["--metadata", json.dumps(files), "--output_path", str(tmp_path / "out"), "--log_samples"]
     result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=600)

@@ -83,11 +83,33 @@ def test_the_readme_snippet_prints_what_the_readme_says():
     assert run.stdout.strip() == output.strip()
 
 
-def test_every_command_of_the_readme_exists():
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = ["README.md", "RESULTS.md", "CONTRIBUTING.md", "examples/README.md", "examples/research/RECIPE.md"]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_files_and_links_of_a_page_exist(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    used = set(re.findall(r"make ([a-z-]+)", readme))
-    assert used and used <= targets
-    files = set(re.findall(r"(examples/[\w/.-]+\.(?:py|txt|png|md|json))", readme))
+    assert set(re.findall(r"(?:`|^)make ([a-z-]+)", text, re.MULTILINE)) <= targets
+    files = set(re.findall(r"((?:examples|tests|modeling_stlm)/[\w/.-]+\.(?:py|txt|png|md|json))", text))
+    links = {link.split("#")[0] for link in re.findall(r"\]\(([^)]+)\)", text) if not link.startswith(("http", "#"))}
     assert files
-    assert [file for file in files if not (ROOT / file).exists()] == []
+    missing = [file for file in files if not (ROOT / file).exists()]
+    assert missing + [link for link in links if not (ROOT / page).parent.joinpath(link).exists()] == []
+
+
+def test_the_readme_is_short_and_shows_two_commands_first():
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= 150
+    assert [line.split()[1] for line in lines[:12] if line.startswith("make ")] == ["quickstart", "test"]
+
+
+def test_examples_are_indexed_and_do_not_import_research():
+    scripts = {path.stem: path for path in (ROOT / "examples").glob("*.py")}
+    research = {path.stem for path in (ROOT / "examples" / "research").glob("*.py")}
+    assert len(scripts) >= 8 and len(research) >= 8 and not research & set(scripts)
+    index = (ROOT / "examples" / "README.md").read_text(encoding="utf-8")
+    for name, path in scripts.items():
+        assert f"python examples/{name}.py" in index
+        imported = re.findall(r"^\s*(?:from|import) (\w+)", path.read_text(encoding="utf-8"), re.MULTILINE)
+        assert not research & set(imported) and "research" not in imported

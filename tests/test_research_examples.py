@@ -12,26 +12,30 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import safe_open
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import modeling_stlm
 from modeling_stlm import STLMTokenizer
-from modeling_stlm.training.corpus import PackedWindows, write_corpus
 
-from .test_examples import ROOT, TEXT, pretrain, run
+from .test_examples import ROOT, TEXT, check_a_run, pretrain, run
 from .test_examples import small_text as small_text  # a fixture
-from .test_repeats import draft_by_search
-from .tiny import TEXT as SAMPLE
-from .tiny import ids_of, tiny_model
+from .tiny import tiny_model
 
 
-sys.path.insert(0, str(ROOT / "examples"))
-EXAMPLES = ("ablate", "controls", "costs", "drafts", "noise", "scoring")
-ablate, controls, costs, drafts, noise, scoring = (importlib.import_module(name) for name in EXAMPLES)
+RESEARCH = ROOT / "examples" / "research"
+sys.path[:0] = [str(RESEARCH), str(ROOT / "examples")]
+EXAMPLES = ("ablate", "controls", "costs", "noise", "scoring")
+ablate, controls, costs, noise, scoring = (importlib.import_module(name) for name in EXAMPLES)
+
+
+def train(small_text: Path, output: Path, *more) -> dict:
+    return pretrain(small_text, output, *more, script="research/train.py")
 
 
 def json_lines(path: Path, rows: list[dict]) -> Path:
@@ -137,28 +141,45 @@ def test_both_sentences_of_a_pair_get_the_same_noise():
 
 
 def test_budgets_in_bytes_and_operations(small_text, tmp_path):
-    by_bytes = pretrain(small_text, tmp_path / "bytes", "--max_bytes", 128 * 2 * 5, "--eval_at_end")
+    by_bytes = train(small_text, tmp_path / "bytes", "--max_bytes", 128 * 2 * 5, "--eval_at_end")
     assert by_bytes["steps"] == 5 and by_bytes["bytes_seen"] == 128 * 2 * 5
     flops = by_bytes["training_flops"]
     assert flops == pytest.approx(3 * by_bytes["flops_per_byte"] * by_bytes["bytes_seen"], rel=1e-6)
     changes = ["--set", "num_trunk_layers=8", 'layer_sharing="middle"']
-    deeper = pretrain(small_text, tmp_path / "deep", "--max_flops", 2 * flops, "--eval_at_end", *changes)
+    deeper = train(small_text, tmp_path / "deep", "--max_flops", 2 * flops, "--eval_at_end", *changes)
     assert deeper["config"]["num_trunk_layers"] == 8 and deeper["stored_parameters"] == by_bytes["stored_parameters"]
     assert deeper["flops_per_byte"] > by_bytes["flops_per_byte"]
     assert abs(deeper["training_flops"] / (2 * flops) - 1) < 0.1
 
 
-@pytest.mark.parametrize("patching", ["vocabulary", "entropy", "learned"])
+@pytest.mark.parametrize("patching", ["vocabulary", "learned"])
 def test_rules_learn_from_the_training_texts(patching, small_text, tmp_path):
-    changes = ["--set", f'patching="{patching}"', "entropy_rows=4096", "--vocab_size", 400]
+    changes = ["--set", f'patching="{patching}"', "--vocab_size", 400]
     steps = ["--curriculum_steps", 2] if patching == "learned" else []
-    results = pretrain(small_text, tmp_path / "run", "--max_steps", 3, "--eval_at_end", *changes, *steps)
+    results = train(small_text, tmp_path / "run", "--max_steps", 3, "--eval_at_end", *changes, *steps)
     config = modeling_stlm.STLMConfig.from_pretrained(tmp_path / "run")
     assert len(config.pieces) == (400 if patching == "vocabulary" else 0)
-    model = modeling_stlm.STLMForCausalLM.from_pretrained(tmp_path / "run")
-    if patching == "entropy":
-        assert 16 < model.model.entropy_table.float().mean() < 256
     assert 1 < results["bytes_per_patch_or_token"] < 16
+
+
+@pytest.mark.parametrize("model", ["llama-bytes", "llama-bpe"])
+def test_the_controls_train_at_the_stored_size_of_the_preset(small_text, tmp_path, model):
+    results = train(small_text, tmp_path / "run", "--model", model, "--max_steps", 8, "--vocab_size", 512)
+    check_a_run(tmp_path / "run", results)
+    with torch.device("meta"):
+        stored = modeling_stlm.STLMForCausalLM(modeling_stlm.STLMConfig.from_preset("stlm-3m")).num_parameters()
+    assert 0.98 < results["stored_parameters"] / stored < 1.02
+
+
+def test_the_time_of_a_training_includes_what_was_before_an_interruption(small_text, tmp_path):
+    before = train(small_text, tmp_path / "run", "--max_steps", 4, "--eval_at_end")
+    assert 0 < before["wall_seconds"] < 300
+    path = tmp_path / "run" / "checkpoint-4" / "trainer_state.json"
+    state = json.loads(path.read_text())
+    state["stateful_callbacks"]["Stopwatch"]["attributes"]["wall_seconds"] = 5000
+    path.write_text(json.dumps(state))
+    resumed = train(small_text, tmp_path / "run", "--max_steps", 8, "--eval_at_end")
+    assert resumed["steps"] == 8 and 5000 <= resumed["wall_seconds"] < 5300
 
 
 def test_fields_that_do_not_exist_are_named(small_text, tmp_path):
@@ -183,6 +204,22 @@ def test_runs_of_a_list_by_name_and_seed(tmp_path):
         ablate.expand(path, ["c"])
 
 
+def test_the_lists_that_can_be_run_set_fields_that_exist():
+    lists = [json.loads(path.read_text()) for path in (RESEARCH / "ablations").glob("*.json")]
+    runnable = [listed for listed in lists if "historical" not in listed]
+    assert len(runnable) >= 4
+    changes = {field for listed in runnable for run in listed["runs"].values() for field in run.get("set", {})}
+    base = json.loads((RESEARCH / "ablations" / "base-3m" / "config.json").read_text())
+    assert (changes | set(base)) - set(modeling_stlm.STLMConfig().to_dict()) == set()
+
+
+def test_records_are_not_run(tmp_path):
+    trials = RESEARCH / "ablations" / "trials-3m.json"
+    command = [sys.executable, str(RESEARCH / "ablate.py"), str(trials), "--train", "a", "--validation", "b"]
+    refused = subprocess.run([*command, "--output", str(tmp_path)], capture_output=True, text=True)
+    assert refused.returncode != 0 and "is a record: made with trials-3m/changes.patch" in refused.stderr
+
+
 def test_ablations_leave_a_table_and_are_not_repeated(small_text, tmp_path):
     tiny = {"trunk_intermediate_size": 8, "intermediate_size": 8}
     listed = {
@@ -196,10 +233,10 @@ def test_ablations_leave_a_table_and_are_not_repeated(small_text, tmp_path):
     path = tmp_path / "tiny.json"
     path.write_text(json.dumps(listed))
     arguments = ["--train", small_text, "--validation", small_text, "--output", tmp_path / "runs"]
-    first = run("ablate.py", path, *arguments, "--only", "base", "fixed", cwd=tmp_path)
+    first = run("research/ablate.py", path, *arguments, "--only", "base", "fixed", cwd=tmp_path)
     assert "2 runs, 2 to do" in first
     assert {file.stem for file in (tmp_path / "tiny").glob("*.json")} == {"base-s2", "fixed-s1"}
-    again = run("ablate.py", path, *arguments, cwd=tmp_path)
+    again = run("research/ablate.py", path, *arguments, cwd=tmp_path)
     assert "3 runs, 1 to do" in again
     table = (tmp_path / "tiny" / "README.md").read_text()
     results = json.loads((tmp_path / "tiny" / "fixed-s1.json").read_text())
@@ -209,7 +246,7 @@ def test_ablations_leave_a_table_and_are_not_repeated(small_text, tmp_path):
     # A run of the same name with other arguments is no reason to believe its results, nor to go on where it was.
     listed["runs"]["fixed"]["set"]["patch_bytes"] = 3
     path.write_text(json.dumps(listed))
-    command = [sys.executable, ROOT / "examples" / "ablate.py", path, *arguments]
+    command = [sys.executable, RESEARCH / "ablate.py", path, *arguments]
     for file in ("tiny/fixed-s1.json", "runs/fixed-s1"):
         refused = subprocess.run([str(word) for word in command], capture_output=True, text=True)
         assert refused.returncode != 0
@@ -234,7 +271,17 @@ def test_the_report_measures_and_writes(tmp_path):
         tmp_path / "copa.jsonl.gz", [{"query": "It rained, so", "choices": ["a", "b"], "gold": 1}] * 3
     )
     run(
-        *("report.py", "measure", tmp_path / "model", "--name", "tiny", "--validation", held_out, "--test", held_out),
+        *(
+            "research/report.py",
+            "measure",
+            tmp_path / "model",
+            "--name",
+            "tiny",
+            "--validation",
+            held_out,
+            "--test",
+            held_out,
+        ),
         *("--blimp", blimp, "--copa", choices, "--results", tmp_path / "results"),
         cwd=tmp_path,
     )
@@ -246,7 +293,15 @@ def test_the_report_measures_and_writes(tmp_path):
     assert f"| copa_file | acc | {measured['tasks']['copa_file']['acc']:.4f} |" in scored
     assert measured["tasks"]["copa_file"]["rows"] == 3 and measured["tasks"]["blimp_file"]["rows"] == 30
     assert all(sample["text"].startswith(sample["prompt"]) for sample in measured["samples"])
-    run("report.py", "write", "--results", tmp_path / "results", "--output", tmp_path / "RESULTS.md", cwd=tmp_path)
+    run(
+        "research/report.py",
+        "write",
+        "--results",
+        tmp_path / "results",
+        "--output",
+        tmp_path / "RESULTS.md",
+        cwd=tmp_path,
+    )
     written = (tmp_path / "RESULTS.md").read_text()
     assert f"| two | {measured['held_out']['test']['two']['bits_per_byte']:.3f} |" in written
     assert "## Robustness" in written and "| homoglyph |" in written and "| copa | acc |" in written
@@ -271,7 +326,7 @@ def test_speed_is_measured_beside_another_model(tmp_path):
     models = ("--vocab_size", 512, "--models", "stlm", "llama-bpe")
     options = ("--preset", "stlm-3m", "--repeats", 1, *models)
     only = ("--only", "first byte", "generate bytes/s, batch 16", "--prompts", 3072)
-    last = run("benchmark.py", *options, "stlm-onnx-int8", *only, cwd=tmp_path).splitlines()[-1]
+    last = run("research/benchmark.py", *options, "stlm-onnx-int8", *only, cwd=tmp_path).splitlines()[-1]
     table = json.loads(last)["table"]
     for name, row in table.items():
         for measure in ("generate bytes/s, batch 16", *(["first byte ms, 3 kB"] if "onnx" not in name else [])):
@@ -279,14 +334,16 @@ def test_speed_is_measured_beside_another_model(tmp_path):
     assert "first byte ms, 3 kB" not in table["stlm-onnx-int8"]
     assert table["stlm"]["bytes a unit"] > 3 and abs(table["llama-bpe"]["stored"] / table["stlm"]["stored"] - 1) < 0.02
 
-    sweep = run("benchmark.py", *options, "--sweep", "--only", "context 1024", "--plot", "plot.png", cwd=tmp_path)
+    sweep = run(
+        "research/benchmark.py", *options, "--sweep", "--only", "context 1024", "--plot", "plot.png", cwd=tmp_path
+    )
     assert json.loads(sweep.splitlines()[-1])["table"]["stlm"]["context 1024"]["median"] > 0
     assert (tmp_path / "plot.png").read_bytes()[:4] == b"\x89PNG"
 
 
 @pytest.mark.slow
 def test_start_up_and_memory_are_measured(tmp_path):
-    output = run("startup.py", "--preset", "stlm-3m", "--repeats", 1, "--new_bytes", 300, cwd=tmp_path)
+    output = run("research/startup.py", "--preset", "stlm-3m", "--repeats", 1, "--new_bytes", 300, cwd=tmp_path)
     results = json.loads(output.splitlines()[-1])["results"]
     (ours,), (theirs,) = results["stlm"], results["llama"]
     assert ours["import CPU s"] < 2 * theirs["import CPU s"]
@@ -295,82 +352,26 @@ def test_start_up_and_memory_are_measured(tmp_path):
     )  # pages of weights come when they are read
 
 
-def test_passes_over_drafts_are_counted():
-    # Byte 0 alone, bytes 1 to 3, bytes 4 and 5; and a row whose last drafts reach behind its end.
-    assert drafts.bytes_a_pass(torch.tensor([[0, 2, 9, 9, 1, 9]])) == 2
-    assert drafts.bytes_a_pass(torch.tensor([[1, 9, 3], [0, 0, 0]])) == (2 + 4 + 3) / 5
-
-
-def counted_by_a_loop(layer, model, text: list[int], drafted: int) -> dict[str, list[int]]:
-    """For each drafter, how many of its drafts are right behind each byte from `drafts.PROMPT` on."""
-    outputs = model(torch.tensor([text]), output_boundaries=True)
-    hidden, table = model.model(torch.tensor([text])).last_hidden_state[0], model.get_input_embeddings().weight
-    likeliest, ends = outputs.logits[0].argmax(-1).tolist(), outputs.boundaries[0].tolist()
-    names = ("layer", "layer, inside a patch", "repeats", "model, inside a patch")
-    counts = {name: [] for name in names}
-    for t in range(drafts.PROMPT, len(text) - drafted - 1):
-        state, byte, own = hidden[t], text[t + 1], []
-        for _ in range(drafted):
-            state = layer(state, table[byte])
-            byte = int((table @ layer.norm(state)).argmax())
-            own.append(byte)
-        repeats = draft_by_search(text[: t + 2], 48, len(text) + 1)
-        own_text = [likeliest[i - 1] for i in range(t + 2, t + 2 + drafted)]
-        proposals = (own, False), (own, True), (repeats, False), (own_text, True)
-        for name, (proposal, inside) in zip(names, proposals):
-            agreed = 0
-            for i, byte in enumerate(proposal, t + 2):
-                if byte != text[i] or (inside and ends[i]):
-                    break
-                agreed += 1
-            counts[name].append(agreed)
-    return counts
-
-
-def test_drafters_agree_with_a_loop_over_the_text(tmp_path):
-    torch.manual_seed(0)
-    model, layer, drafted = tiny_model(use_cache=True).requires_grad_(False), drafts.DraftLayer(16, 64), 3
-    corpus = write_corpus(tmp_path / "corpus", [SAMPLE] * 30, STLMTokenizer())
-    assert drafts.train(layer, model, PackedWindows(corpus, STLMTokenizer(), 256), drafted, 0.15) > 3
-    repeated = (ids_of(SAMPLE) * 4)[:500]
-    prompt = torch.tensor([repeated[: drafts.PROMPT]])
-    written = model.generate(prompt, max_new_tokens=200, do_sample=False, eos_token_id=None)[0].tolist()
-    found = {}
-    for kind, text in {"repeated": repeated, "written": written}.items():
-        found[kind] = drafts.measure(layer, model, torch.tensor([text]), drafted, drafts.PROMPT)
-        for name, agreed in counted_by_a_loop(layer, model, text, drafted).items():
-            assert found[kind][name] == drafts.bytes_a_pass(torch.tensor([agreed])), (kind, name)
-    # Every drafter was right now and then, and the end of a patch stopped one.
-    assert found["repeated"]["repeats"] > 3 and found["written"]["model, inside a patch"] > 1.5
-    assert found["repeated"]["layer"] > found["repeated"]["layer, inside a patch"] > 1.1
-
-
-@pytest.mark.slow
-def test_drafts_of_a_checkpoint_in_one_command(tmp_path):
-    model = tiny_model(use_cache=True)
-    model.generation_config.update(do_sample=True, temperature=0.1, top_p=0.5)  # which the texts must not follow
-    model.save_pretrained(tmp_path / "model")
-    STLMTokenizer().save_pretrained(tmp_path / "model")
-    (tmp_path / "train.txt").write_text(SAMPLE * 60)
-    rows = [{"text": SAMPLE * 30, "source": "a/b"}, {"text": SAMPLE * 20, "source": "c"}, {"text": "-", "source": "d"}]
-    validation = json_lines(tmp_path / "validation.jsonl.gz", rows)
-    command = ["model", "--train", "train.txt", "--validation", validation, "--minutes", "0.02", "--rows", "2"]
-    output = run("drafts.py", *command, cwd=tmp_path)
-    found = json.loads(output.splitlines()[-1])
-    assert set(found["results"]) == {
-        *("a", "c", "twice, edited", "written greedily", "sampled", "sampled, temperature 0.7")
-    }
-    assert found["results"]["a"]["repeats"] > 9  # the text repeats itself
-    assert found["results"]["twice, edited"]["repeats"] > 4
-    assert 1 <= found["results"]["sampled"]["repeats"] < 1.5
-    model_agrees = {kind: row["model, inside a patch"] for kind, row in found["results"].items()}
-    # At the temperature of the checkpoint most bytes would be the likeliest ones.
-    assert max(model_agrees["sampled"], model_agrees["sampled, temperature 0.7"]) < 1.5
-    assert model_agrees["written greedily"] > 2
-    assert not any(found["differ"].values())
-    assert all(value > 0 for row in (found["pass"], *found["milliseconds"].values()) for value in row.values())
-
-
-def test_every_tenth_word_is_edited():
-    text = "One two three four five six seven eight nine ten, eleven Zoë. "
-    assert bytes(drafts.edited(torch.tensor(ids_of(text))).tolist()).decode() == text + text.replace("ten,", "TEN,")
+def test_export_publishes_what_the_rounded_weights_score(small_text, tmp_path):
+    results = train(small_text, tmp_path / "run", "--max_steps", 4, "--test", small_text)
+    (tmp_path / "data.md").write_text("A play.\n")
+    arguments = ["--run", tmp_path / "run", "--output", tmp_path / "out", "--data", tmp_path / "data.md"]
+    arguments += ["--validation", small_text, "--test", small_text, "--licence", "mit"]
+    run("research/export.py", *arguments, cwd=tmp_path)
+    exported = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert str(tmp_path) not in json.dumps(exported["arguments"]) and exported["arguments"]["train"] == "small.txt"
+    score = exported["exported"]["scores"]["test"]["bits_per_byte"]
+    assert abs(score - results["bits_per_byte"]["test"]) < 0.05  # bfloat16
+    with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
+        assert {file.get_tensor(name).dtype for name in file.keys()} == {torch.bfloat16}
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype == torch.float32
+    assert not list((tmp_path / "out").glob("*.py"))
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert card.data.license == "mit" and card.data.eval_results[1].metric_value == round(score, 4)
+    assert "A play." in card.text
+    # An edited card is kept, while the rest is exported again.
+    (tmp_path / "out" / "README.md").write_text("# Mine\n")
+    (tmp_path / "out" / "model.safetensors").unlink()
+    assert "kept" in run("research/export.py", *arguments, cwd=tmp_path)
+    assert (tmp_path / "out" / "README.md").read_text() == "# Mine\n"
+    assert (tmp_path / "out" / "model.safetensors").is_file()

@@ -158,14 +158,6 @@ def stop_strings(kit: Kit) -> None:
     assert stop not in tokenizer.decode(found[0, start:-1]), "stopped late"
 
 
-@feature("Well-formed UTF-8 on request")
-def valid_utf8(kit: Kit) -> None:
-    if not kit.is_byte_level:
-        raise NotApplicable("tokens are no bytes")
-    found = kit.generate(kit.model(), kit.batch(rows_of(kit)[:1]), do_sample=True, top_k=0, valid_utf8=True)
-    bytes(byte for byte in found[0].tolist() if byte < 256).decode()
-
-
 @feature("Continuous batching (`generate_batch`)")
 def continuous_batching(kit: Kit) -> None:
     model, rows = kit.model(), rows_of(kit)

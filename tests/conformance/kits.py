@@ -81,7 +81,6 @@ class Kit:
     config: Callable[..., PreTrainedConfig]
     tokenizer: Callable[[], TokenizersBackend]
     is_encoder_decoder: bool = False
-    is_byte_level: bool = True
 
     def model(self, auto_class=None, **overrides) -> PreTrainedModel:
         auto_class = auto_class or (AutoModelForSeq2SeqLM if self.is_encoder_decoder else AutoModelForCausalLM)
@@ -117,5 +116,5 @@ KITS = {
     "STLM": Kit("STLM", stlm_config, STLMTokenizer),
     "BLT": Kit("BLT", blt_config, STLMTokenizer),  # its own tokenizer is on the Hub only; bytes are bytes
     "ByT5": Kit("ByT5", byt5_config, ByT5Tokenizer, is_encoder_decoder=True),
-    "Llama": Kit("Llama", llama_config, words_tokenizer, is_byte_level=False),
+    "Llama": Kit("Llama", llama_config, words_tokenizer),
 }

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run the checks of `features.py` on four families of models and write what came of it into the README.
-
-make conformance
-"""
+"""Run the checks of `features.py` on four families of models and write the table in RESULTS.md: `make conformance`."""
 
 import contextlib
 import io
@@ -15,7 +12,8 @@ from pathlib import Path
 
 import transformers
 
-from examples.provenance import run_info
+from examples.research.provenance import run_info
+from examples.research.tables import replace_section
 
 from .features import FEATURES, NotApplicable
 from .kits import KITS, Kit
@@ -23,7 +21,6 @@ from .kits import KITS, Kit
 
 ROOT = Path(__file__).parents[2]
 RESULTS = Path(__file__).parent / "features.json"
-START, END = "<!-- conformance: start -->", "<!-- conformance: end -->"
 
 
 def first_line(error: Exception) -> str:
@@ -75,7 +72,6 @@ def markdown(results: dict) -> str:
     about = ", ".join(f"{name} {value}" for name, value in results["run"].items())
     return "\n".join(
         [
-            START,
             *lines,
             "",
             f"<details><summary>Reasons ({about})</summary>",
@@ -83,16 +79,8 @@ def markdown(results: dict) -> str:
             *reasons,
             "",
             "</details>",
-            END,
         ]
     )
-
-
-def write_readme(results: dict) -> None:
-    readme = ROOT / "README.md"
-    text = readme.read_text(encoding="utf-8")
-    before, _, rest = text.partition(START)
-    readme.write_text(before + markdown(results) + rest.partition(END)[2], encoding="utf-8")
 
 
 def main():
@@ -107,7 +95,7 @@ def main():
         families[family] = json.loads(output.splitlines()[-1])
     results = {"run": run_info("peft", "onnxruntime", "torchao"), "families": families}
     RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-    write_readme(results)
+    replace_section(ROOT / "RESULTS.md", "conformance", markdown(results))
     print(markdown(results))
 
 

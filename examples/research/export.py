@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Turn a finished run of `train.py` into a shipped checkpoint: bfloat16 weights, scores of these, model card.
+
+    python examples/research/export.py --run runs/stlm-3m --output examples/checkpoints/stlm-3m --data examples/checkpoints/sources.md \
+        --validation validation.jsonl.gz --test test.jsonl.gz
+
+`--data` is a Markdown file that names the training texts and their licences; it is copied into the card. The
+rounded weights are evaluated again, so the card has the scores of the files, not of the run. The folder gets no code
+(`push_to_hub.py` adds it), and a `config.json` with dtype float32, in which the weights are loaded.
+"""
+
+import argparse
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+from provenance import run_info
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+
+sys.path.append(str(Path(__file__).parents[1]))  # the examples
+
+from scoring import bits_of_documents, documents
+
+from modeling_stlm import STLMTokenizer
+from modeling_stlm.training.model_card import build_model_card, write_model_card
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, required=True, help="output folder of train.py")
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--data", type=Path, required=True, help="Markdown about the training texts")
+    parser.add_argument("--licence", default="cc-by-sa-4.0", help="licence of the weights, as the Hub spells it")
+    parser.add_argument("--language", default="en", help="of the texts, as the Hub spells it")
+    parser.add_argument("--validation", nargs="+", required=True, help="files or patterns")
+    parser.add_argument("--test", nargs="+", required=True, help="files or patterns")
+    return parser.parse_args()
+
+
+def main():
+    args = parse_arguments()
+    results = json.loads((args.run / "results.json").read_text())
+    block_bytes = int(results["arguments"]["block_bytes"])
+    tokenizer = STLMTokenizer()
+    model = AutoModelForCausalLM.from_pretrained(args.run, dtype=torch.bfloat16)
+    model.config.use_cache = True
+    args.output.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(args.output)
+    tokenizer.save_pretrained(args.output)
+    for code in args.output.glob("*.py"):
+        code.unlink()
+    path = args.output / "config.json"
+    config = json.loads(path.read_text()) | {"dtype": "float32"}
+    config.pop("auto_map", None)
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+    model = AutoModelForCausalLM.from_pretrained(args.output)
+    tokenizer = AutoTokenizer.from_pretrained(args.output)
+    scores = {
+        split: bits_of_documents(model, tokenizer, documents(getattr(args, split)), block_bytes)
+        for split in ("validation", "test")
+    }
+    shutil.copy(args.run / "loss.png", args.output / "loss.png")
+    exported = {"dtype": "bfloat16", "scores": scores} | run_info()
+    (args.output / "results.json").write_text(json.dumps(results | {"exported": exported}, indent=1) + "\n")
+    card = build_model_card(
+        args.output, licence=args.licence, language=args.language, data=args.data.read_text(encoding="utf-8")
+    )
+    print(card.content if write_model_card(args.output, card) else f"kept {args.output / 'README.md'} as it is")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Train STLM or one of its controls under the same budget and recipe, and record what the training cost.
+
+    python examples/research/train.py --train 'corpus/train/*.jsonl.gz' --validation corpus/validation.jsonl.gz \
+        --model llama-bpe --like stlm-10m --vocab_size 8192 --max_minutes 60 --clock cpu --output runs/llama-bpe
+
+The arguments and files are those of `examples/pretrain.py`. `--model llama-bytes` and `--model llama-bpe` are the
+controls of `controls.py` at the stored size of `--like`. `results.json` also has the time, the patch length and the
+operations, which `ablate.py` and `report.py` read.
+"""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+from controls import llama_config, train_bpe
+from costs import bytes_per_patch, effective_parameters, flops_per_byte
+from provenance import run_info
+from stopwatch import Stopwatch
+from transformers import (
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    Trainer,
+    set_seed,
+)
+
+
+sys.path.append(str(Path(__file__).parents[1]))  # the examples
+
+import pretrain
+from scoring import bytes_per_token, documents, token_bytes
+
+from modeling_stlm import STLMConfig, STLMForCausalLM, STLMTokenizer
+from modeling_stlm.training.bits_per_byte import BitsPerByteEvaluator
+from modeling_stlm.training.corpus import PackedWindows
+from modeling_stlm.training.optimizer import MuonRecipe
+from modeling_stlm.training.patch_curriculum import PatchLengthCurriculum
+from modeling_stlm.training.time_budget import TimeBudget
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser, budget = pretrain.argument_parser()
+    parser.description = __doc__
+    budget.add_argument("--max_flops", type=float, help="operations of forward and backward pass")
+    parser.add_argument("--data", type=Path, help="folder for the corpora; by default in the output folder")
+    parser.add_argument("--like", default="stlm-3m", help="preset whose stored size the controls take")
+    parser.add_argument("--vocab_size", type=int, default=4096, help='of llama-bpe and of patching="vocabulary"')
+    parser.add_argument("--curriculum_steps", type=int, help='of patching="learned": steps to the full patch length')
+    parser.add_argument("--eval_at_end", action="store_true", help="evaluate only the last checkpoint")
+    return parser.parse_args(arguments)
+
+
+def prepare(args: argparse.Namespace) -> tuple[PreTrainedTokenizerBase, dict[str, Path]]:
+    """The tokenizer, which for `llama-bpe` is trained once, and the corpora in its ids."""
+    is_bpe = args.model == "llama-bpe"
+    folder = (args.data or args.output / "data") / (f"bpe-{args.vocab_size}" if is_bpe else "bytes")
+    tokenizer = STLMTokenizer()
+    if is_bpe:
+        path = folder / "tokenizer"
+        if not path.is_dir():
+            train_bpe(documents(args.train), args.vocab_size).save_pretrained(path)
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
+    return tokenizer, pretrain.write_corpora(args, tokenizer, folder)
+
+
+def build_model(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    if args.model.startswith("llama-"):
+        if args.set:
+            raise SystemExit(f"--set {args.set}: the controls have no fields of STLMConfig")
+        with torch.device("meta"):
+            stored = AutoModelForCausalLM.from_config(STLMConfig.from_preset(args.like)).num_parameters()
+        return AutoModelForCausalLM.from_config(llama_config(tokenizer, stored))
+    changes = list(args.set)
+    if 'patching="vocabulary"' in changes and not any(c.startswith("patch_vocabulary=") for c in changes):
+        pieces = " ".join(train_bpe(documents(args.train), args.vocab_size).get_vocab())
+        changes.append(f"patch_vocabulary={json.dumps(pieces)}")
+    return AutoModelForCausalLM.from_config(pretrain.load_config(args.model, changes))
+
+
+def main():
+    args = parse_arguments()
+    info = run_info()  # of the code that runs, not of what is committed meanwhile
+    set_seed(args.seed)
+    tokenizer, corpora = prepare(args)
+    model = build_model(args, tokenizer)
+    print(f"{args.model}: {model.num_parameters():,} stored parameters, {model.device}, {model.dtype}")
+
+    sizes = token_bytes(tokenizer)
+    ids = torch.from_numpy(PackedWindows(corpora["validation"], tokenizer, 1).ids.astype("int64"))
+    id_bytes = bytes_per_token(ids, sizes)
+    block_size = round(args.block_bytes / id_bytes)
+    sets = {split: PackedWindows(path, tokenizer, block_size) for split, path in corpora.items()}
+    windows = sets["validation"]
+    sample = torch.stack([windows[i]["input_ids"] for i in range(0, len(windows), -(-len(windows) // 16))])
+
+    def bytes_per_unit() -> float:
+        return bytes_per_patch(model, sample) if isinstance(model, STLMForCausalLM) else id_bytes
+
+    # An untrained router does not tell the patch length it will be trained for.
+    is_routed = isinstance(model, STLMForCausalLM) and model.config.patching == "learned"
+    length = model.config.patch_bytes if is_routed else bytes_per_unit()
+    flops = flops_per_byte(model, length, args.block_bytes)
+    print(
+        f"{len(sets['train']):,} windows of {block_size} ids, {length:.2f} bytes per patch or token, "
+        f"{flops / 1e6:.2f} MFLOP per byte"
+    )
+
+    timed = args.max_minutes is not None
+    step_bytes = args.batch_size * block_size * id_bytes
+    if args.max_flops is not None:
+        args.max_bytes = args.max_flops / (3 * flops)
+    callbacks = [Stopwatch(), *([TimeBudget(args.max_minutes, clock=args.clock)] if timed else [])]
+    if args.curriculum_steps:
+        callbacks.append(PatchLengthCurriculum(args.curriculum_steps))
+    evaluator = BitsPerByteEvaluator(sizes)
+    trainer = Trainer(
+        model=model,
+        args=pretrain.training_arguments(args, step_bytes, **({"eval_strategy": "no"} if args.eval_at_end else {})),
+        train_dataset=sets["train"],
+        eval_dataset=windows,
+        processing_class=tokenizer,
+        compute_metrics=evaluator,
+        preprocess_logits_for_metrics=evaluator.nats,
+        optimizer_cls_and_kwargs=(MuonRecipe, {"muon_lr": args.muon_lr, "adamw_lr": args.adamw_lr}),
+        callbacks=callbacks,
+    )
+    trainer.train(resume_from_checkpoint=pretrain.last_checkpoint(args.output))
+    # Trainer rebuilds callbacks when it resumes.
+    stopwatch = next(callback for callback in trainer.callback_handler.callbacks if isinstance(callback, Stopwatch))
+
+    steps = trainer.state.global_step
+    scores = {split: trainer.evaluate(sets[split], metric_key_prefix=split) for split in sets if split != "train"}
+    bytes_seen = round(steps * step_bytes)
+    length = bytes_per_unit()
+    flops = flops_per_byte(model, length, args.block_bytes)
+    results = {
+        "model": args.model,
+        "stored_parameters": model.num_parameters(),
+        "effective_parameters": effective_parameters(model),
+        "bytes_per_patch_or_token": round(length, 3),
+        "flops_per_byte": round(flops),
+        "steps": steps,
+        "bytes_seen": bytes_seen,
+        "training_flops": 3 * flops * bytes_seen,
+        "wall_seconds": round(stopwatch.wall_seconds),
+        "cpu_seconds": round(stopwatch.cpu_seconds),
+        "budget": {"minutes": args.max_minutes, "clock": args.clock} if timed else {"steps": steps},
+        "bits_per_byte": {split: score[f"{split}_bits_per_byte"] for split, score in scores.items()},
+        "config": {name: value for name, value in model.config.to_diff_dict().items() if name != "auto_map"},
+    }
+    args.data = None
+    pretrain.save(args, trainer, results | info)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    main()
