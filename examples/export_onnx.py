@@ -38,13 +38,11 @@ def generate(exported: ExportedModel, input_ids: torch.Tensor, attention_mask: t
     cache = StaticCache(config=exported.config, max_cache_len=exported.generation_config.max_cache_len)
     positions = (attention_mask.cumsum(1) - 1).clamp(min=0)
     prompt = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": positions}
-    outputs = exported.runners["prefill"](**prompt, past_key_values=cache)
+    outputs = exported.runners["prefill"](**prompt, cache=cache)
     written = [outputs.logits[:, -1:].argmax(-1)]
     while len(written) < num_bytes:
         positions = positions[:, -1:] + 1
-        outputs = exported.runners["decode"](
-            input_ids=written[-1], position_ids=positions, past_key_values=outputs.past_key_values
-        )
+        outputs = exported.runners["decode"](input_ids=written[-1], position_ids=positions, cache=outputs.cache)
         written.append(outputs.logits[:, -1:].argmax(-1))
     return torch.cat(written, 1)
 

@@ -71,7 +71,7 @@ def main():
             turn = [{"role": "user", "content": text}]
             new = tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_tensors="pt")["input_ids"]
             ids = torch.cat([ids, new], dim=1)
-            ids = model.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=cache, **options)
+            ids = model.generate(ids, attention_mask=torch.ones_like(ids), cache=cache, **options)
             ids = end_turn(ids, tokenizer)
         else:
             model.generate(**tokenizer(text, return_tensors="pt"), **options)

@@ -112,7 +112,7 @@ def test_damaged_checkpoints_raise(tmp_path):
     with pytest.raises(Exception, match=r"(?i)incomplete|invalid|header|metadata"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
 
-    save_file(tensors | {"model.norm.weight": torch.ones(17)}, weights, metadata={"format": "pt"})
+    save_file(tensors | {"model.final_norm.weight": torch.ones(17)}, weights, metadata={"format": "pt"})
     with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
 

@@ -53,7 +53,7 @@ def assert_same_logits(graph: ExportedModel, model: torch.nn.Module, rows: list[
         assert_equal(found, expected)
 
 
-@pytest.mark.parametrize("patching", ["fixed", "vocabulary", "entropy", "learned"])
+@pytest.mark.parametrize("patching", ["fixed", "vocabulary", "learned"])
 def test_a_graph_of_torch_takes_batches_of_any_shape(patching):
     model = tiny_model(use_cache=False, **MIXERS["both"], **PATCHING[patching], **SHARING["cycle"])
     graph = exported(model, "dynamo")

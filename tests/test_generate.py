@@ -71,7 +71,7 @@ def test_greedy_generation_of_ragged_rows_equals_each_row_uncached(options):
 @pytest.mark.parametrize(
     ("patching", "sharing"),
     [(patching, sharing) for patching in PATCHING for sharing in SHARING if patching in ("spacelike", "fixed")]
-    + [(patching, "middle") for patching in ("vocabulary", "entropy", "learned")],
+    + [(patching, "middle") for patching in ("vocabulary", "learned")],
 )
 @torch.no_grad()
 def test_512_greedy_bytes_of_eight_ragged_rows_equal_each_row_uncached(patching, sharing, capsys):
@@ -106,7 +106,7 @@ def test_assisted_generation_equals_greedy():
     for options in (
         {"assistant_model": assistant},
         {"assistant_model": model},
-        {"prompt_lookup_num_tokens": 5, "max_matching_ngram_size": 2},
+        {"prompt_lookup_num_tokens": 5},
         {"assistant_early_exit": model.config.num_hidden_layers - 1},
     ):
         assert torch.equal(generate(model, {"input_ids": PROMPT}, True, do_sample=False, **options), expected), options

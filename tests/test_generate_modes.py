@@ -205,7 +205,7 @@ def test_the_logits_of_a_row_do_not_depend_on_the_rows_beside_it(patching, sampl
         {"num_assistant_tokens": 3, "num_assistant_tokens_schedule": "constant"},
         {"num_assistant_tokens": 9, "num_assistant_tokens_schedule": "heuristic"},
         {"assistant_confidence_threshold": 0.6},
-        {"prompt_lookup_num_tokens": 4, "max_matching_ngram_size": 1},
+        {"prompt_lookup_num_tokens": 4},
     ],
     ids=["constant", "heuristic", "confidence", "lookup"],
 )
@@ -229,13 +229,13 @@ def test_assisted_generation_gives_the_logits_of_greedy_generation(options):
     assert torch.equal(sampled, expected.sequences)
 
 
-def test_drafts_behind_the_end_are_dropped():
+def test_drafts_after_the_end_are_dropped():
     model = tiny_model(**MIXERS["both"])
     free = generate(model, {"input_ids": PROMPT}, True, **GREEDY)[0, PROMPT.shape[1] :].tolist()
     eos = next(byte for i, byte in enumerate(free) if i >= 5 and byte not in free[:i])
     end = {"eos_token_id": eos, "min_new_tokens": 0}
     expected = free[: free.index(eos) + 1]
-    for options in ({"assistant_model": model}, {"prompt_lookup_num_tokens": 6, "max_matching_ngram_size": 2}):
+    for options in ({"assistant_model": model}, {"prompt_lookup_num_tokens": 6}):
         out = generate(model, {"input_ids": PROMPT}, True, **GREEDY, **end, **options)
         assert out[0, PROMPT.shape[1] :].tolist() == expected
 

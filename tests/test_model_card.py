@@ -184,11 +184,9 @@ def test_results_of_something_else_are_refused(checkpoint):
     [
         ("spacelike", "at the end of words, after at most 12 bytes or 3 characters"),
         ("vocabulary", "proves the end of one of 11 pieces, after at most 12 bytes"),
-        ("entropy", "where 3 bytes leave the next one open, by 2.0 bits, after"),
-        ("learned", "where a router says so, trained for 6 bytes, after"),
+        ("learned", "where a router decides, trained for an average of 6 bytes, after"),
     ],
 )
 def test_the_card_says_where_patches_end(patching, expected, tmp_path):
-    tiny_model(**PATCHING[patching], patch_pooling="attention").save_pretrained(tmp_path)
-    card = build_model_card(tmp_path).text
-    assert expected in card and "the trunk reads their `attention`" in card
+    tiny_model(**PATCHING[patching]).save_pretrained(tmp_path)
+    assert expected in build_model_card(tmp_path).text

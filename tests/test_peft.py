@@ -66,11 +66,10 @@ def test_all_linear_is_every_matrix_but_the_head():
     linear = {name for name, module in tiny_base().named_modules() if isinstance(module, torch.nn.Linear)}
     assert found == linear - {"lm_head"}
     assert {name.split(".")[1] for name in found} == {
-        "ngram_proj",
+        "ngram_embedding",
         "local_encoder",
-        "pool_proj",
+        "patcher",
         "trunk",
-        "unpool_proj",
         "local_decoder",
     }
 
@@ -176,11 +175,11 @@ def test_a_trained_copy_of_the_embedding_stays_tied_to_the_head(tmp_path, names)
     assert_equal(logits_of(STLMForCausalLM.from_pretrained(tmp_path / "merged")), expected)
 
 
-def test_embed_tokens_without_a_path_also_names_the_table_of_ngrams():
-    # peft compares how names end; `model.embed_tokens` is the bytes' alone.
+def test_embed_tokens_without_a_path_names_no_other_table():
+    # peft compares how names end.
     model = adapted(tiny_base(), modules_to_save=["embed_tokens"], ensure_weight_tying=True)
     saved = [name.split(".")[-4] for name, _ in model.named_parameters() if "modules_to_save" in name]
-    assert saved == ["embed_tokens", "ngram_embed_tokens"]
+    assert saved == ["embed_tokens"]
 
 
 def two_adapters() -> PeftModel:

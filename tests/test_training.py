@@ -7,7 +7,6 @@ import math
 import os
 import pickle
 import time
-from collections import Counter, defaultdict
 from pathlib import Path
 
 import evaluate
@@ -32,7 +31,6 @@ from transformers import (
 from modeling_stlm import STLMForCausalLM
 from modeling_stlm.training import bits_per_byte as metric
 from modeling_stlm.training.corpus import PackedWindows, ids_are_bytes, write_corpus
-from modeling_stlm.training.entropy_table import entropy_table
 from modeling_stlm.training.optimizer import MuonRecipe, orthogonalize
 from modeling_stlm.training.patch_curriculum import PatchLengthCurriculum
 from modeling_stlm.training.time_budget import TimeBudget
@@ -207,7 +205,11 @@ def test_muon_gets_the_matrices_and_adamw_the_rest():
     others = {names[id(parameter)] for parameter in adamw["params"]}
     assert matrices | others == set(names.values()) and not matrices & others
     assert all(name.endswith("proj.weight") for name in matrices)
-    assert {"model.embed_tokens.weight", "model.ngram_embed_tokens.weight", "model.start"} <= others
+    assert {
+        "model.embed_tokens.weight",
+        "model.ngram_embedding.ngram_tables.weight",
+        "model.patcher.start.weight",
+    } <= others
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (5, 20), (20, 5)])
@@ -522,36 +524,3 @@ def test_the_curriculum_names_models_without_a_router():
     ):
         with pytest.raises(ValueError, match=error):
             PatchLengthCurriculum(4).on_step_begin(None, TrainerState(), None, model=model)
-
-
-def test_the_entropy_table_is_that_of_a_count_by_hand():
-    text, order, rows = b"abababacab" * 3, 2, 17
-    table = entropy_table(np.frombuffer(text, dtype=np.uint8), order, rows)
-    following, single = defaultdict(Counter), Counter(text[order:])
-    for t in range(order, len(text)):
-        row = ((text[t - 1] + 1) * 65599 + text[t - 2] + 1) % (2**31 - 1) % rows
-        following[row][text[t]] += 1
-    for row in range(rows):
-        counts = following[row]
-        kinds = max(1, len(counts))
-        bits = 0.0
-        for byte, count in single.items():
-            p = (counts[byte] + kinds * count / single.total()) / (counts.total() + kinds)
-            bits -= p * math.log2(p)
-        assert abs(int(table[row]) / 32 - bits) <= 1 / 64 + 1e-4
-
-
-def test_a_model_with_an_entropy_table_ends_patches_where_the_next_byte_is_open(tmp_path):
-    text = (b"the cat sat. the dog ran. the cow lay. the fox hid. " * 40)[:-1]
-    config = tiny_config(
-        patching="entropy", entropy_order=4, entropy_rows=65536, entropy_threshold=1.2, max_patch_bytes=32
-    )
-    model = STLMForCausalLM(config)
-    model.model.entropy_table.copy_(entropy_table(np.frombuffer(text, dtype=np.uint8), 4, 65536))
-    model.save_pretrained(tmp_path)
-    ids = torch.tensor([list(b"the cat sat. the dog ran. the")])
-    boundary = STLMForCausalLM.from_pretrained(tmp_path).model(ids, output_boundaries=True).boundaries[0].tolist()
-    # What follows "the " is open, what follows any other letter is not.
-    assert "".join(chr(i) + "|" * end for i, end in zip(ids[0].tolist(), boundary))[9:] == "at sat. the |dog ran. the"
-    with pytest.raises(ValueError, match="3 bytes, expected more than 4"):
-        entropy_table(np.zeros(3, dtype=np.uint8), 4, 16)

@@ -81,7 +81,7 @@ def child(name: str, folder: str, new_bytes: int) -> dict[str, float]:
     reset_peak()
     output = model.generate(prompt, max_new_tokens=new_bytes, **options)
     peak = resident_mb("VmHWM")
-    held = [tensor for layer in output.past_key_values.layers for tensor in vars(layer).values()]
+    held = [tensor for layer in output.cache.layers for tensor in vars(layer).values()]
     expected = tensors_mb([*model.parameters(), *held])
     return costs | {"peak MB": peak - before, "weights and cache MB": expected}
 

@@ -179,8 +179,7 @@ def _architecture(config: STLMConfig) -> str:
         "spacelike": "at the end of words",
         "fixed": f"every {config.patch_bytes} bytes",
         "vocabulary": f"with the byte that proves the end of one of {len(config.pieces):,} pieces",
-        "entropy": f"where {config.entropy_order} bytes leave the next one open, by {config.entropy_threshold} bits",
-        "learned": f"where a router says so, trained for {config.patch_bytes} bytes",
+        "learned": f"where a router decides, trained for an average of {config.patch_bytes} bytes",
     }[config.patching]
     if config.patching != "fixed":
         patches += f", after at most {config.max_patch_bytes} bytes"
@@ -198,10 +197,10 @@ def _architecture(config: STLMConfig) -> str:
         ngrams = f"{', '.join(grams)}; {config.ngram_rows:,} rows of {size} for each"
     return "\n".join(
         [
-            f"- bytes: {config.num_front_layers} + {config.num_back_layers} layers of width {config.hidden_size} before "
-            f"and after the trunk ({', '.join(sorted(set(config.byte_mixers)))}); hashed n-grams: {ngrams}",
-            f"- patches (`{config.patching}`): they end {patches}; the trunk reads their `{config.patch_pooling}`",
-            f"- trunk, once a patch: {passes} passes over {stored} stored layers of width {config.trunk_hidden_size}, "
+            f"- bytes: {config.num_local_encoder_layers} + {config.num_local_decoder_layers} layers of width "
+            f"{config.hidden_size} before and after the trunk ({', '.join(sorted(set(config.byte_mixers)))}); hashed n-grams: {ngrams}",
+            f"- patches (`{config.patching}`): they end {patches}; the trunk reads mean and last byte",
+            f"- trunk, once per patch: {passes} passes over {stored} stored layers of width {config.trunk_hidden_size}, "
             f"{sharing}",
             f"- head: {head} the byte embedding; {config.vocab_size} ids: bytes and special tokens",
         ]
@@ -211,7 +210,7 @@ def _architecture(config: STLMConfig) -> str:
 def _budget(model: STLMForCausalLM, budget: dict[str, dict[str, int]]) -> str:
     config = model.config
     lengths = [config.patch_bytes] if config.patching == "fixed" else [4, 6]
-    flops = ", ".join(f"{model.flops_per_byte(n) / 1e6:.2f} MFLOP at {n} bytes a patch" for n in lengths)
+    flops = ", ".join(f"{model.flops_per_byte(n) / 1e6:.2f} MFLOP at {n} bytes per patch" for n in lengths)
     rows = [f"| {group} | {count:,} | {budget['effective'][group]:,} |" for group, count in budget["stored"].items()]
     return "\n".join(
         [
@@ -219,8 +218,8 @@ def _budget(model: STLMForCausalLM, budget: dict[str, dict[str, int]]) -> str:
             "|---|---|---|",
             *rows,
             "",
-            "Effective parameters count a shared layer once for each pass and a tied head beside the embedding. Forward "
-            f"pass,\nfor each byte of 1024: {flops}.",
+            "Effective parameters count a shared layer once per pass and a tied head in addition to the embedding. Forward "
+            f"pass,\nper byte of 1024: {flops}.",
         ]
     )
 

@@ -114,7 +114,7 @@ def assisted(kit: Kit) -> None:
 
 @feature("Prompt lookup = greedy")
 def prompt_lookup(kit: Kit) -> None:
-    lookup = {"prompt_lookup_num_tokens": 4, "max_matching_ngram_size": 2}  # of the library, for every family
+    lookup = {"prompt_lookup_num_tokens": 4}
     model, inputs = kit.model(), kit.batch(rows_of(kit)[:1])
     expected = kit.generate(model, inputs, use_cache=False)
     assert torch.equal(kit.generate(model, inputs, **lookup), expected), "other ids"
