@@ -4,6 +4,7 @@
 from collections.abc import Iterable
 
 import torch
+import transformers
 from transformers import GenerationMixin, LogitsProcessor
 
 
@@ -88,11 +89,27 @@ class UTF8LogitsProcessor(LogitsProcessor):
         return scores.masked_fill(~allowed, -torch.inf)
 
 
+# transformers 5.24 reads the whole text again after a cache that is not empty when bytes are drafted, and silently writes
+# other bytes. Set to the release that mends it, as (5, 25); `tests/test_private_api.py` tells.
+DRAFTS_AFTER_A_CACHE_MENDED_IN: tuple[int, int] | None = None
+
+
 class STLMGenerationMixin(GenerationMixin):
     """`generate` with one more option, `valid_utf8`, in its arguments or in the generation config.
 
-    The library has no public way to add an option, so this extends two of its private methods; a test tells if they change.
+    The library has no public way to add an option or to check one, so this extends three of its private methods. They
+    stand here together, and `tests/test_private_api.py` says what changed when one of them does.
     """
+
+    def _get_candidate_generator(self, *args, model_kwargs, **kwargs):
+        mended, release = DRAFTS_AFTER_A_CACHE_MENDED_IN, tuple(map(int, transformers.__version__.split(".")[:2]))
+        is_broken = mended is None or release < mended
+        if is_broken and (num_past := model_kwargs["cache"].get_seq_length()):
+            raise ValueError(
+                f"the cache holds {num_past} bytes, after which transformers {transformers.__version__} would read the whole "
+                "text again: with drafts (assistant_model, prompt_lookup_num_tokens), start with an empty cache"
+            )
+        return super()._get_candidate_generator(*args, model_kwargs=model_kwargs, **kwargs)
 
     def _prepare_generation_config(self, generation_config, *, valid_utf8: bool | None = None, **kwargs):
         generation_config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
