@@ -19,7 +19,10 @@ import torch
 from transformers.cache_utils import CacheLayerMixin, StaticLayer
 from transformers.utils.import_utils import is_torchdynamo_exporting
 
-from .configuration_stlm import BYTE_SLOT, PATCH_STATE_SLOT, TRUNK_SLOT
+
+# Kinds of slots. The registry of the library is global to the process, so names contain the module they come from: two
+# revisions of this code loaded from the Hub must not replace each other's slots.
+BYTE_SLOT, PATCH_STATE_SLOT, TRUNK_SLOT = (f"stlm_{kind}@{__name__}" for kind in ("byte", "patch_state", "trunk"))
 
 
 class TrunkRows(NamedTuple):

@@ -13,13 +13,10 @@ from typing import ClassVar, Literal
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
+from .cache_stlm import BYTE_SLOT, PATCH_STATE_SLOT, TRUNK_SLOT
+
 
 PRESETS = Path(__file__).with_name("presets")
-# Kinds of cache slots. The registry of the library is global to the process, so names contain the package they come
-# from: two revisions of this code loaded from the Hub must not replace each other's slots.
-BYTE_SLOT, PATCH_STATE_SLOT, TRUNK_SLOT = (
-    f"stlm_{kind}@{__name__.rpartition('.')[0]}" for kind in ("byte", "patch_state", "trunk")
-)
 HEADS = ("MaskedLM", "SequenceClassification", "TokenClassification", "QuestionAnswering", "MultipleChoice")
 
 
