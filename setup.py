@@ -30,7 +30,7 @@ setup(
         "train": ["accelerate>=1.15", "datasets>=4.7", "evaluate>=0.4", "matplotlib>=3.9", "peft>=0.19"],
         "eval": ["lm_eval[hf]>=0.4.13"],
         "serve": ["transformers[serving]"],
-        "export": ["onnx>=1.19", "onnxruntime>=1.23", "onnxscript>=0.7"],
+        "export": ["onnx>=1.19", "onnxruntime>=1.23", "onnxscript>=0.7.2"],
         "executorch": ["executorch>=1.5"],  # its wheels fit one release of torch
         "test": [
             "hypothesis>=6.130",
