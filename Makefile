@@ -9,7 +9,7 @@ help: ## show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 CONSTRAINTS = constraints.txt
-EXTRAS = train,eval,serve,export,quantize,test,style
+EXTRAS = train,eval,serve,export,executorch,test,style
 TESTS =
 INSTALL = $(BIN)/pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS) --editable
 
@@ -36,9 +36,9 @@ test-newest: ## all tests with the newest release of everything but torch, in .v
 	$(PYTHON) -m venv --clear .venv-newest
 	$(MAKE) test VENV=.venv-newest CONSTRAINTS=.constraints-newest.txt
 
-test-oldest: ## the tests with the oldest versions that setup.py admits, without the extra `quantize`, in .venv-oldest
+test-oldest: ## the tests with the oldest versions that setup.py admits, without executorch, in .venv-oldest
 	$(MAKE) test VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt EXTRAS=train,eval,serve,export,test \
-		TESTS="--ignore tests/test_quantization.py -k 'not int8_weights and not executorch'"
+		TESTS="-k 'not executorch'"
 
 check: $(VENV)/ready ## lint and format, without changes
 	$(BIN)/ruff check .

@@ -25,13 +25,13 @@ setup(
     packages=["modeling_stlm", "modeling_stlm.training", "modeling_stlm.inference", "tokenization_stlm"],
     package_dir={"tokenization_stlm": "tokenization"},
     package_data={"modeling_stlm": ["presets/*.json"]},
-    install_requires=["torch>=2.6", "transformers>=5.24,<6", "numpy"],
+    install_requires=["torch>=2.11", "transformers>=5.24,<6", "numpy"],
     extras_require={
-        "train": ["accelerate>=1.15", "datasets>=4.7", "evaluate>=0.4", "matplotlib>=3.9", "peft>=0.18"],
+        "train": ["accelerate>=1.15", "datasets>=4.7", "evaluate>=0.4", "matplotlib>=3.9", "peft>=0.19"],
         "eval": ["lm_eval[hf]>=0.4.13"],
         "serve": ["transformers[serving]"],
-        "export": ["onnx>=1.19", "onnxruntime>=1.23", "onnxscript>=0.5"],
-        "quantize": ["executorch>=1.5", "torchao>=0.18"],  # need a newer torch than the models do
+        "export": ["onnx>=1.19", "onnxruntime>=1.23", "onnxscript>=0.7.2"],
+        "executorch": ["executorch>=1.5"],  # its wheels fit one release of torch
         "test": [
             "hypothesis>=6.130",
             "optuna>=4",
@@ -40,6 +40,7 @@ setup(
             "pytest-timeout>=2.3",
             "pytest-xdist>=3.6",
             "sentence-transformers>=6",
+            "torchao>=0.18",
             "trl>=1.16",
         ],
         "style": ["ruff==0.17.5"],
