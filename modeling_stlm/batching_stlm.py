@@ -42,9 +42,10 @@ class STLMBatch(NamedTuple):
         if valid is not None and (_is_static(valid) or not valid.all()):
             lengths, num_seen = valid.sum(1), valid.cumsum(1)
             time = torch.arange(valid.shape[1], device=valid.device).expand_as(num_seen)
-            # Stable: valid positions first, both in their order.
-            index = torch.where(valid, num_seen - 1, lengths[:, None] + time - num_seen)
-            order = torch.zeros_like(index).scatter(1, index, time)
+            if _is_static(valid) or not (valid[:, 1:] <= valid[:, :-1]).all():
+                # Stable: valid positions first, both in their order.
+                index = torch.where(valid, num_seen - 1, lengths[:, None] + time - num_seen)
+                order = torch.zeros_like(index).scatter(1, index, time)
         positions = None
         if position_ids is not None:
             positions = cls._document_positions(position_ids, input_ids, order, lengths)
@@ -59,10 +60,10 @@ class STLMBatch(NamedTuple):
         if position_ids.shape[-1] != input_ids.shape[1]:
             raise ValueError(f"position_ids has shape {tuple(position_ids.shape)}, expected {tuple(input_ids.shape)}")
         position_ids = position_ids.expand_as(input_ids)
-        if order is None:
+        if lengths is None:
             starts = position_ids[:, 1:] != position_ids[:, :-1] + 1
         else:  # positions may count padding, or stand still there, so only a zero starts a document
-            starts = position_ids.gather(1, order)[:, 1:] == 0
+            starts = (position_ids if order is None else position_ids.gather(1, order))[:, 1:] == 0
             starts = starts & (torch.arange(1, input_ids.shape[1], device=starts.device) < lengths[:, None])
         if not _is_static(starts) and not starts.any():
             return None

@@ -50,8 +50,7 @@ def map_tensors(function: Callable[[torch.Tensor], torch.Tensor], value):
     """`function` of a tensor, or of all tensors of a tuple; `None` stays `None`."""
     if value is None or isinstance(value, torch.Tensor):
         return None if value is None else function(value)
-    mapped = [map_tensors(function, item) for item in value]
-    return value._make(mapped) if hasattr(value, "_make") else tuple(mapped)
+    return tuple(map_tensors(function, item) for item in value)
 
 
 class STLMSlot(CacheLayerMixin):
@@ -181,7 +180,7 @@ class STLMByteSlot(STLMSlot):
 
 
 class STLMPatchStateSlot(STLMSlot):
-    """The state of patching, a NamedTuple `state` of tensors, and the byte history.
+    """The state of patching, a tuple `state` of tensors (exporters cannot map a NamedTuple), and the byte history.
 
     `history` (B, seen) holds the id at every position, negative where there is none. While recording, `recent` holds
     the state before the last call, and `recent_bytes` what it did at each byte, a tuple of (B, T, ...).

@@ -758,8 +758,8 @@ class STLMModel(STLMPreTrainedModel):
         if cache is not None:
             slot = self._patch_slot(cache)
             by_byte = None if batch.lengths is not None else (input_ids, hidden_states, seen, decoded)
-            slot.record(state, by_byte)
-            slot.state = self._advanced(new_state, context, found, visible, decoded, batch)
+            slot.record(tuple(state), by_byte)
+            slot.state = tuple(self._advanced(new_state, context, found, visible, decoded, batch))
         is_routed = self.training and found.confidence is not None
         return STLMModelOutput(
             last_hidden_state=decoded,
@@ -965,8 +965,9 @@ class STLMModel(STLMPreTrainedModel):
                 "prompt tuning or LoRA"
             )
         slot = self._patch_slot(cache)
-        if slot.state is not None and len(slot.state.num_bytes) != len(input_ids):
-            raise ValueError(f"the cache holds {len(slot.state.num_bytes)} rows, but the input has {len(input_ids)}")
+        num_rows = input_ids.shape[0]  # `len` would fix it in an exported graph
+        if slot.state is not None and slot.state[0].shape[0] != num_rows:
+            raise ValueError(f"the cache holds {slot.state[0].shape[0]} rows, but the input has {num_rows}")
         if not self._is_static(cache):
             slot.check_room(input_ids.shape[1])
 
@@ -977,7 +978,7 @@ class STLMModel(STLMPreTrainedModel):
         slot = self._patch_slot(cache)
         if slot.is_cropped:
             self._recover(cache)
-        state = self.patcher.fresh_state(num_rows) if slot.state is None else slot.state
+        state = self.patcher.fresh_state(num_rows) if slot.state is None else PatchState(*slot.state)
         if not slot.is_initialized:
             slot.lazy_initialization(state.visible)
         return state
@@ -998,7 +999,7 @@ class STLMModel(STLMPreTrainedModel):
             if history.shape[1]:
                 self(history.clamp(min=0), attention_mask=(history != -1).long(), cache=cache)
             return
-        state, (ids, hidden_states, seen, decoded) = slot.recent, slot.recent_bytes
+        state, (ids, hidden_states, seen, decoded) = PatchState(*slot.recent), slot.recent_bytes
         if ids.shape[1]:  # advance again over the bytes that are left
             batch = STLMBatch.of(ids, None, None, self.is_causal)
             context = torch.cat([state.last_ids, ids], dim=1)
@@ -1006,12 +1007,16 @@ class STLMModel(STLMPreTrainedModel):
             num_patches = int(found.ends.sum(1).max())
             _, state = pool_patches(hidden_states, found.ends, batch, state, num_patches)
             state = self._advanced(state, context, found, seen[:, -1], decoded, batch)
-        slot.state = state
+        slot.state = tuple(state)
 
     @staticmethod
     def _restore(outputs: STLMModelOutput, batch: STLMBatch, state: PatchState) -> None:
         """Move every byte-level output back to where its byte was given."""
         outputs.last_hidden_state = batch.restore(outputs.last_hidden_state, state.last_output)
+        if batch.order is None:  # right padding: everything else stands where it was given
+            if outputs.hidden_states is not None:
+                outputs.hidden_states = (*outputs.hidden_states[:-1], outputs.last_hidden_state)
+            return
         if outputs.boundaries is not None:
             outputs.boundaries = batch.restore(outputs.boundaries) & batch.is_given
         if outputs.hidden_states is not None:

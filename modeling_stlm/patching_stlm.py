@@ -101,6 +101,8 @@ def byte_events() -> torch.Tensor:
 
 def last_before(values: torch.Tensor, initial: torch.Tensor) -> torch.Tensor:
     """Running maximum of `values` (B, T) strictly before each position, starting from `initial` (B,)."""
+    if values.shape[1] == 1:  # before the only position there is nothing else
+        return initial[:, None]
     return torch.cat([initial[:, None], values], dim=1).cummax(dim=1)[0][:, :-1]
 
 
@@ -361,7 +363,7 @@ def pool_patches(
     sums = sums.index_add(0, index.flatten(), hidden_states.float().flatten(0, 1)).unflatten(0, (num_rows, num_slots))
     sums[:, 0] += state.open_sum
 
-    end_at = end_at[:, :max_patches]
+    end_at = end_at[:, :max_patches].contiguous()  # inductor (torch 2.13) mistakes the strides of this slice
     sizes = (end_at - before[:, :max_patches]).clamp(min=1)
     mean = (sums[:, :max_patches] / sizes[..., None]).to(hidden_states.dtype)
     last = hidden_states.gather(1, end_at[..., None].expand(-1, -1, width))

@@ -46,8 +46,17 @@ def test_cached_logits_stay_within_the_rounding_of_bfloat16(options):
     model = tiny_model(**options).to(torch.bfloat16)
     logits, _ = feed(model, IDS, sizes=(11, 1))
     expected = model(IDS, use_cache=False).logits
+    num_bytes = IDS.shape[1]
+    if options.get("patching") == "learned":  # a decision near one half may fall the other way; what follows differs
+        cache = DynamicCache(config=model.config)
+        steps = [model.model(IDS[:, t : t + 1], cache=cache, output_boundaries=True) for t in range(num_bytes)]
+        flips = (
+            torch.cat([step.boundaries for step in steps], 1) != model.model(IDS, output_boundaries=True).boundaries
+        )
+        num_bytes = int(flips[0].long().argmax()) if flips.any() else num_bytes
+        assert num_bytes > 20
     # Eight bits over a dozen layers, as for one pass against float32 (test_model.py); measured up to 0.064.
-    assert (logits - expected).abs().max() <= 0.1 * expected.abs().max()
+    assert (logits - expected)[:, :num_bytes].abs().max() <= 0.1 * expected.abs().max()
 
 
 @torch.no_grad()

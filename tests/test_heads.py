@@ -162,7 +162,7 @@ def test_masked_bytes_are_learned(tmp_path):
 # Heads
 
 
-@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("head", ["CausalLM", *HEADS])
 def test_every_head_is_behind_its_auto_class(head, tmp_path):
     auto = getattr(transformers, f"AutoModelFor{head}")
     config = tiny_config(is_causal=head != "MaskedLM")

@@ -83,7 +83,7 @@ def test_the_sizes_in_the_card_are_those_of_the_weights(checkpoint):
     rows = re.findall(r"^\| ([\w -]+) \| ([\d,]+) \| ([\d,]+) \|$", card, re.MULTILINE)
     assert sum(int(row[1].replace(",", "")) for row in rows[:-1]) == stored
     assert sum(int(row[2].replace(",", "")) for row in rows[:-1]) == effective
-    assert f"{model.flops_per_byte(4) / 1e6:.2f} MFLOP at 4 bytes a patch" in card
+    assert f"{model.flops_per_byte(4) / 1e6:.2f} MFLOP at 4 bytes per patch" in card
     assert "4 passes over 2 stored layers of width 24, shared by the rule `cycle`" in card
 
 

@@ -72,7 +72,12 @@ def test_a_streamer_gets_the_new_ids_and_an_end(model_and_steps):
     model, steps = model_and_steps
     streamer = Collector()
     written = model.generate(
-        torch.tensor([ROWS[0]]), max_new_tokens=9, do_sample=False, custom_generate=steps, streamer=streamer
+        torch.tensor([ROWS[0]]),
+        max_new_tokens=9,
+        do_sample=False,
+        use_cache=True,
+        custom_generate=steps,
+        streamer=streamer,
     )
     assert torch.equal(torch.cat(streamer.ids), written[0]) and streamer.has_ended
 

@@ -24,6 +24,7 @@ from transformers.generation import BaseStreamer
 
 from modeling_stlm.batching_stlm import STLMBatch
 from modeling_stlm.modeling_stlm import ByteRows, STLMForCausalLM, rotary_embedding
+from modeling_stlm.patching_stlm import PatchState
 
 
 GRAPHS = ("front", "trunk", "back")
@@ -277,7 +278,7 @@ class _Step:
         self.run, num_byte_layers = steps._run, model.model.num_byte_layers
         num_encoder = len(model.model.local_encoder)
         bytes_kept = [layer.keys.numpy() for layer in cache.layers[:num_byte_layers]]
-        state, patches = cache.layers[num_byte_layers].state, cache.layers[num_byte_layers + 1 :]
+        state, patches = PatchState(*cache.layers[num_byte_layers].state), cache.layers[num_byte_layers + 1 :]
         small = (state.last_ids, state.open_sum, state.open_bytes, state.rule_state)
         self.front = [tensor.numpy() for tensor in small] + bytes_kept[:num_encoder]
         self.back = bytes_kept[num_encoder:]
