@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What `generate` does with bytes: text that is always well-formed UTF-8 (RFC 3629)."""
 
+import inspect
 from collections.abc import Iterable
 
 import torch
@@ -97,9 +98,20 @@ DRAFTS_AFTER_A_CACHE_MENDED_IN: tuple[int, int] | None = None
 class STLMGenerationMixin(GenerationMixin):
     """`generate` with one more option, `valid_utf8`, in its arguments or in the generation config.
 
-    The library has no public way to add an option or to check one, so this extends three of its private methods. They
+    The library has no public way to add an option or to check one, so this extends four of its private methods. They
     stand here together, and `tests/test_private_api.py` says what changed when one of them does.
     """
+
+    def _extract_generation_mode_kwargs(self, custom_generate, kwargs, synced_gpus, assistant_model, streamer):
+        extracted = super()._extract_generation_mode_kwargs(
+            custom_generate, kwargs, synced_gpus, assistant_model, streamer
+        )
+        # The library drops the streamer of a callable, whose reader would wait for ever.
+        if callable(custom_generate) and streamer is not None:
+            if "streamer" not in inspect.signature(custom_generate).parameters:
+                raise ValueError(f"custom_generate={custom_generate!r} takes no streamer")
+            extracted["streamer"] = streamer
+        return extracted
 
     def _get_candidate_generator(self, *args, model_kwargs, **kwargs):
         mended, release = DRAFTS_AFTER_A_CACHE_MENDED_IN, tuple(map(int, transformers.__version__.split(".")[:2]))

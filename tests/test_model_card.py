@@ -159,7 +159,7 @@ def test_fixed_patches_and_untied_heads_are_told_as_they_are(tmp_path):
     config.save_pretrained(tmp_path)
     card = build_model_card(tmp_path).text
     assert "they end every 5 bytes" in card and "apart from the byte embedding" in card
-    assert f"{model.flops_per_byte(5) / 1e6:.2f} MFLOP at 5 bytes a patch" in card
+    assert f"{model.flops_per_byte(5) / 1e6:.2f} MFLOP at 5 bytes per patch" in card
     assert "at 4 bytes" not in card and "each with its own weights" in card
 
 

@@ -80,6 +80,8 @@ def test_a_streamer_gets_the_new_ids_and_an_end(model_and_steps):
         streamer=streamer,
     )
     assert torch.equal(torch.cat(streamer.ids), written[0]) and streamer.has_ended
+    with pytest.raises(ValueError, match="takes no streamer"):
+        model.generate(torch.tensor([ROWS[0]]), custom_generate=lambda model, input_ids: input_ids, streamer=streamer)
 
 
 class Collector(BaseStreamer):

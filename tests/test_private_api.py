@@ -30,6 +30,10 @@ def test_the_methods_of_generate_that_are_extended_are_still_there_and_called():
             called.append("_get_logits_processor")
             return super()._get_logits_processor(*args, **kwargs)
 
+        def _extract_generation_mode_kwargs(self, *args, **kwargs):
+            called.append("_extract_generation_mode_kwargs")
+            return super()._extract_generation_mode_kwargs(*args, **kwargs)
+
         def _get_candidate_generator(self, *args, **kwargs):
             called.append("_get_candidate_generator")
             return super()._get_candidate_generator(*args, **kwargs)
