@@ -27,47 +27,39 @@ class STLMConfig(PreTrainedConfig):
 
     Args:
         vocab_size (`int`, defaults to 320): 256 bytes, then special tokens, with room for added ones.
-        hidden_size (`int`, defaults to 128): width of the byte level.
-        intermediate_size (`int`, defaults to 320): width of the feed-forward layers of the byte level.
-        num_local_encoder_layers, num_local_decoder_layers (`int`, default to 1 and 2):
-            Byte layers before pooling and after unpooling.
+        hidden_size, intermediate_size (`int`, default to 128 and 320): byte level and its feed-forward layers.
+        num_local_encoder_layers, num_local_decoder_layers (`int`, default to 1 and 2): around pooling and unpooling.
         byte_mixers (`list[str]`, *optional*):
-            Mixer of every byte layer, local encoder first: `"conv"` (gated short causal convolution, as in LFM2) or
-            `"attention"` (over a window of bytes). Both have constant cost per byte. Defaults to all `"conv"`.
-        conv_kernel_size (`int`, defaults to 4): bytes seen by a `"conv"` mixer, the current one included.
-        attention_window_bytes (`int`, defaults to 64): bytes seen by an `"attention"` mixer, the current one included.
-        num_attention_heads (`int`, defaults to 4), num_key_value_heads, head_dim (`int`, *optional*):
-            Heads of the `"attention"` mixers, with the defaults of Llama.
+            Mixer of every byte layer, local encoder first: `"conv"` (gated short convolution over `conv_kernel_size`
+            bytes, as in LFM2) or `"attention"` (over `attention_window_bytes`, the current byte included, with
+            `num_attention_heads`, `num_key_value_heads` and `head_dim`). Defaults to all `"conv"`.
         ngram_orders (`list[int]`, *optional*):
             Lengths in bytes of the hashed n-grams whose embeddings are added to the byte embedding (BLT,
             arXiv:2412.09871, section 3.2.1); `[]` for none. Defaults to `[2, 3, 4, 5]`.
         ngram_word_bytes (`int`, defaults to 12):
-            One more n-gram at each byte: the current word so far, at most its last so many bytes; 0 for none.
+            One more n-gram: the current word so far, at most its last so many bytes; 0 for none.
         ngram_rows (`int`, defaults to 39400): rows of the table of each n-gram length and of the words.
         ngram_embedding_size (`int`, *optional*, defaults to 32):
             Width of the n-gram embeddings, which one matrix projects to `hidden_size` together. With `None` they are
             as wide as `hidden_size` and summed, as in BLT.
         patching (`str`, defaults to `"spacelike"`):
             Where patches end. `"spacelike"`: at the first byte after a word that is neither letter, digit nor part of
-            a multi-byte character (SpaceByte, arXiv:2404.14408). `"fixed"`: every `patch_bytes` bytes (MegaByte).
-            `"vocabulary"`: at the byte that proves that a piece of `patch_vocabulary` has ended (the pooling by a BPE
-            tokenizer of arXiv:2405.14159, made causal). `"learned"`: where a router finds a byte unlike the one before
-            it (H-Net, arXiv:2507.07955).
+            a multi-byte character (SpaceByte, arXiv:2404.14408). `"fixed"`: every `patch_bytes` (MegaByte).
+            `"vocabulary"`: at the byte that proves that a piece of `patch_vocabulary` has ended (the BPE pooling of
+            arXiv:2405.14159, made causal). `"learned"`: where a router finds a byte unlike the one before it (H-Net,
+            arXiv:2507.07955).
         patch_bytes (`int`, defaults to 6):
             Length of a patch under `"fixed"`, target for the average length under `"learned"` (2 or more).
         max_patch_bytes (`int`, defaults to 16):
             Longest patch of the other rules; longer pieces of a vocabulary are cut to one byte less.
         max_patch_characters (`int`, defaults to 3):
-            Under `"spacelike"`, longest patch in complete UTF-8 characters of three or more bytes, for scripts without
-            spaces.
+            Longest patch under `"spacelike"` in UTF-8 characters of three or more bytes, for scripts without spaces.
         patch_vocabulary (`str`, *optional*):
             Pieces in the alphabet of byte-level BPE, separated by spaces: `" ".join(tokenizer.get_vocab())`.
-        ratio_loss_weight (`float`, defaults to 0.03): weight of the loss that holds learned patches near `patch_bytes`.
+        ratio_loss_weight (`float`, defaults to 0.03): of the loss that holds learned patches near `patch_bytes`.
         trunk_hidden_size, trunk_intermediate_size (`int`, default to 320 and 768): widths of the trunk.
-        trunk_num_attention_heads, trunk_num_key_value_heads (`int`, default to 10 and 2), trunk_head_dim (`int`, *optional*):
-            Heads of the trunk.
-        num_trunk_layers (`int`, defaults to 5): layers that run for every patch.
-        num_unique_trunk_layers (`int`, *optional*): layers that are stored. Defaults to `num_trunk_layers`.
+        trunk_num_attention_heads, trunk_num_key_value_heads (`int`, default to 10 and 2): heads of the trunk.
+        num_trunk_layers, num_unique_trunk_layers (`int`, default to 5 and all): layers that run, layers that are stored.
         layer_sharing (`str`, defaults to `"none"`):
             How stored layers make up the depth. `"none"`: each runs once. `"immediate"`: each inner layer runs several
             times in a row (MobileLLM, arXiv:2402.14905). `"cycle"`: the stored layers run in turn, repeatedly.
@@ -75,8 +67,7 @@ class STLMConfig(PreTrainedConfig):
             stored feed-forward layers are shared as in `"immediate"`. Except in `"cycle"`, the first and the last
             layer keep weights of their own (in `"middle"` of two stored layers, the first).
         hidden_act (`str`, defaults to `"relu2"`): activation of the feed-forward layers.
-        rope_theta (`float`, defaults to 10000.0):
-            Base of the rotary embedding over the patch index and, in `"attention"` mixers, the byte index.
+        rope_theta (`float`, defaults to 10000.0): base of the rotary embedding over patches and `"attention"` bytes.
         norm_eps (`float`, defaults to 1e-06): added to the variance in every LayerNorm.
         initializer_range (`float`, defaults to 0.02):
             Standard deviation of fresh embeddings and convolutions. Other matrices start at `1 / sqrt(fan_in)`, output
@@ -86,20 +77,11 @@ class STLMConfig(PreTrainedConfig):
         is_causal (`bool`, defaults to `True`):
             With `False` (encoders, masked language models) every part looks both ways, the end of the text closes the
             last patch, a byte sees the patch that it belongs to, and there is no cache.
-        mask_token_id (`int`, *optional*, defaults to 259): with `is_causal=False`, an unknown letter for the patching rule.
-        classifier_pooling (`str`, defaults to `"mean"`): classification heads read the `"mean"` or the `"last"` byte.
-        classifier_dropout (`float`, defaults to 0.0): dropout before classification heads.
+        mask_token_id (`int`, *optional*, defaults to 259): with `is_causal=False`, a letter for the patching rule.
+        classifier_pooling (`str`, defaults to `"mean"`), classifier_dropout (`float`, defaults to 0.0):
+            Classification heads read the `"mean"` over the bytes or the `"last"` one, after this dropout.
         max_position_embeddings (`int`, defaults to 16384): context in bytes; nothing in the model is sized by it.
         num_hidden_layers (`int`, *optional*): number of cache slots, derived: the library sizes its caches by it.
-
-    Example:
-
-    ```python
-    >>> from modeling_stlm import STLMConfig
-    >>> STLMConfig.from_preset("stlm-3m").trunk_schedule
-    [(0, 0), (1, 1), (1, 1), (2, 2)]
-
-    ```
     """
 
     model_type = "stlm"
@@ -163,11 +145,7 @@ class STLMConfig(PreTrainedConfig):
 
     @classmethod
     def from_preset(cls, name: str, **overrides) -> "STLMConfig":
-        """The configuration shipped under `name` (`"stlm-3m"`, `"stlm-10m"`, ...), with `overrides` on top.
-
-        Raises:
-            ValueError: if there is no such preset.
-        """
+        """The configuration shipped under `name` (`"stlm-3m"`, `"stlm-10m"`, ...), with `overrides` on top."""
         path = PRESETS / f"{name}.json"
         if not path.is_file():
             known = sorted(preset.stem for preset in PRESETS.glob("*.json"))
@@ -190,7 +168,7 @@ class STLMConfig(PreTrainedConfig):
         # Whatever was passed: a saved value must not outlive a change of `num_trunk_layers`.
         self.num_hidden_layers = self.num_byte_layers + 1 + self.num_trunk_layers
         super().__post_init__(**kwargs)
-        # A checkpoint of any head can be loaded through every Auto class, also where the package is not installed.
+        # A checkpoint of any head loads through every Auto class, also where the package is not installed.
         self.auto_map = {
             "AutoConfig": "configuration_stlm.STLMConfig",
             "AutoModel": "modeling_stlm.STLMModel",
@@ -201,20 +179,6 @@ class STLMConfig(PreTrainedConfig):
     @property
     def num_byte_layers(self) -> int:
         return self.num_local_encoder_layers + self.num_local_decoder_layers
-
-    @property
-    def pieces(self) -> list[bytes]:
-        """Pieces of `patch_vocabulary` as bytes."""
-        from transformers.convert_slow_tokenizer import bytes_to_unicode  # slow to import, and rarely needed
-
-        byte_of = {character: byte for byte, character in bytes_to_unicode().items()}
-        words = (self.patch_vocabulary or "").split()
-        if foreign := [word for word in words if not byte_of.keys() >= set(word)]:
-            raise ValueError(
-                f"patch_vocabulary has {len(foreign)} pieces that are not in the alphabet of byte-level BPE, such as "
-                f"{foreign[:3]}: take the vocabulary of a byte-level tokenizer (GPT-2, Llama 3), without added tokens"
-            )
-        return [bytes(byte_of[character] for character in word) for word in words]
 
     @property
     def layer_types(self) -> list[str]:
@@ -268,17 +232,16 @@ class STLMConfig(PreTrainedConfig):
                 raise ValueError(f"{level}head_dim={width} must be even: rotary embedding turns pairs of channels")
 
     def validate_patching(self):
-        if self.patching == "vocabulary" and not self.pieces:
+        if self.patching == "vocabulary" and (self.max_patch_bytes < 2 or not (self.patch_vocabulary or "").split()):
             raise ValueError(
-                f"patching='vocabulary' needs patch_vocabulary, got {self.patch_vocabulary!r}: pieces in the alphabet of "
-                "byte-level BPE separated by spaces, as in ' '.join(tokenizer.get_vocab())"
+                f"patching='vocabulary' needs max_patch_bytes of at least 2, got {self.max_patch_bytes}, and pieces in "
+                "the alphabet of byte-level BPE separated by spaces, as in ' '.join(tokenizer.get_vocab()): got "
+                f"patch_vocabulary={self.patch_vocabulary!r}"
             )
-        if self.patching == "vocabulary" and self.max_patch_bytes < 2:
-            raise ValueError(f"max_patch_bytes={self.max_patch_bytes} must be at least 2 under patching='vocabulary'")
         if self.patching == "learned" and not 2 <= self.patch_bytes < self.max_patch_bytes:
             raise ValueError(
-                f"patch_bytes={self.patch_bytes} must be at least 2 and less than max_patch_bytes="
-                f"{self.max_patch_bytes} under patching='learned': an average"
+                f"patching='learned' needs an average length patch_bytes={self.patch_bytes} of at least 2 and less than "
+                f"max_patch_bytes={self.max_patch_bytes}"
             )
 
     def validate_trunk(self):

@@ -242,7 +242,7 @@ class VocabularyRule(PatchingRule):
 
     def __init__(self, config: STLMConfig):
         super().__init__(config)
-        self.constants = Constants(edges=prefix_edges(config.pieces, self.cap_bytes - 1))
+        self.constants = Constants(edges=prefix_edges(byte_pieces(config.patch_vocabulary), self.cap_bytes - 1))
 
     def _child(self, node: torch.Tensor, byte: torch.Tensor) -> torch.Tensor:
         """Node after the edge `byte` of `node`; -1 if there is none."""
@@ -297,6 +297,24 @@ class VocabularyRule(PatchingRule):
 
 
 RULES = {"spacelike": SpacelikeRule, "fixed": FixedRule, "vocabulary": VocabularyRule, "learned": LearnedRule}
+
+
+def byte_pieces(patch_vocabulary: str) -> list[bytes]:
+    """The pieces of `config.patch_vocabulary` as bytes.
+
+    Raises:
+        ValueError: if a piece is not in the alphabet of byte-level BPE.
+    """
+    from transformers.convert_slow_tokenizer import bytes_to_unicode  # slow to import, and rarely needed
+
+    byte_of = {character: byte for byte, character in bytes_to_unicode().items()}
+    words = patch_vocabulary.split()
+    if foreign := [word for word in words if not byte_of.keys() >= set(word)]:
+        raise ValueError(
+            f"patch_vocabulary has {len(foreign)} pieces that are not in the alphabet of byte-level BPE, such as "
+            f"{foreign[:3]}: take the vocabulary of a byte-level tokenizer (GPT-2, Llama 3), without added tokens"
+        )
+    return [bytes(byte_of[character] for character in word) for word in words]
 
 
 def prefix_edges(pieces: list[bytes], longest: int) -> torch.Tensor:

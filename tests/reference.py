@@ -6,6 +6,8 @@ Only modules without a notion of patches are borrowed from the model (norms, lin
 
 import torch
 
+from modeling_stlm.patching_stlm import byte_pieces
+
 
 def kind(byte: int) -> str:
     if byte >= 256:
@@ -27,7 +29,9 @@ def completes_character(ids: list[int], t: int) -> bool:
 def piece_boundaries(ids: list[int], config) -> list[bool]:
     """A patch ends at the byte with which what was read since is the start of no piece."""
     longest = config.max_patch_bytes - 1
-    known = {piece[:n] for piece in config.pieces for n in range(1, longest + 1)} | {bytes([b]) for b in range(256)}
+    known = {piece[:n] for piece in byte_pieces(config.patch_vocabulary) for n in range(1, longest + 1)} | {
+        bytes([b]) for b in range(256)
+    }
     ends, read = [], b""
     for byte in ids:
         more = read + bytes([byte]) if byte < 256 else None

@@ -75,21 +75,15 @@ def test_layer_sharing_schedules(sharing, depth, unique, expected):
         ({"ngram_embedding_size": 0}, "ngram_embedding_size=0 must be at least 1"),
         ({"ngram_word_bytes": 1}, "must be at least 2 .*0 for none"),
         ({"ngram_word_bytes": -1}, "must be at least 2 .*0 for none"),
-        ({"patching": "vocabulary"}, "needs patch_vocabulary, got None"),
-        ({"patching": "vocabulary", "patch_vocabulary": "a ▁the b"}, r"1 pieces that are not .*\['▁the'\]"),
-        ({"patching": "vocabulary", "patch_vocabulary": " "}, "needs patch_vocabulary, got ' '"),
+        ({"patching": "vocabulary"}, "got patch_vocabulary=None"),
+        ({"patching": "vocabulary", "patch_vocabulary": " "}, "got patch_vocabulary=' '"),
         ({"patching": "learned", "patch_bytes": 12}, "less than max_patch_bytes=12"),
-        ({"patching": "vocabulary", "patch_vocabulary": "a b", "max_patch_bytes": 1}, "must be at least 2"),
+        ({"patching": "vocabulary", "patch_vocabulary": "a b", "max_patch_bytes": 1}, "at least 2, got 1"),
     ],
 )
 def test_contradictions_are_named(fields, message):
     with pytest.raises(StrictDataclassClassValidationError, match=message):
         tiny_config(**fields)
-
-
-def test_pieces_of_a_vocabulary_are_bytes():
-    config = tiny_config(patching="vocabulary", patch_vocabulary="<pad> Ġthe æĿ± Ċ")
-    assert config.pieces == [b"<pad>", b" the", "東".encode(), b"\n"]
 
 
 def test_the_number_of_cache_slots_follows_the_depth():

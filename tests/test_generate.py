@@ -99,6 +99,18 @@ def test_512_greedy_bytes_of_eight_ragged_rows_equal_each_row_uncached(patching,
     assert largest <= RTOL
 
 
+@pytest.mark.parametrize("patching", PATCHING)
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_right_padded_prompts_generate_what_the_row_alone_generates(use_cache, patching):
+    model = tiny_model(**PATCHING[patching], **MIXERS["both"])
+    texts = [ids_of("The history of the"), ids_of("In this"), ids_of("x"), ids_of("Ends. ")]
+    options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 256}
+    together = model.generate(**batch(texts, "right"), use_cache=use_cache, **options)[:, -12:]
+    for row, text in zip(together, texts):
+        alone = model.generate(torch.tensor([text]), use_cache=use_cache, **options)[0, -12:]
+        assert torch.equal(row, alone)
+
+
 def test_assisted_generation_equals_greedy():
     model = tiny_model(**MIXERS["both"])
     expected = generate(model, {"input_ids": PROMPT}, True, **MODES["greedy"])

@@ -438,7 +438,7 @@ def test_what_the_model_or_the_library_cannot_do_is_refused_in_words(options, er
 
 
 def test_continuous_batching_is_refused_in_words():
-    with pytest.raises(ValueError, match="Invalid layer type: stlm_byte@):
+    with pytest.raises(ValueError, match="Invalid layer type: stlm_byte@"):
         tiny_model().generate_batch([ids_of("One"), ids_of("Two")])
 
 

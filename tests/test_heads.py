@@ -322,3 +322,12 @@ def test_choices_may_share_their_positions():
     positions = torch.arange(ids.shape[-1])[None]
     with torch.no_grad():
         assert_equal(model(ids, position_ids=positions).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize("value", [-100.0, -99.0])
+def test_every_value_is_a_target_of_a_regression(value):
+    model = randomize(STLMForSequenceClassification(tiny_config(num_labels=1)))
+    ids, labels = torch.tensor([ids_of("a word")]), torch.tensor([value])
+    expected = (model(ids).logits[0, 0] - value) ** 2
+    for more in ({}, {"num_items_in_batch": torch.tensor(1)}):
+        torch.testing.assert_close(model(ids, labels=labels, **more).loss, expected)

@@ -4,7 +4,7 @@
 import pytest
 import torch
 
-from modeling_stlm import STLMConfig, STLMForCausalLM, STLMForMaskedLM
+from modeling_stlm import STLMConfig, STLMForCausalLM, STLMForMaskedLM, modeling_stlm
 
 from . import reference
 from .tiny import (
@@ -106,6 +106,43 @@ def test_packed_documents_give_the_logits_of_the_documents_apart(options):
     for fill in (0, 1):
         logits = model(padded, position_ids=at.masked_fill(valid == 0, fill), attention_mask=valid).logits
         assert_equal(logits[valid == 1], alone)
+
+
+@pytest.mark.parametrize("options", cases(PATCHING, MIXERS))
+@torch.no_grad()
+def test_outputs_at_padding_are_those_of_the_last_valid_byte_before_it(options):
+    model = tiny_model(**options)
+    inputs = batch(ROWS, "left")
+    inputs["input_ids"] = torch.cat([inputs["input_ids"], torch.full((len(ROWS), 3), 256)], 1)
+    inputs["attention_mask"] = torch.cat([inputs["attention_mask"], torch.zeros(len(ROWS), 3, dtype=torch.long)], 1)
+    logits = model(**inputs).logits
+    for b, row in enumerate(ROWS):
+        start = inputs["input_ids"].shape[1] - 3 - len(row)
+        assert not logits[b, :start].any(), "before the first byte there is nothing"
+        assert_equal(logits[b, start:], torch.cat([model(torch.tensor([row])).logits[0], logits[b, [-4] * 3]]))
+
+
+def test_a_loss_over_left_padding_does_not_see_later_bytes():
+    model = tiny_model()
+    inputs = batch([ids_of("abc"), ids_of("a much longer row")], "left")
+    labels, other = inputs["input_ids"].clone(), inputs["input_ids"].clone()
+    other[0, -1] = ord("z")
+    pad = inputs["attention_mask"][0] == 0
+    logits = [model(ids, attention_mask=inputs["attention_mask"]).logits[0][pad] for ids in (labels, other)]
+    assert torch.equal(*logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_training_weights_in_bfloat16_warns_once(dtype, monkeypatch):
+    warnings = []
+    monkeypatch.setattr(modeling_stlm.logger, "warning_once", warnings.append)
+    model, ids = tiny_model().to(dtype), torch.tensor([ids_of("a word")])
+    model(ids, labels=ids)
+    with torch.no_grad():
+        model.train()(ids, labels=ids)
+    assert not warnings, "nothing is trained"
+    model(ids, labels=ids)
+    assert [("dtype=torch.float32" in warning) for warning in warnings] == [True] * (dtype == torch.bfloat16)
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from modeling_stlm.batching_stlm import STLMBatch
 from modeling_stlm.modeling_stlm import STLMPatcher
-from modeling_stlm.patching_stlm import PatchState, pool_patches, unpool_patches
+from modeling_stlm.patching_stlm import PatchState, byte_pieces, pool_patches, unpool_patches
 
 from . import reference
 from .tiny import TEXT, ids_of, tiny_config
@@ -203,6 +203,12 @@ def test_patches_of_a_vocabulary_end_with_the_byte_that_proves_the_end_of_a_piec
     text = "The trunk runs once."
     boundary = whole(config, ids_of(text))[0].tolist()
     assert "".join(c + "|" * end for c, end in zip(text, boundary)) == "The |trunk |runs| |once.|"
+
+
+def test_pieces_of_a_vocabulary_are_bytes():
+    assert byte_pieces("<pad> Ġthe æĿ± Ċ") == [b"<pad>", b" the", "東".encode(), b"\n"]
+    with pytest.raises(ValueError, match=r"1 pieces that are not .*\['▁the'\]"):
+        STLMPatcher(tiny_config(patching="vocabulary", patch_vocabulary="a ▁the b"))
 
 
 def test_chinese_patches_are_whole_characters():

@@ -158,7 +158,7 @@ def test_rules_learn_from_the_training_texts(patching, small_text, tmp_path):
     steps = ["--curriculum_steps", 2] if patching == "learned" else []
     results = train(small_text, tmp_path / "run", "--max_steps", 3, "--eval_at_end", *changes, *steps)
     config = modeling_stlm.STLMConfig.from_pretrained(tmp_path / "run")
-    assert len(config.pieces) == (400 if patching == "vocabulary" else 0)
+    assert len((config.patch_vocabulary or "").split()) == (400 if patching == "vocabulary" else 0)
     assert 1 < results["bytes_per_patch_or_token"] < 16
 
 

@@ -178,7 +178,7 @@ def _architecture(config: STLMConfig) -> str:
     patches = {
         "spacelike": "at the end of words",
         "fixed": f"every {config.patch_bytes} bytes",
-        "vocabulary": f"with the byte that proves the end of one of {len(config.pieces):,} pieces",
+        "vocabulary": f"with the byte that proves the end of one of {len((config.patch_vocabulary or '').split()):,} pieces",
         "learned": f"where a router decides, trained for an average of {config.patch_bytes} bytes",
     }[config.patching]
     if config.patching != "fixed":
