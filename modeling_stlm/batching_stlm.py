@@ -84,6 +84,11 @@ class STLMBatch(NamedTuple):
         return (last - time).masked_fill(time >= end, 0)
 
     @property
+    def is_one_byte(self) -> bool:
+        """One byte in every row: the step of generation, for which patching has shorter ways."""
+        return self.num_bytes == 1 and self.lengths is None and self.positions is None
+
+    @property
     def is_valid(self) -> torch.Tensor | None:
         """(B, T) False at the compact positions past the end of a row; `None` if there are none."""
         if self.lengths is None:

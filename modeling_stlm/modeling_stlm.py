@@ -300,8 +300,10 @@ class STLMConv1d(nn.Conv1d):
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """`inputs (B, D, N - 1 + T)` to `(B, D, T)`."""
-        if is_tracing() or inputs.shape[-1] >= SHORT_CALL_BYTES + self.kernel_size[0]:
+        if inputs.shape[-1] >= SHORT_CALL_BYTES + self.kernel_size[0] or is_torchdynamo_compiling():
             return super().forward(inputs)
+        if inputs.shape[-1] == self.kernel_size[0]:
+            return (inputs * self.weight[:, 0]).sum(-1, keepdim=True)
         return (inputs.unfold(-1, self.kernel_size[0], 1) * self.weight).sum(-1)
 
 
@@ -658,7 +660,7 @@ class STLMModel(STLMPreTrainedModel):
         self.final_norm = make_norm(config, config.hidden_size)
         # Copies: reading a field of a config costs microseconds, which add up over the bytes of a text.
         self.num_byte_layers, self.has_attention = config.num_byte_layers, "attention" in config.byte_mixers
-        self.is_causal = config.is_causal
+        self.is_causal, self.patch_slot_type = config.is_causal, config.layer_types[config.num_byte_layers]
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -957,6 +959,18 @@ class STLMModel(STLMPreTrainedModel):
             raise ValueError("a model with is_causal=False has no cache: every byte changes what all others see")
         if not cache.layers:  # made without a config
             cache.layers.extend(DynamicCache(config=self.config).layers)
+        is_known = len(cache.layers) == self.config.num_hidden_layers > self.num_byte_layers
+        slot = self._patch_slot(cache) if is_known else None
+        if slot is None or slot._layer_type != self.patch_slot_type or not slot.is_initialized:
+            self._check_slots(cache)
+            slot = self._patch_slot(cache)
+        num_rows = input_ids.shape[0]  # `len` would fix it in an exported graph
+        if slot.state is not None and slot.state[0].shape[0] != num_rows:
+            raise ValueError(f"the cache holds {slot.state[0].shape[0]} rows, but the input has {num_rows}")
+        if not self._is_static(cache):
+            slot.check_room(input_ids.shape[1])
+
+    def _check_slots(self, cache: Cache) -> None:
         kinds = [layer._layer_type for layer in cache.layers]
         if kinds != self.config.layer_types or len(kinds) <= self.num_byte_layers:
             raise ValueError(
@@ -964,12 +978,6 @@ class STLMModel(STLMPreTrainedModel):
                 "DynamicCache(config=model.config). Keys and values from elsewhere (prefix tuning) do not fit patches: use "
                 "prompt tuning or LoRA"
             )
-        slot = self._patch_slot(cache)
-        num_rows = input_ids.shape[0]  # `len` would fix it in an exported graph
-        if slot.state is not None and slot.state[0].shape[0] != num_rows:
-            raise ValueError(f"the cache holds {slot.state[0].shape[0]} rows, but the input has {num_rows}")
-        if not self._is_static(cache):
-            slot.check_room(input_ids.shape[1])
 
     def _state_of(self, cache: Cache | None, num_rows: int) -> PatchState:
         """The state of the rows before this call."""
