@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 from torch.nn import functional as F
+from transformers.modeling_outputs import ModelOutput
 from transformers.utils.import_utils import is_torchdynamo_compiling, is_tracing
 
 
@@ -131,6 +132,37 @@ class STLMBatch(NamedTuple):
         weights = weights.gather(2, query).masked_fill(~valid[:, None, :, None], 0)
         new = weights[..., num_past:].gather(3, key).masked_fill(~valid[:, None, None], 0)
         return torch.cat([weights[..., :num_past], new], dim=-1)
+
+    def restore_outputs(self, outputs: ModelOutput, last_output: torch.Tensor) -> None:
+        """Move every byte-level output back to where its byte was given; `last_output (B, D)` is that before this call."""
+        outputs.last_hidden_state = self.restore(outputs.last_hidden_state, last_output)
+        if self.order is None:  # right padding: everything else stands where it was given
+            if outputs.hidden_states is not None:
+                outputs.hidden_states = (*outputs.hidden_states[:-1], outputs.last_hidden_state)
+            return
+        if outputs.boundaries is not None:
+            outputs.boundaries = self.restore(outputs.boundaries) & self.is_given
+        if outputs.hidden_states is not None:
+            states = (None if hidden is None else self.restore(hidden) for hidden in outputs.hidden_states[:-1])
+            outputs.hidden_states = (*states, outputs.last_hidden_state)
+        if outputs.attentions is not None:
+            outputs.attentions = tuple(self.restore_attention(weights) for weights in outputs.attentions)
+
+
+def valid_bytes(
+    attention_mask: torch.Tensor | None, num_past: int | None, input_ids: torch.Tensor
+) -> torch.Tensor | None:
+    """False at padding among the new bytes (B, T), or `None` without a mask."""
+    if attention_mask is None:
+        return None
+    num_rows, num_bytes = input_ids.shape
+    if attention_mask.shape != (num_rows, (num_past or 0) + num_bytes):
+        raise ValueError(
+            f"attention_mask has shape {tuple(attention_mask.shape)}, expected "
+            f"{(num_rows, (num_past or 0) + num_bytes)}: one value for each of {num_past or 0} cached and {num_bytes} "
+            f"new bytes of {num_rows} rows. Masks with more axes have no meaning for patches"
+        )
+    return attention_mask[:, attention_mask.shape[1] - num_bytes :] != 0
 
 
 def _is_static(tensor: torch.Tensor) -> bool:

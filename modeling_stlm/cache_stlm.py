@@ -239,6 +239,10 @@ class STLMTrunkSlot(STLMSlot):
     def get_seq_length(self) -> int:
         return self.stored_patches
 
+    def room(self, num_new: int) -> int:
+        """Room for patches, as far as shapes alone tell, before `num_new` are added."""
+        return (0 if self.keys is None else self.keys.shape[2]) + num_new
+
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *, where: TrunkRows):
         """Store the new patches of some rows, and return all patches of these rows.
 
@@ -333,4 +337,7 @@ class STLMStaticTrunkSlot(STLMStaticMixin, STLMTrunkSlot, StaticLayer):
 
     @property
     def initial_room(self) -> int:
+        return self.max_cache_len
+
+    def room(self, num_new: int) -> int:
         return self.max_cache_len

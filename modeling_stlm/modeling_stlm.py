@@ -35,7 +35,7 @@ from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.import_utils import is_torchdynamo_compiling, is_torchdynamo_exporting, is_tracing
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .batching_stlm import STLMBatch
+from .batching_stlm import STLMBatch, valid_bytes
 from .budget_stlm import BudgetMixin
 from .cache_stlm import STLMPatchStateSlot, TrunkRows
 from .configuration_stlm import STLMConfig
@@ -523,6 +523,14 @@ class STLMTrunk(nn.Module):
         return self.final_norm(patches)
 
 
+def is_static(cache: Cache | None = None) -> bool:
+    """Whether shapes must be static, at the price of room for one patch per byte: in exported graphs, and in compiled
+    ones with a static cache."""
+    if is_torchdynamo_exporting():
+        return True
+    return cache is not None and cache.is_compileable and is_tracing()
+
+
 class STLMStart(nn.Module):
     """What bytes see before the first patch is complete: a learned vector."""
 
@@ -544,7 +552,7 @@ class STLMPatcher(nn.Module):
         self.patch_proj = nn.Linear(2 * config.hidden_size, config.trunk_hidden_size, bias=False)
         self.byte_proj = nn.Linear(config.trunk_hidden_size, config.hidden_size, bias=False)
         self.start = STLMStart(config.hidden_size)
-        self.mask_token_id = None if config.is_causal else config.mask_token_id
+        self.is_causal, self.mask_token_id = config.is_causal, None if config.is_causal else config.mask_token_id
         longest = max([*config.ngram_orders, config.ngram_word_bytes])
         self.context_bytes = max(longest, self.rule.context_bytes)
 
@@ -591,6 +599,73 @@ class STLMPatcher(nn.Module):
             return seen
         confidence = torch.where(found.ends, found.confidence, 1 - found.confidence)[..., None]
         return seen * (confidence + (1 - confidence).detach()).to(seen.dtype)
+
+    def max_patches(self, ends: torch.Tensor, cache: Cache | None) -> int:
+        """Room for the patches of this call: the largest number of a row, where sizes may depend on the text."""
+        if is_static(cache):
+            return ends.shape[1]
+        num_patches = int(ends.sum(1).max())
+        # Without a cache the trunk runs even if no row completed a patch, so that every rank of a distributed training
+        # runs, and synchronises, the same modules. Two, since a compiled graph takes a size of one for a constant.
+        return num_patches if cache is not None else max(2, num_patches)
+
+    def run_trunk(
+        self,
+        trunk: STLMTrunk,
+        patches: Patches,
+        found: PatchEnds,
+        batch: STLMBatch,
+        state: PatchState,
+        cache: Cache | None,
+    ) -> torch.Tensor:
+        """Trunk outputs of the new patches at byte width (B, P, D). With a cache, rows without any are left out."""
+        num_new = patches.pooled.shape[1]
+        if cache is None:
+            new = trunk(self.patch_proj(patches.pooled), self._allowed_patches(patches, batch))
+            return self.smooth(self.byte_proj(new), found, patches, batch, state)
+        if num_new == 0:
+            return patches.pooled.new_zeros(*patches.pooled.shape[:2], patches.pooled.shape[2] // 2)
+        num_rows, static = patches.counts.shape[0], is_static(cache)
+        rows = None if static else patches.counts.nonzero()[:, 0]
+        if rows is not None and len(rows) == num_rows:
+            rows = None
+        pooled, start = patches.pooled, state.num_patches
+        if rows is not None:  # `index_select` is three times as fast on a CPU as indexing
+            pooled, start = pooled.index_select(0, rows), start.index_select(0, rows)
+        index = start[:, None] + torch.arange(num_new, device=start.device)  # (R, P)
+        if static:
+            at, end, needs_mask = index, cache.layers[trunk.first_slot].room(num_new), True
+        else:
+            first, last = int(start.min()), int(start.max())
+            end, needs_mask = last + num_new, last > 0 and (num_new > 1 or first != last)
+            at = slice(first, end) if rows is None and first == last else index
+        allowed = None
+        if needs_mask:
+            allowed = (torch.arange(end, device=start.device) <= index[..., None])[:, None]
+        new = trunk(self.patch_proj(pooled), allowed, index, cache, TrunkRows(num_rows, rows, at, end))
+        new = self.byte_proj(new)
+        if rows is not None:
+            new = new.new_zeros(num_rows, num_new, new.shape[-1]).index_copy(0, rows, new)
+        return self.smooth(new, found, patches, batch, state)
+
+    def _allowed_patches(self, patches: Patches, batch: STLMBatch) -> torch.Tensor | None:
+        """Without a cache: which patches each patch may see (B, 1, P, P); `None` if the trunk needs no mask."""
+        end_at, counts = patches.end_at, patches.counts
+        patch = torch.arange(end_at.shape[1], device=end_at.device)
+        if self.is_causal:
+            # Entries past a row's count come last: they are causally invisible.
+            if batch.positions is None:
+                return None
+            allowed = (patch <= patch[:, None])[None]
+        else:
+            if batch.positions is None and not is_static() and (counts == end_at.shape[1]).all():
+                return None
+            # A patch past the count sees itself, so that its softmax is over something.
+            allowed = (patch < counts[:, None])[:, None] | (patch == patch[:, None])
+        if batch.positions is not None:
+            document = end_at - batch.positions.gather(1, end_at)  # (B, P) first byte of the patch's document
+            allowed = allowed & (document[:, :, None] == document[:, None, :])
+        return allowed[:, None]
 
 
 class STLMPreTrainedModel(PreTrainedModel, BudgetMixin):
@@ -698,8 +773,8 @@ class STLMModel(STLMPreTrainedModel):
         if cache is not None:
             self._check_cache(cache, input_ids)
         num_past = self._num_past(cache, attention_mask, input_ids)
-        valid = self._valid_bytes(attention_mask, num_past, input_ids)
-        if num_past != 0 or (cache is not None and self._is_static(cache)):
+        valid = valid_bytes(attention_mask, num_past, input_ids)
+        if num_past != 0 or (cache is not None and is_static(cache)):
             position_ids = None
         batch = STLMBatch.of(input_ids, valid, position_ids, self.is_causal)
         if batch.positions is not None and cache is not None:
@@ -724,7 +799,7 @@ class STLMModel(STLMPreTrainedModel):
                 layer.end_call(input_ids.shape[1])
             outputs.cache = cache
         if batch.num_seen is not None:
-            self._restore(outputs, batch, state)
+            batch.restore_outputs(outputs, state.last_output)
         return outputs
 
     @capture_outputs
@@ -748,9 +823,9 @@ class STLMModel(STLMPreTrainedModel):
             hidden_states = layer(hidden_states, rows, cache)
 
         found = self.patcher.find_ends(hidden_states, context, batch, state)
-        num_patches = self._max_patches(found.ends, cache)
+        num_patches = self.patcher.max_patches(found.ends, cache)
         patches, new_state = pool_patches(hidden_states, found.ends, batch, state, num_patches)
-        new = self._run_trunk(patches, found, batch, state, cache)  # (B, P, D)
+        new = self.patcher.run_trunk(self.trunk, patches, found, batch, state, cache)  # (B, P, D)
         seen, visible = unpool_patches(new, found.ends, batch, state)
         decoded = hidden_states + self.patcher.straight_through(seen, found)
         for layer in self.local_decoder:
@@ -852,77 +927,7 @@ class STLMModel(STLMPreTrainedModel):
             last_output=batch.at_end(decoded, state.last_output.to(decoded.dtype)),
         )
 
-    # Patches
-
-    def _max_patches(self, ends: torch.Tensor, cache: Cache | None) -> int:
-        """Room for the patches of this call: the largest number of a row, where sizes may depend on the text."""
-        if self._is_static(cache):
-            return ends.shape[1]
-        num_patches = int(ends.sum(1).max())
-        # Without a cache the trunk runs even if no row completed a patch, so that every rank of a distributed training
-        # runs, and synchronises, the same modules. Two, since a compiled graph takes a size of one for a constant.
-        return num_patches if cache is not None else max(2, num_patches)
-
-    def _run_trunk(
-        self, patches: Patches, found: PatchEnds, batch: STLMBatch, state: PatchState, cache: Cache | None
-    ) -> torch.Tensor:
-        """Trunk outputs of the new patches at byte width (B, P, D). With a cache, rows without any are left out."""
-        patcher, num_new = self.patcher, patches.pooled.shape[1]
-        if cache is None:
-            new = self.trunk(patcher.patch_proj(patches.pooled), self._allowed_patches(patches, batch))
-            return patcher.smooth(patcher.byte_proj(new), found, patches, batch, state)
-        if num_new == 0:
-            return patches.pooled.new_zeros(*patches.pooled.shape[:2], self.config.hidden_size)
-        num_rows, is_static = patches.counts.shape[0], self._is_static(cache)
-        rows = None if is_static else patches.counts.nonzero()[:, 0]
-        if rows is not None and len(rows) == num_rows:
-            rows = None
-        pooled, start = patches.pooled, state.num_patches
-        if rows is not None:  # `index_select` is three times as fast on a CPU as indexing
-            pooled, start = pooled.index_select(0, rows), start.index_select(0, rows)
-        index = start[:, None] + torch.arange(num_new, device=start.device)  # (R, P)
-        if is_static:
-            at, end, needs_mask = index, cache.get_max_length() if cache.is_compileable else -1, True
-        else:
-            first, last = int(start.min()), int(start.max())
-            end, needs_mask = last + num_new, last > 0 and (num_new > 1 or first != last)
-            at = slice(first, end) if rows is None and first == last else index
-        allowed = None
-        if needs_mask:
-            allowed = (torch.arange(end, device=start.device) <= index[..., None])[:, None]
-        new = self.trunk(patcher.patch_proj(pooled), allowed, index, cache, TrunkRows(num_rows, rows, at, end))
-        new = patcher.byte_proj(new)
-        if rows is not None:
-            new = new.new_zeros(num_rows, num_new, new.shape[-1]).index_copy(0, rows, new)
-        return patcher.smooth(new, found, patches, batch, state)
-
-    def _allowed_patches(self, patches: Patches, batch: STLMBatch) -> torch.Tensor | None:
-        """Without a cache: which patches each patch may see (B, 1, P, P); `None` if the trunk needs no mask."""
-        end_at, counts = patches.end_at, patches.counts
-        patch = torch.arange(end_at.shape[1], device=end_at.device)
-        if self.is_causal:
-            # Entries past a row's count come last: they are causally invisible.
-            if batch.positions is None:
-                return None
-            allowed = (patch <= patch[:, None])[None]
-        else:
-            if batch.positions is None and not self._is_static() and (counts == end_at.shape[1]).all():
-                return None
-            # A patch past the count sees itself, so that its softmax is over something.
-            allowed = (patch < counts[:, None])[:, None] | (patch == patch[:, None])
-        if batch.positions is not None:
-            document = end_at - batch.positions.gather(1, end_at)  # (B, P) first byte of the patch's document
-            allowed = allowed & (document[:, :, None] == document[:, None, :])
-        return allowed[:, None]
-
     # Cache
-
-    def _is_static(self, cache: Cache | None = None) -> bool:
-        """Whether shapes must be static, at the price of room for one patch per byte: in exported graphs, and in
-        compiled ones with a static cache."""
-        if is_torchdynamo_exporting():
-            return True
-        return cache is not None and cache.is_compileable and is_tracing()
 
     def _patch_slot(self, cache: Cache) -> STLMPatchStateSlot:
         return cache.layers[self.num_byte_layers]
@@ -935,23 +940,9 @@ class STLMModel(STLMPreTrainedModel):
         if not isinstance(num_past, torch.Tensor):
             return num_past
         # With a static cache the mask may be that of the new bytes, as `create_masks_for_generate` makes it.
-        if self._is_static(cache) or (attention_mask is not None and attention_mask.shape[1] == input_ids.shape[1]):
+        if is_static(cache) or (attention_mask is not None and attention_mask.shape[1] == input_ids.shape[1]):
             return None
         return int(num_past)
-
-    @staticmethod
-    def _valid_bytes(attention_mask: torch.Tensor | None, num_past: int | None, input_ids) -> torch.Tensor | None:
-        """False at padding among the new bytes (B, T), or `None` without a mask."""
-        if attention_mask is None:
-            return None
-        num_rows, num_bytes = input_ids.shape
-        if attention_mask.shape != (num_rows, (num_past or 0) + num_bytes):
-            raise ValueError(
-                f"attention_mask has shape {tuple(attention_mask.shape)}, expected "
-                f"{(num_rows, (num_past or 0) + num_bytes)}: one value for each of {num_past or 0} cached and {num_bytes} "
-                f"new bytes of {num_rows} rows. Masks with more axes have no meaning for patches"
-            )
-        return attention_mask[:, attention_mask.shape[1] - num_bytes :] != 0
 
     def _check_cache(self, cache: Cache, input_ids: torch.Tensor) -> None:
         """Raise unless the cache was made for this model and these rows."""
@@ -967,7 +958,7 @@ class STLMModel(STLMPreTrainedModel):
         num_rows = input_ids.shape[0]  # `len` would fix it in an exported graph
         if slot.state is not None and slot.state[0].shape[0] != num_rows:
             raise ValueError(f"the cache holds {slot.state[0].shape[0]} rows, but the input has {num_rows}")
-        if not self._is_static(cache):
+        if not is_static(cache):
             slot.check_room(input_ids.shape[1])
 
     def _check_slots(self, cache: Cache) -> None:
@@ -1016,22 +1007,6 @@ class STLMModel(STLMPreTrainedModel):
             _, state = pool_patches(hidden_states, found.ends, batch, state, num_patches)
             state = self._advanced(state, context, found, seen[:, -1], decoded, batch)
         slot.state = tuple(state)
-
-    @staticmethod
-    def _restore(outputs: STLMModelOutput, batch: STLMBatch, state: PatchState) -> None:
-        """Move every byte-level output back to where its byte was given."""
-        outputs.last_hidden_state = batch.restore(outputs.last_hidden_state, state.last_output)
-        if batch.order is None:  # right padding: everything else stands where it was given
-            if outputs.hidden_states is not None:
-                outputs.hidden_states = (*outputs.hidden_states[:-1], outputs.last_hidden_state)
-            return
-        if outputs.boundaries is not None:
-            outputs.boundaries = batch.restore(outputs.boundaries) & batch.is_given
-        if outputs.hidden_states is not None:
-            states = (None if hidden is None else batch.restore(hidden) for hidden in outputs.hidden_states[:-1])
-            outputs.hidden_states = (*states, outputs.last_hidden_state)
-        if outputs.attentions is not None:
-            outputs.attentions = tuple(batch.restore_attention(weights) for weights in outputs.attentions)
 
 
 class STLMForCausalLM(STLMPreTrainedModel, STLMGenerationMixin):
