@@ -61,10 +61,13 @@ class STLMBatch(NamedTuple):
         if position_ids.shape[-1] != input_ids.shape[1]:
             raise ValueError(f"position_ids has shape {tuple(position_ids.shape)}, expected {tuple(input_ids.shape)}")
         position_ids = position_ids.expand_as(input_ids)
-        if lengths is None:
-            starts = position_ids[:, 1:] != position_ids[:, :-1] + 1
-        else:  # positions may count padding, or stand still there, so only a zero starts a document
-            starts = (position_ids if order is None else position_ids.gather(1, order))[:, 1:] == 0
+        compact = position_ids if order is None else position_ids.gather(1, order)
+        starts = compact[:, 1:] != compact[:, :-1] + 1
+        if (
+            lengths is not None
+        ):  # positions may count padding, or stand still there: then only a zero starts a document
+            is_whole = (lengths == input_ids.shape[1])[:, None]
+            starts = torch.where(is_whole, starts, compact[:, 1:] == 0)
             starts = starts & (torch.arange(1, input_ids.shape[1], device=starts.device) < lengths[:, None])
         if not _is_static(starts) and not starts.any():
             return None

@@ -6,8 +6,8 @@ and values, one entry per patch). Rows are ragged: each has its own number of va
 from the left without padding. Slots store what they are given and know nothing of patching.
 
 Every state follows from the byte history. While the last call is recorded (`activate_past_recording`, which assisted
-decoding uses), `crop` of its bytes keeps what makes going back cheap; a deeper `crop` shortens the history, and the next
-forward pass runs it again.
+decoding uses), `crop` of its bytes keeps enough to undo them cheaply; a deeper `crop` shortens the history, and the next
+forward pass replays it.
 
 Shapes: B rows, T bytes of this call, N bytes kept, P patches, H key/value heads, K head width.
 """
@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import torch
 from transformers.cache_utils import CacheLayerMixin, StaticLayer
-from transformers.utils.import_utils import is_torchdynamo_exporting
+from transformers.utils.import_utils import is_torchdynamo_compiling, is_torchdynamo_exporting
 
 
 # Kinds of slots. The registry of the library is global to the process, so names contain the module they come from: two
@@ -53,6 +53,12 @@ def map_tensors(function: Callable[[torch.Tensor], torch.Tensor], value):
     return tuple(map_tensors(function, item) for item in value)
 
 
+def writable(store: torch.Tensor, requires_grad: bool = False) -> torch.Tensor:
+    """`store`, or a copy where writing to it would change what an earlier call saved for its backward, or fail."""
+    is_frozen = not is_torchdynamo_compiling() and store.is_inference() and not torch.is_inference_mode_enabled()
+    return store.clone() if store.requires_grad or requires_grad or is_frozen else store
+
+
 class STLMSlot(CacheLayerMixin):
     """A slot whose tensors, `row_states`, all have the batch in front."""
 
@@ -71,7 +77,7 @@ class STLMSlot(CacheLayerMixin):
             setattr(self, name, map_tensors(function, getattr(self, name)))
 
     def activate_past_recording(self) -> None:
-        """From now on keep what makes cropping bytes of the last call cheap."""
+        """Start recording the last call, so that `crop` can undo it without a replay."""
         self.record_past = True
 
     def end_call(self, num_bytes: int) -> None:
@@ -206,12 +212,17 @@ class STLMPatchStateSlot(STLMSlot):
     def check_room(self, num_bytes: int) -> None:
         """Raise if `num_bytes` more do not fit."""
 
+    def forget(self) -> None:
+        """Drop the states, which the next call recovers from the history: a call was interrupted."""
+        self.recent = self.recent_bytes = None
+        self.is_cropped = True
+
     def append_history(self, ids: torch.Tensor) -> None:
         """Note the ids (B, T) of the new positions; before `end_call` counts them."""
         end = self.seen_bytes + ids.shape[1]
         if self.history is None:
             self.history = torch.empty(ids.shape[0], 0, dtype=torch.int32, device=ids.device)
-        self.history = grow(self.history, end, dim=1)
+        self.history = writable(grow(self.history, end, dim=1))
         self.history[:, self.seen_bytes : end] = ids
 
     def _drop_last(self, num_bytes: int) -> None:
@@ -226,7 +237,7 @@ class STLMPatchStateSlot(STLMSlot):
 class STLMTrunkSlot(STLMSlot):
     """Keys and values of one pass of the trunk, (B, H, P, K): entry p of row b is that row's p-th patch.
 
-    Entries past a row's count are left over from earlier calls: they are masked, and overwritten before they count.
+    Entries past a row's count are stale: masked, and overwritten before they become valid.
     """
 
     _layer_type = TRUNK_SLOT
@@ -271,9 +282,7 @@ class STLMTrunkSlot(STLMSlot):
 def write_patches(store: torch.Tensor, new: torch.Tensor, where: TrunkRows) -> torch.Tensor:
     """`store` (B, H, S, K) with the patches `new` (R, H, P, K) written to where they belong."""
     new = new.to(store.dtype)  # they differ under autocast
-    store = grow(store, where.end, dim=2)
-    if torch.is_grad_enabled() and (store.requires_grad or new.requires_grad):
-        store = store.clone()  # an earlier call may have saved it for its backward
+    store = writable(grow(store, where.end, dim=2), new.requires_grad)
     if isinstance(where.at, slice):
         store.narrow(2, where.at.start, new.shape[2]).copy_(new)
     elif where.rows is None and is_torchdynamo_exporting():

@@ -28,7 +28,7 @@ class STLMConfig(PreTrainedConfig):
     Args:
         vocab_size (`int`, defaults to 320): 256 bytes, then special tokens, with room for added ones.
         hidden_size, intermediate_size (`int`, default to 128 and 320): byte level and its feed-forward layers.
-        num_local_encoder_layers, num_local_decoder_layers (`int`, default to 1 and 2): around pooling and unpooling.
+        num_local_encoder_layers, num_local_decoder_layers (`int`, default to 1 and 2): before and after the trunk.
         byte_mixers (`list[str]`, *optional*):
             Mixer of every byte layer, local encoder first: `"conv"` (gated short convolution over `conv_kernel_size`
             bytes, as in LFM2) or `"attention"` (over `attention_window_bytes`, the current byte included, with
@@ -69,9 +69,7 @@ class STLMConfig(PreTrainedConfig):
         hidden_act (`str`, defaults to `"relu2"`): activation of the feed-forward layers.
         rope_theta (`float`, defaults to 10000.0): base of the rotary embedding over patches and `"attention"` bytes.
         norm_eps (`float`, defaults to 1e-06): added to the variance in every LayerNorm.
-        initializer_range (`float`, defaults to 0.02):
-            Standard deviation of fresh embeddings and convolutions. Other matrices start at `1 / sqrt(fan_in)`, output
-            projections at zero.
+        initializer_range (`float`, defaults to 0.02): of fresh embeddings and convolutions; see `_init_weights`.
         hidden_dropout, attention_dropout (`float`, default to 0.0):
             Dropout on the output of every mixer, attention and feed-forward layer, and on attention probabilities.
         is_causal (`bool`, defaults to `True`):
@@ -236,7 +234,7 @@ class STLMConfig(PreTrainedConfig):
             raise ValueError(
                 f"patching='vocabulary' needs max_patch_bytes of at least 2, got {self.max_patch_bytes}, and pieces in "
                 "the alphabet of byte-level BPE separated by spaces, as in ' '.join(tokenizer.get_vocab()): got "
-                f"patch_vocabulary={self.patch_vocabulary!r}"
+                f"{len((self.patch_vocabulary or '').split())} pieces in patch_vocabulary"
             )
         if self.patching == "learned" and not 2 <= self.patch_bytes < self.max_patch_bytes:
             raise ValueError(

@@ -76,9 +76,9 @@ class STLMForMaskedLM(STLMPreTrainedModel):
 
 
 class STLMClassifier(STLMPreTrainedModel):
-    """What the classification heads share: the model, dropout, and one vector a row.
+    """What the classification heads share: the model, dropout, and one vector per row.
 
-    Without a mask, padding ids count for nothing.
+    Without a mask, padding ids are ignored.
     """
 
     def __init__(self, config: STLMConfig):
@@ -109,7 +109,7 @@ class STLMClassifier(STLMPreTrainedModel):
 
 
 class STLMForSequenceClassification(STLMClassifier):
-    """The model with a linear head on one vector a row: classification, regression, several labels at once."""
+    """The model with a linear head on one vector per row: classification, regression, several labels at once."""
 
     def __init__(self, config: STLMConfig):
         super().__init__(config)

@@ -67,11 +67,11 @@ if TYPE_CHECKING:  # `save_pretrained` copies the modules that relative imports 
 logger = logging.get_logger(__name__)
 HASH_BASE, HASH_PRIME = 65599, 2**31 - 1
 SHORT_CALL_BYTES = 16  # up to which sums of products are faster on a CPU than the convolution of the library
-SOFT_ID = -2  # in the byte history: an embedding that stands for no id
+SOFT_ID = -2  # in the byte history: an embedding that matches no id
 
 
 class ByteRows(NamedTuple):
-    """What byte layers need to know of a call."""
+    """Per-call inputs shared by all byte layers."""
 
     batch: STLMBatch
     num_past: int = 0  # bytes before this call, padding included; for attention mixers that return weights
@@ -100,11 +100,12 @@ class STLMModelOutput(STLMOutput):
             After the final norm. At padding: that of the last valid byte before it, zero if there is none.
         cache (`Cache`, *optional*): with `use_cache=True`.
         hidden_states (`tuple(torch.FloatTensor)`, *optional*): byte level, `(B, T, hidden_size)` for the embedding and
-            each byte layer; with `output_hidden_states=True`.
-        attentions (`tuple(torch.FloatTensor)`, *optional*): byte level, `(B, num_attention_heads, T, T)` for each
-            `"attention"` mixer; with `output_attentions=True`. With a cache the last axis counts the bytes of the row.
-        patch_hidden_states (`tuple(torch.FloatTensor)`, *optional*): `(B, P, trunk_hidden_size)` after each pass of the
-            trunk; with `output_patch_hidden_states=True`. Only rows that completed a patch, when there is a cache.
+            each byte layer, undefined at padding; with `output_hidden_states=True`.
+        attentions (`tuple(torch.FloatTensor)`, *optional*): byte level, `(B, num_attention_heads, T, past + T)` for each
+            `"attention"` mixer, undefined at padding; with `output_attentions=True` and eager attention. The bytes
+            of a row before this call come right before it.
+        patch_hidden_states (`tuple(torch.FloatTensor)`, *optional*): `(R, P, trunk_hidden_size)` after each pass of the
+            trunk; with `output_patch_hidden_states=True`. All rows without a cache, else those that completed a patch.
         patch_attentions (`tuple(torch.FloatTensor)`, *optional*): `(B, trunk_num_attention_heads, P, P)` for each pass;
             with `output_patch_attentions=True`.
         boundaries (`torch.BoolTensor` of shape `(B, T)`, *optional*): where patches end; with `output_boundaries=True`.
@@ -544,7 +545,7 @@ class STLMStart(nn.Module):
 
 
 class STLMPatcher(nn.Module):
-    """Between the levels: where patches end, what the trunk reads of them, and what bytes see of its outputs."""
+    """Between the levels: where patches end, the trunk inputs, and the trunk output visible to each byte."""
 
     def __init__(self, config: STLMConfig):
         super().__init__()
@@ -590,7 +591,7 @@ class STLMPatcher(nn.Module):
         if batch.positions is not None:
             document = patches.end_at - batch.positions.gather(1, patches.end_at)
             is_first = is_first | F.pad(document[:, 1:] != document[:, :-1], (1, 0))
-        # Ends that the rule did not choose (special tokens, the cap) are taken whole.
+        # Forced ends (special tokens, the cap) get weight 1.
         return smooth_patches(new, share.masked_fill((share < 0.5) | is_first, 1), state.visible.to(new.dtype))
 
     def straight_through(self, seen: torch.Tensor, found: PatchEnds) -> torch.Tensor:
@@ -785,14 +786,16 @@ class STLMModel(STLMPreTrainedModel):
         if cache is None and wants_cache and (self.config.use_cache if use_cache is None else use_cache):
             cache = DynamicCache(config=self.config)
         state = self._state_of(cache, input_ids.shape[0])
-        outputs = self._forward_rows(
-            batch.compact(input_ids),
-            None if inputs_embeds is None else batch.compact(inputs_embeds),
-            batch,
-            state,
-            cache,
-            **(kwargs | {"return_dict": True}),
-        )
+        compact_embeds = None if inputs_embeds is None else batch.compact(inputs_embeds)
+        is_done = False
+        try:
+            outputs = self._forward_rows(
+                batch.compact(input_ids), compact_embeds, batch, state, cache, **(kwargs | {"return_dict": True})
+            )
+            is_done = True
+        finally:
+            if cache is not None and not is_done:  # some layers have seen these bytes, others have not
+                self._patch_slot(cache).forget()
         if cache is not None:
             self._patch_slot(cache).append_history(input_ids if valid is None else input_ids.masked_fill(~valid, -1))
             for layer in cache.layers:
@@ -913,7 +916,7 @@ class STLMModel(STLMPreTrainedModel):
     def _advanced(
         state: PatchState, context: torch.Tensor, found: PatchEnds, visible: torch.Tensor, decoded, batch: STLMBatch
     ) -> PatchState:
-        """`state` after pooling, with all else that the next call must know of this one."""
+        """`state` after pooling, with the remaining fields of the next state."""
         if batch.lengths is None:
             num_valid, last_ids = batch.num_bytes, context[:, batch.num_bytes :].clone()
         else:
@@ -948,6 +951,13 @@ class STLMModel(STLMPreTrainedModel):
         """Raise unless the cache was made for this model and these rows."""
         if not self.is_causal:
             raise ValueError("a model with is_causal=False has no cache: every byte changes what all others see")
+        if not hasattr(cache, "layers"):
+            raise ValueError(f"cache is a {type(cache).__name__}, expected a DynamicCache or a StaticCache")
+        if self.training and torch.is_grad_enabled() and self.local_encoder[0].gradient_checkpointing:
+            raise ValueError(
+                "gradient checkpointing runs layers twice, which would write to the cache twice: train without a cache or "
+                "without gradient checkpointing"
+            )
         if not cache.layers:  # made without a config
             cache.layers.extend(DynamicCache(config=self.config).layers)
         is_known = len(cache.layers) == self.config.num_hidden_layers > self.num_byte_layers
@@ -986,8 +996,9 @@ class STLMModel(STLMPreTrainedModel):
     def _recover(self, cache: Cache) -> None:
         """After a crop, the state of the bytes that are left."""
         slot = self._patch_slot(cache)
-        slot.is_cropped = False
-        if slot.recent is None:  # deeper than the recorded call: run the history again
+        if slot.recent is None:  # deeper than the recorded call: replay the history
+            if slot.history is None:
+                raise ValueError("the last call was interrupted, and a static cache keeps no history: reset it")
             history = slot.history[:, : slot.seen_bytes].long()
             if (history == SOFT_ID).any():
                 raise ValueError(
@@ -995,8 +1006,18 @@ class STLMModel(STLMPreTrainedModel):
                     "(soft prompts), which are not kept"
                 )
             cache.reset()
-            if history.shape[1]:
-                self(history.clamp(min=0), attention_mask=(history != -1).long(), cache=cache)
+            is_done = not history.shape[1]
+            try:
+                if history.shape[1]:
+                    self(history.clamp(min=0), attention_mask=(history != -1).long(), cache=cache)
+                    is_done = True
+            finally:
+                if not is_done:  # as before, to be replayed by the next call
+                    cache.reset()
+                    slot.append_history(history)
+                    for layer in cache.layers:
+                        layer.end_call(history.shape[1])
+                    slot.forget()
             return
         state, (ids, hidden_states, seen, decoded) = PatchState(*slot.recent), slot.recent_bytes
         if ids.shape[1]:  # advance again over the bytes that are left
@@ -1006,7 +1027,7 @@ class STLMModel(STLMPreTrainedModel):
             num_patches = int(found.ends.sum(1).max())
             _, state = pool_patches(hidden_states, found.ends, batch, state, num_patches)
             state = self._advanced(state, context, found, seen[:, -1], decoded, batch)
-        slot.state = tuple(state)
+        slot.state, slot.is_cropped = tuple(state), False
 
 
 class STLMForCausalLM(STLMPreTrainedModel, STLMGenerationMixin):

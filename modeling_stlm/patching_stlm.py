@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """From bytes to patches and back: the rules that decide where patches end, pooling and unpooling.
 
-A rule is a module with one method, called with the ids and local encoder outputs of this call and the state of the row:
+The model calls a rule through one method, with the ids and local encoder outputs of this call and the state of the rows:
 
     ends, rule_state = rule.advance(hidden_states, context, batch, state)
 
@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers.utils.import_utils import is_torchdynamo_compiling
+from transformers.utils.import_utils import is_torchdynamo_compiling, is_tracing
 
 from .batching_stlm import STLMBatch
 from .configuration_stlm import STLMConfig
@@ -38,7 +38,7 @@ class PatchState(NamedTuple):
     num_patches: torch.Tensor  # (B,) int64 completed patches
     open_bytes: torch.Tensor  # (B,) int64 bytes of the open patch
     open_sum: torch.Tensor  # (B, D) float32 sum over the bytes of the open patch
-    rule_state: torch.Tensor  # (B, ...) up to the rule
+    rule_state: torch.Tensor  # (B, ...) defined by the rule
     visible: torch.Tensor  # (B, D) the last completed patch as bytes see it; the start vector before the first
     last_output: torch.Tensor  # (B, D) final output of the last valid byte; zero before the first
 
@@ -62,9 +62,12 @@ class Constants:
 
     def on(self, device: torch.device) -> dict[str, torch.Tensor]:
         key = str(device)
-        if key not in self._by_device:
-            self._by_device[key] = {name: tensor.to(device) for name, tensor in self._by_device["cpu"].items()}
-        return self._by_device[key]
+        if key in self._by_device:
+            return self._by_device[key]
+        tensors = {name: tensor.to(device) for name, tensor in self._by_device["cpu"].items()}
+        if not is_tracing() and device.type != "meta":  # a graph would leave its own kind of tensors here
+            self._by_device[key] = tensors
+        return tensors
 
 
 def byte_kinds() -> torch.Tensor:
@@ -110,7 +113,7 @@ def doubling_steps(length: int) -> int:
 
 
 class PatchingRule(nn.Module):
-    """Base of the rules: special tokens and a cap on the bytes of a patch, which hold under every rule but one."""
+    """Base of the rules. Special tokens and a cap on the bytes of a patch are used by every rule except `vocabulary`."""
 
     context_bytes = CHARACTER_BYTES - 1  # ids before a byte that the rule looks at
 
@@ -221,7 +224,7 @@ class LearnedRule(PatchingRule):
         previous = torch.cat([before[:, None], hidden_states[:, :-1]], dim=1)
         if batch.positions is not None:
             previous = previous.masked_fill((batch.positions == 0)[..., None], 0)
-        # Without a byte before it, a byte has probability 0.5, which ends a patch.
+        # The first byte has no predecessor: probability 0.5, which ends a patch.
         query, key = self.q_proj(hidden_states).float(), self.k_proj(previous).float()
         probability = 0.5 - 0.5 * F.cosine_similarity(query, key, dim=-1)
         wanted = (probability >= 0.5) | (self.events(context, batch) == IS_SPECIAL)
@@ -230,8 +233,8 @@ class LearnedRule(PatchingRule):
     def ratio_loss(self, found: PatchEnds, batch: STLMBatch) -> torch.Tensor:
         """One where one byte in `patch_bytes` ends a patch with that confidence on average (H-Net, equation 10)."""
         valid = torch.ones_like(found.ends) if batch.lengths is None else batch.is_valid
-        share = found.ends.sum() / valid.sum()
-        mean, n = (found.confidence * valid).sum() / valid.sum(), self.patch_bytes
+        count, n = valid.sum().clamp(min=1), self.patch_bytes
+        share, mean = found.ends.sum() / count, (found.confidence * valid).sum() / count
         return n / (n - 1) * ((n - 1) * share * mean + (1 - share) * (1 - mean))
 
 
@@ -342,7 +345,7 @@ def prefix_edges(pieces: list[bytes], longest: int) -> torch.Tensor:
 
 
 class Patches(NamedTuple):
-    """The patches that end in this call, before the trunk. Entries past a row's count mean nothing."""
+    """The patches that end in this call, before the trunk. Entries past a row's count are undefined."""
 
     pooled: torch.Tensor  # (B, P, 2 D) mean and last byte
     end_at: torch.Tensor  # (B, P) byte at which each ends
@@ -403,9 +406,9 @@ def _pool_byte(
 ) -> tuple[Patches, PatchState]:
     """`pool_patches` for one byte in every row, `hidden_states (B, D)`, in a tenth of the operations."""
     sums, sizes, counts = state.open_sum + hidden_states, state.open_bytes + 1, ends.long()
-    end_at = counts.new_zeros(len(counts), max_patches)
+    end_at = counts.new_zeros(counts.shape[0], max_patches)  # `len` would fix it in an exported graph
     if max_patches == 0:
-        patches = Patches(hidden_states.new_empty(len(counts), 0, 2 * hidden_states.shape[-1]), end_at, counts)
+        patches = Patches(hidden_states.new_empty(counts.shape[0], 0, 2 * hidden_states.shape[-1]), end_at, counts)
         return patches, state._replace(open_sum=sums, open_bytes=sizes)
     mean = (sums / sizes[:, None]).to(hidden_states.dtype)
     return Patches(torch.cat([mean, hidden_states], -1)[:, None], end_at, counts), state._replace(

@@ -142,6 +142,8 @@ def test_cropping_to_soft_embeddings_is_refused():
     cache.crop(-4)
     with pytest.raises(ValueError, match="cannot run the 19 bytes that crop left again"):
         model(IDS[:, 20:24], cache=cache)
+    with pytest.raises(ValueError, match="cannot run the 19 bytes"):
+        model(IDS[:, 20:24], cache=cache)
 
 
 @torch.no_grad()
@@ -308,3 +310,65 @@ def test_gradients_through_a_cache_of_ragged_rows_are_those_of_one_pass():
             torch.testing.assert_close(
                 other[name], expected, atol=1e-4 * float(expected.abs().max()), rtol=0, msg=name
             )
+
+
+def interrupt(module, *args):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("part", ["trunk", "final_norm", "local_encoder"])
+@torch.no_grad()
+def test_an_interrupted_call_leaves_the_cache_as_it_was(part):
+    model = tiny_model(**MIXERS["both"])
+    module = getattr(model.model, part)
+    module = module[1] if part == "local_encoder" else module
+    expected = model(IDS, use_cache=False).logits
+    cache = model(IDS[:, :30], use_cache=True).cache
+    for crop in (0, 5):  # in a call, and in the replay after a crop
+        cache.crop(-crop)
+        start = 30 - crop
+        handle = module.register_forward_pre_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            model(IDS[:, start:50], cache=cache)
+        handle.remove()
+        assert cache.get_seq_length() == start
+        if crop:
+            assert_equal(model(IDS[:, start:30], cache=cache).logits, expected[:, start:30])
+    assert_equal(model(IDS[:, 30:50], cache=cache).logits, expected[:, 30:50])
+
+
+@torch.no_grad()
+def test_an_interrupted_static_cache_is_refused_until_it_is_reset():
+    model = tiny_model()
+    cache = StaticCache(config=model.config, max_cache_len=IDS.shape[1])
+    model(IDS[:, :30], cache=cache)
+    handle = model.model.trunk.register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model(IDS[:, 30:40], cache=cache)
+    handle.remove()
+    with pytest.raises(ValueError, match="interrupted"):
+        model(IDS[:, 30:40], cache=cache)
+    cache.reset()
+    assert_equal(model(IDS, cache=cache).logits, model(IDS, use_cache=False).logits)
+
+
+def test_a_cache_goes_on_from_one_mode_of_autograd_in_another():
+    model = tiny_model()
+    expected = model(IDS, use_cache=False).logits
+    with torch.inference_mode():
+        cache = model(IDS[:, :30], use_cache=True).cache
+    assert_equal(model(IDS[:, 30:50], cache=cache).logits, expected[:, 30:50])
+
+    out = model(IDS[:, :30], use_cache=True, labels=IDS[:, :30])
+    with torch.no_grad():
+        model(IDS[:, 30:45], cache=out.cache)
+    out.loss.backward()
+
+
+def test_gradient_checkpointing_and_other_types_of_caches_are_refused():
+    model = tiny_model().train()
+    model.activation_checkpointing_enable()
+    with pytest.raises(ValueError, match="gradient checkpointing"):
+        model(IDS, labels=IDS, cache=DynamicCache(config=model.config))
+    with pytest.raises(ValueError, match="cache is a tuple"):
+        tiny_model()(IDS, cache=())

@@ -133,3 +133,10 @@ def test_the_curriculum_lengthens_patches(tmp_path):
         trainer.train()
     with pytest.raises(ValueError, match="first_bytes=1 more than 1"):
         PatchLengthCurriculum(5, first_bytes=1)
+
+
+def test_a_batch_without_any_byte_has_finite_gradients():
+    model = tiny_model(patching="learned").train()
+    labels, mask = torch.full_like(IDS, -100), torch.zeros_like(IDS)
+    model(IDS, attention_mask=mask, labels=labels, num_items_in_batch=torch.tensor(5)).loss.backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)

@@ -146,6 +146,17 @@ def test_training_weights_in_bfloat16_warns_once(dtype, monkeypatch):
 
 
 @torch.no_grad()
+def test_the_documents_of_a_row_do_not_depend_on_the_padding_of_another():
+    model = tiny_model()
+    ids, positions = torch.tensor([ids_of(TEXT)[:40]] * 2), torch.arange(40).repeat(2, 1)
+    positions[0, 20:] = torch.arange(5, 25)  # a document that does not start at zero
+    mask = torch.ones_like(ids)
+    mask[1, -3:] = 0
+    alone = model(ids[:1], position_ids=positions[:1]).logits
+    assert_equal(model(ids, position_ids=positions, attention_mask=mask).logits[:1], alone)
+
+
+@torch.no_grad()
 def test_packed_documents_stay_within_the_rounding_of_autocast():
     for options in (MIXERS["both"], MIXERS["both"] | {"is_causal": False}):
         model = tiny_config(**options)

@@ -71,7 +71,7 @@ class _Front(nn.Module):
 class _Trunk(nn.Module):
     """Patches that just ended: what bytes see of them (R, D), then their keys and values (R, 1, H, K) of every pass.
 
-    One query a row, so attention is written out: two products for each key head, without a copy of keys and values for
+    One query per row, so attention is written out: two products for each key head, without a copy of keys and values for
     every query head that shares them.
     """
 
@@ -123,8 +123,18 @@ def _check(model: STLMForCausalLM) -> None:
 
 
 def _fingerprint(model: STLMForCausalLM) -> str:
-    """The same for two models with the same weights."""
-    digest = hashlib.sha256()
+    """The same for two models with the same configuration and weights."""
+    names = (
+        "patching",
+        "patch_bytes",
+        "max_patch_bytes",
+        "max_patch_characters",
+        "rope_theta",
+        "norm_eps",
+        "hidden_act",
+    )
+    settings = [model.config.trunk_schedule, *(getattr(model.config, name) for name in names)]
+    digest = hashlib.sha256(json.dumps(settings).encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())
         digest.update(tensor.detach().float().cpu().numpy().tobytes())
@@ -136,7 +146,7 @@ def export_steps(model: STLMForCausalLM, folder: str | Path, quantize: bool = Fa
     """Write the graphs of one step of `model`, for any number of rows, to `folder`.
 
     Args:
-        quantize (`bool`, defaults to `False`): weights of matrices as 8-bit integers. Then the text may be another.
+        quantize (`bool`, defaults to `False`): weights of matrices as 8-bit integers. Then the text may differ.
 
     Raises:
         ValueError: for a model with attention mixers, or with `patching` of `"vocabulary"` or `"learned"`.
@@ -208,8 +218,8 @@ class OnnxSteps:
             self._sessions[name] = session, [argument.name for argument in session.get_inputs()]
 
     def _check(self, model: STLMForCausalLM) -> None:
-        """Compare the weights, unless they were compared and not changed since."""
-        versions = tuple((id(tensor), tensor._version) for tensor in model.parameters())
+        """Compare the weights, unless they were compared and have the same sums since."""
+        versions = tuple(float(tensor.detach().double().sum()) for tensor in model.parameters())
         if self._known.get(model) != versions:
             if not isinstance(model, STLMForCausalLM) or _fingerprint(model) != self._fingerprint:
                 raise ValueError(f"{self._folder} holds the steps of a model with other weights: export them again")
@@ -240,7 +250,7 @@ class OnnxSteps:
         self._check(model)
         if generation_config.num_beams > 1 or generation_config.return_dict_in_generate:
             raise ValueError(
-                "OnnxSteps writes one greedy or sampled text a row and returns ids: no beams, no dictionary"
+                "OnnxSteps writes one greedy or sampled text per row and returns ids: no beams, no dictionary"
             )
         if not model_kwargs.get("use_cache", True):
             raise ValueError("OnnxSteps needs use_cache=True")
@@ -272,7 +282,7 @@ class OnnxSteps:
 
 
 class _Step:
-    """The states of all rows, and one byte more in each."""
+    """The states of all rows; a call advances every row by one byte."""
 
     def __init__(self, steps: OnnxSteps, model: STLMForCausalLM, cache):
         self.run, num_byte_layers = steps._run, model.model.num_byte_layers

@@ -98,7 +98,7 @@ def build_model_card(
         f"A pooled byte-level, weight-tied language model with {budget['stored']['total']:,} stored "
         f"({budget['effective']['total']:,} effective) parameters:\n"
         "[Super Tiny Language Models](https://arxiv.org/abs/2405.14159) as a transformers model. It reads and writes "
-        "bytes; the\ntrunk runs once a patch."
+        "bytes; the\ntrunk runs once per patch."
     )
     sections = {
         "Results": _results(scores, results),

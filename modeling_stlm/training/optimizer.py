@@ -9,7 +9,7 @@ class MuonWithAdamW(torch.optim.AdamW):
     """AdamW, except for parameter groups with `use_muon=True`.
 
     Muon (Keller Jordan, 2024) orthogonalises the momentum of a matrix. `torch.optim.Muon` iterates in bfloat16, which a
-    CPU without bfloat16 arithmetic emulates: 0.55 s a step for the matrices of `stlm-3m` on one core against 0.14 s
+    CPU without bfloat16 arithmetic emulates: 0.55 s per step for the matrices of `stlm-3m` on one core against 0.14 s
     in float32, where a whole training step of 8 kB takes 1.2 s. So on a CPU the iteration runs in float32 here.
     """
 

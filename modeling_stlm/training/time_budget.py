@@ -48,7 +48,8 @@ class TimeBudget(TrainerCallback, ExportableState):
         return self.elapsed_seconds / (60 * self.minutes)
 
     def learning_rate_factor(self, fraction: float) -> float:
-        return max(0.0, min(1.0, fraction / self.warmup, (1 - fraction) / self.decay))
+        phases = (fraction, self.warmup), (1 - fraction, self.decay)
+        return max(0.0, min(1.0, *(elapsed / share for elapsed, share in phases if share)))
 
     def on_train_begin(self, args, state, control, **kwargs):
         if state.global_step == 0:
