@@ -4,8 +4,10 @@
     export_steps(model, "steps")
     model.generate(**inputs, custom_generate=OnnxSteps("steps"))
 
-`front` runs the local encoder and the patching rule, `trunk` runs for rows whose patch ended, `back` gives the logits. There
-are no modules and no Python between layers. Keys and values stay in place; `trunk` returns those of the new patch alone. Same logits as `generate` within float32 rounding.
+`encoder` runs the local encoder and the patching rule, `trunk` runs for rows whose patch ended, `decoder` gives the logits.
+There are no modules and no Python between layers. Keys and values stay in place; `trunk` returns those of the new patch
+alone. Same logits as `generate` within float32 rounding. A second way to run one byte: it goes when something faster
+comes that needs no copy of the model's steps.
 
 Shapes: B rows, R rows whose patch ended, P patches, D byte width, G trunk width, H key/value heads, K head width.
 """
@@ -27,7 +29,7 @@ from modeling_stlm.modeling_stlm import ByteRows, STLMForCausalLM, rotary_embedd
 from modeling_stlm.patching_stlm import PatchState
 
 
-GRAPHS = ("front", "trunk", "back")
+GRAPHS = ("encoder", "trunk", "decoder")
 RULES = ("spacelike", "fixed")  # ONNX has no `searchsorted`, which "vocabulary" needs
 BATCH = STLMBatch(num_bytes=1, lengths=None, order=None, num_seen=None, positions=None)
 ONE_BYTE = ByteRows(BATCH)
@@ -45,7 +47,7 @@ class _ByteStates:
         return both, None
 
 
-class _Front(nn.Module):
+class _Encoder(nn.Module):
     """A byte up to its patch. `sums` are those of the open patch with this byte, `kept` those after it."""
 
     def __init__(self, model: STLMForCausalLM):
@@ -101,7 +103,7 @@ class _Trunk(nn.Module):
         return model.patcher.byte_proj(trunk.final_norm(patches))[:, 0], *new
 
 
-class _Back(nn.Module):
+class _Decoder(nn.Module):
     def __init__(self, model: STLMForCausalLM):
         super().__init__()
         self.model = model
@@ -176,9 +178,9 @@ def export_steps(model: STLMForCausalLM, folder: str | Path, quantize: bool = Fa
     ended = {"last": last, "sums": sums, "num_bytes": counts, "start": counts + 1}
     seen = {"last": last, "visible": last.clone()}
     parts = {
-        "front": (_Front(model), small, byte_states(config.num_local_encoder_layers), {0: row}),
+        "encoder": (_Encoder(model), small, byte_states(config.num_local_encoder_layers), {0: row}),
         "trunk": (_Trunk(model), ended, patch_states, {0: row, 1: patch}),
-        "back": (_Back(model), seen, byte_states(config.num_local_decoder_layers), {0: row}),
+        "decoder": (_Decoder(model), seen, byte_states(config.num_local_decoder_layers), {0: row}),
     }
     for name, (part, inputs, states, open_sizes) in parts.items():
         shapes = {argument: {0: row} for argument in inputs} | {"states": (open_sizes,) * len(states)}
@@ -290,8 +292,8 @@ class _Step:
         bytes_kept = [layer.keys.numpy() for layer in cache.layers[:num_byte_layers]]
         state, patches = PatchState(*cache.layers[num_byte_layers].state), cache.layers[num_byte_layers + 1 :]
         small = (state.last_ids, state.open_sum, state.open_bytes, state.rule_state)
-        self.front = [tensor.numpy() for tensor in small] + bytes_kept[:num_encoder]
-        self.back = bytes_kept[num_encoder:]
+        self.encoder = [tensor.numpy() for tensor in small] + bytes_kept[:num_encoder]
+        self.decoder = bytes_kept[num_encoder:]
         self.visible, self.num_patches = state.visible.numpy().copy(), state.num_patches.numpy().copy()
         config = model.config
         shape = len(self.num_patches), 0, config.trunk_num_key_value_heads, config.trunk_head_dim
@@ -301,10 +303,10 @@ class _Step:
 
     def __call__(self, ids: np.ndarray) -> np.ndarray:
         """Logits (B, V) after `ids` (B, 1)."""
-        boundary, last, sums, num_bytes, *self.front = self.run("front", ids, *self.front)
+        boundary, last, sums, num_bytes, *self.encoder = self.run("encoder", ids, *self.encoder)
         if boundary.any():
             self._complete(boundary.nonzero()[0], last, sums, num_bytes)
-        logits, *self.back = self.run("back", last, self.visible, *self.back)
+        logits, *self.decoder = self.run("decoder", last, self.visible, *self.decoder)
         return logits
 
     def _complete(self, rows: np.ndarray, last, sums, num_bytes) -> None:
