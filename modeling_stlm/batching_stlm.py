@@ -111,7 +111,7 @@ class STLMBatch(NamedTuple):
     def at_end(self, states: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
         """`states` (B, T, ...) at the last valid byte of each row, `before` (B, ...) in rows without any."""
         if self.lengths is None:
-            return states[:, -1].clone()  # a view would keep all bytes in memory
+            return states[:, -1].clone(memory_format=torch.contiguous_format)  # a view would keep all bytes in memory
         return _gather_bytes(torch.cat([before[:, None], states], 1), self.lengths[:, None])[:, 0]
 
     def restore(self, states: torch.Tensor, before: torch.Tensor | None = None) -> torch.Tensor:

@@ -171,7 +171,9 @@ class STLMByteSlot(STLMSlot):
         if lengths is None:
             last = both[:, both.shape[1] - keep :]
             # A view would keep the whole prompt in memory, and give a compiled step other strides than a prefill.
-            return last if new.shape[1] == 1 and not self.is_compileable else last.clone(), both
+            if new.shape[1] > 1 or self.is_compileable:
+                last = last.clone(memory_format=torch.contiguous_format)
+            return last, both
         last = lengths[:, None] + torch.arange(keep, device=new.device)  # (B, N)
         return both[torch.arange(new.shape[0], device=new.device)[:, None], last], both
 

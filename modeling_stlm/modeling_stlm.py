@@ -523,6 +523,13 @@ class STLMTrunk(nn.Module):
             patches = self.feed_forward_blocks[feed_forward](patches)
         return self.final_norm(patches)
 
+    def make_room(self, cache: Cache, like: torch.Tensor) -> None:
+        """Fill static slots before the first patch: a compiled step that filled them would be compiled once more."""
+        none = like.new_zeros(like.shape[0], self.config.trunk_num_key_value_heads, 0, self.head_dim)
+        for slot in cache.layers[self.first_slot :]:
+            if not slot.is_initialized:
+                slot.update(none, none, where=TrunkRows(like.shape[0], None, slice(0, 0), 0))
+
 
 def is_static(cache: Cache | None = None) -> bool:
     """Whether shapes must be static, at the price of room for one patch per byte: in exported graphs, and in compiled
@@ -568,7 +575,7 @@ class STLMPatcher(nn.Module):
             open_bytes=counts.clone(),
             open_sum=torch.zeros_like(start, dtype=torch.float32),
             rule_state=self.rule.fresh_state(start.detach()),
-            visible=start,
+            visible=start.clone(),  # a cache may keep it: no view of the parameter
             last_output=torch.zeros_like(start),
         )
 
@@ -625,6 +632,8 @@ class STLMPatcher(nn.Module):
             new = trunk(self.patch_proj(patches.pooled), self._allowed_patches(patches, batch))
             return self.smooth(self.byte_proj(new), found, patches, batch, state)
         if num_new == 0:
+            if cache.is_compileable:
+                trunk.make_room(cache, patches.pooled)
             return patches.pooled.new_zeros(*patches.pooled.shape[:2], patches.pooled.shape[2] // 2)
         num_rows, static = patches.counts.shape[0], is_static(cache)
         rows = None if static else patches.counts.nonzero()[:, 0]
@@ -918,7 +927,10 @@ class STLMModel(STLMPreTrainedModel):
     ) -> PatchState:
         """`state` after pooling, with the remaining fields of the next state."""
         if batch.lengths is None:
-            num_valid, last_ids = batch.num_bytes, context[:, batch.num_bytes :].clone()
+            num_valid, last_ids = (
+                batch.num_bytes,
+                context[:, batch.num_bytes :].clone(memory_format=torch.contiguous_format),
+            )
         else:
             num_valid, kept = batch.lengths, torch.arange(context.shape[1] - batch.num_bytes, device=context.device)
             last_ids = context.gather(1, num_valid[:, None] + kept)

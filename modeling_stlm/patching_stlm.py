@@ -440,7 +440,7 @@ def unpool_patches(
         before_document = (ended - ends.long()).gather(1, time - batch.positions)
         index = ended.masked_fill(ended == before_document, 0)
     seen = known.gather(1, index[..., None].expand(-1, -1, known.shape[-1]))
-    return seen, seen[:, -1].clone() if batch.remaining is None else state.visible
+    return seen, seen[:, -1].clone(memory_format=torch.contiguous_format) if batch.remaining is None else state.visible
 
 
 def smooth_patches(patches: torch.Tensor, share: torch.Tensor, before: torch.Tensor) -> torch.Tensor:

@@ -103,6 +103,23 @@ def test_a_decoding_step_compiles_into_one_graph_once():
     assert all(not states.is_floating_point() for states in scattered)
 
 
+@torch.no_grad()
+def test_a_prompt_without_a_patch_does_not_compile_the_step_twice():
+    model, ids, graphs = tiny_model(), torch.tensor([ids_of("abcd and more")]), []
+
+    def backend(graph, example_inputs):
+        graphs.append(graph)
+        return graph
+
+    torch._dynamo.reset()
+    step = torch.compile(model.forward, fullgraph=True, backend=backend)
+    cache = StaticCache(config=model.config, max_cache_len=16)
+    parts = [model(ids[:, :3], cache=cache, use_cache=True).logits]
+    parts += [step(ids[:, t : t + 1], cache=cache, use_cache=True).logits for t in range(3, ids.shape[1])]
+    assert_equal(torch.cat(parts, 1), model(ids).logits)
+    assert len(graphs) == 1
+
+
 @pytest.mark.slow
 @torch.no_grad()
 def test_compiled_kernels_give_the_same_logits():
