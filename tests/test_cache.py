@@ -372,3 +372,73 @@ def test_gradient_checkpointing_and_other_types_of_caches_are_refused():
         model(IDS, labels=IDS, cache=DynamicCache(config=model.config))
     with pytest.raises(ValueError, match="cache is a tuple"):
         tiny_model()(IDS, cache=())
+
+
+@pytest.mark.parametrize("options", cases(PATCHING))
+@torch.no_grad()
+def test_padded_rows_in_chunks_equal_the_rows_alone(options):
+    # Some chunks are nothing but padding, before the first byte of a row and between two of its bytes.
+    model = tiny_model(**options)
+    inputs = batch(ROWS, "left")
+    ids, mask = inputs["input_ids"].clone(), inputs["attention_mask"].clone()
+    mask[0, 20:35] = 0
+    states, start, cache = [], 0, DynamicCache(config=model.config)
+    while start < ids.shape[1]:
+        end = min(start + 7, ids.shape[1])
+        out = model.model(ids[:, start:end], attention_mask=mask[:, :end], cache=cache)
+        states.append(out.last_hidden_state)
+        start = end
+    states = torch.cat(states, 1)
+    for b in range(len(ROWS)):
+        valid = mask[b] == 1
+        alone = model.model(ids[b][valid][None], use_cache=False).last_hidden_state[0]
+        # At padding: that of the last valid byte before it, zero if there is none.
+        expected = torch.cat([torch.zeros_like(alone[:1]), alone])[valid.cumsum(0)]
+        assert_equal(states[b], expected)
+
+
+@torch.no_grad()
+def test_the_length_of_the_trunk_is_that_of_the_row_with_most_patches():
+    model = tiny_model()
+    ids = torch.tensor([ids_of("a b c d e f"), ids_of("abcdefghij ")])
+    boundaries = model.model(ids, output_boundaries=True, use_cache=False).boundaries
+    _, cache = feed(model, ids)
+    assert boundaries[:, -1].tolist() == [False, True], "the row with fewer patches completes the last one"
+    for layer in cache.layers[model.config.num_byte_layers + 1 :]:
+        assert layer.get_seq_length() == boundaries.sum(1).max()
+
+
+@torch.no_grad()
+def test_a_whole_recorded_call_is_taken_back_without_running_layers_again():
+    model, num_run = tiny_model(**MIXERS["both"]), []
+    cache = DynamicCache(config=model.config)
+    cache.activate_past_recording()
+    model(IDS[:, :20], cache=cache)
+    model(IDS[:, 20:27], cache=cache)
+    cache.crop(-7)
+    model.model.embed_tokens.register_forward_pre_hook(lambda module, args: num_run.append(args[0].shape[1]))
+    logits = model(IDS[:, 20:30], cache=cache).logits
+    assert num_run == [10]
+    assert_equal(logits, model(IDS[:, :30], use_cache=False).logits[:, 20:])
+
+
+@torch.no_grad()
+def test_ragged_rows_of_a_cache_go_on_under_autocast():
+    model = tiny_model(**MIXERS["both"])
+    inputs, new = batch(ROWS, "left"), torch.tensor([ids_of(" and more, w")] * len(ROWS))
+    ids = torch.cat([inputs["input_ids"], new], 1)
+    mask = torch.cat([inputs["attention_mask"], torch.ones_like(new)], 1)
+    expected = model(ids, attention_mask=mask, use_cache=False).logits[:, -new.shape[1] :]
+    cache = model(**inputs, use_cache=True).cache
+    with torch.autocast("cpu", torch.bfloat16):
+        logits, _ = feed(model, new, mask, sizes=(1,), cache=cache)
+    assert (logits - expected).abs().max() <= 0.06 * expected.abs().max()
+
+
+@torch.no_grad()
+def test_positions_are_not_read_after_a_filled_cache():
+    model = tiny_model()
+    cache = model(IDS[:, :20], use_cache=True).cache
+    positions = torch.arange(10)[None] % 4
+    logits = model(IDS[:, 20:30], position_ids=positions, cache=cache).logits
+    assert_equal(logits, model(IDS[:, :30], use_cache=False).logits[:, 20:])

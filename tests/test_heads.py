@@ -331,3 +331,17 @@ def test_every_value_is_a_target_of_a_regression(value):
     expected = (model(ids).logits[0, 0] - value) ** 2
     for more in ({}, {"num_items_in_batch": torch.tensor(1)}):
         torch.testing.assert_close(model(ids, labels=labels, **more).loss, expected)
+
+
+@pytest.mark.parametrize("options", cases(PATCHING, MIXERS))
+@torch.no_grad()
+def test_documents_packed_between_padding_give_the_logits_of_the_documents_apart(options):
+    model = masked_lm(**options)
+    ids = torch.tensor([i for row in ROWS for i in row])
+    padded = torch.full((1, len(ids) + 9), 256)
+    valid = torch.ones_like(padded)
+    valid[0, [0, 1, 5, 40, 41, 42, 90, -2, -1]] = 0
+    positions = torch.zeros_like(padded)
+    padded[valid == 1], positions[valid == 1] = ids, torch.cat([torch.arange(len(row)) for row in ROWS])
+    logits = model(padded, position_ids=positions, attention_mask=valid).logits
+    assert_equal(logits[valid == 1], torch.cat([model(torch.tensor([row])).logits[0] for row in ROWS]))

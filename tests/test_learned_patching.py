@@ -140,3 +140,13 @@ def test_a_batch_without_any_byte_has_finite_gradients():
     labels, mask = torch.full_like(IDS, -100), torch.zeros_like(IDS)
     model(IDS, attention_mask=mask, labels=labels, num_items_in_batch=torch.tensor(5)).loss.backward()
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+
+
+def test_the_straight_through_gradient_raises_what_was_decided():
+    patcher, seen = tiny_model(patching="learned").model.patcher, torch.randn(1, 4, 16)
+    confidence = torch.tensor([[0.9, 0.2, 0.6, 0.4]], requires_grad=True)
+    out = patcher.straight_through(seen, PatchEnds(confidence.detach() >= 0.5, None, confidence))
+    torch.testing.assert_close(out, seen)
+    out.sum().backward()
+    sign = torch.tensor([1.0, -1.0, 1.0, -1.0])
+    torch.testing.assert_close(confidence.grad, sign * seen.sum(-1))

@@ -408,3 +408,58 @@ def test_fresh_weights_are_those_of_the_table(loaded, tmp_path):
             small = name.endswith(("embed_tokens.weight", "ngram_tables.weight", "start.weight", "conv.weight"))
             expected = 0.02 if small else weight.shape[1] ** -0.5
             assert weight.std().item() == pytest.approx(expected, rel=0.3 if weight.numel() < 512 else 0.1), name
+
+
+@torch.no_grad()
+def test_a_document_starts_wherever_positions_do_not_go_on():
+    # The rest of a document that was cut starts at any number.
+    model = tiny_model(**MIXERS["both"])
+    ids = torch.tensor([[i for row in ROWS for i in row]])
+    positions = torch.cat([torch.arange(len(row)) + 7 * number for number, row in enumerate(ROWS)])[None]
+    alone = torch.cat([model(torch.tensor([row])).logits[0] for row in ROWS])
+    assert_equal(model(ids, position_ids=positions).logits[0], alone)
+
+
+@torch.no_grad()
+def test_attentions_to_and_from_padding_are_zero():
+    model = tiny_model(**MIXERS["attention"]).model
+    model.set_attn_implementation("eager")
+    inputs = batch(ROWS, "left")
+    for weights in model(**inputs, output_attentions=True).attentions:
+        for row, mask in zip(weights, inputs["attention_mask"]):
+            assert not row[:, mask == 0].any() and not row[:, :, mask == 0].any()
+            torch.testing.assert_close(row[:, mask == 1].sum(-1), torch.ones(2, int(mask.sum())))
+
+
+@torch.no_grad()
+def test_the_last_hidden_states_are_the_last_hidden_state_on_either_side():
+    model = tiny_model().model
+    for side in ("left", "right"):
+        inputs = batch(ROWS, side)
+        out = model(**inputs, output_hidden_states=True)
+        assert torch.equal(out.hidden_states[-1], out.last_hidden_state)
+        for b, ids in enumerate(ROWS):
+            if side == "right":
+                assert (out.last_hidden_state[b, len(ids) :] == out.last_hidden_state[b, len(ids) - 1]).all()
+
+
+def test_training_weights_in_bfloat16_is_warned_of(monkeypatch):
+    said = []
+    monkeypatch.setattr("modeling_stlm.modeling_stlm.logger.warning_once", said.append)
+    ids = torch.tensor([ids_of(TEXT)])
+    tiny_model().train()(ids)
+    model = tiny_model().to(torch.bfloat16)
+    model(ids)
+    with torch.no_grad():
+        model.train()(ids)
+    model.requires_grad_(False)(ids)
+    assert not said, "no weight moves, or none is in bfloat16"
+    model.requires_grad_(True)(ids)
+    assert len(said) == 1 and "dtype=torch.float32" in said[0]
+
+
+@torch.no_grad()
+def test_patches_that_the_router_did_not_end_are_taken_whole():
+    model = tiny_model(patching="learned", patch_bytes=2, max_patch_bytes=3)
+    for ids in (ROWS[0], [byte for pair in zip(ROWS[0], [258] * 60) for byte in pair]):
+        assert_equal(model(torch.tensor([ids])).logits[0], reference.logits(model, ids))

@@ -215,3 +215,15 @@ def test_chinese_patches_are_whole_characters():
     text = "東京都庁舎前駅"
     boundary = whole(tiny_config(max_patch_characters=2), ids_of(text))[0].tolist()
     assert [t + 1 for t, end in enumerate(boundary) if end] == [6, 12, 18]
+
+
+@pytest.mark.parametrize("size", range(1, 13))
+def test_characters_are_counted_across_pieces(size):
+    ids, config = ids_of("東京 都庁舎前駅😀東京"), tiny_config(max_patch_characters=4, max_patch_bytes=64)
+    pieces = Piecewise(config)
+    for start in range(0, len(ids), size):
+        pieces.feed([ids[start : start + size]])
+    expected = Piecewise(config).feed([ids])
+    assert expected.ends[0][0].nonzero()[:, 0].tolist() == [6, 18, 31]
+    assert torch.equal(torch.cat(pieces.ends, 1), expected.ends[0])
+    assert same(pieces.state, expected.state)
