@@ -4,7 +4,7 @@
 import pytest
 import torch
 
-from modeling_stlm import STLMConfig, STLMForCausalLM, STLMForMaskedLM, modeling_stlm
+from modeling_stlm import STLMConfig, STLMForCausalLM, STLMForMaskedLM
 
 from . import reference
 from .tiny import (
@@ -130,19 +130,6 @@ def test_a_loss_over_left_padding_does_not_see_later_bytes():
     pad = inputs["attention_mask"][0] == 0
     logits = [model(ids, attention_mask=inputs["attention_mask"]).logits[0][pad] for ids in (labels, other)]
     assert torch.equal(*logits)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_training_weights_in_bfloat16_warns_once(dtype, monkeypatch):
-    warnings = []
-    monkeypatch.setattr(modeling_stlm.logger, "warning_once", warnings.append)
-    model, ids = tiny_model().to(dtype), torch.tensor([ids_of("a word")])
-    model(ids, labels=ids)
-    with torch.no_grad():
-        model.train()(ids, labels=ids)
-    assert not warnings, "nothing is trained"
-    model(ids, labels=ids)
-    assert [("dtype=torch.float32" in warning) for warning in warnings] == [True] * (dtype == torch.bfloat16)
 
 
 @torch.no_grad()
