@@ -301,7 +301,7 @@ class STLMConv1d(nn.Conv1d):
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """`inputs (B, D, N - 1 + T)` to `(B, D, T)`."""
-        if inputs.shape[-1] >= SHORT_CALL_BYTES + self.kernel_size[0] or is_torchdynamo_compiling():
+        if is_torchdynamo_compiling() or inputs.shape[-1] >= SHORT_CALL_BYTES + self.kernel_size[0]:
             return super().forward(inputs)
         if inputs.shape[-1] == self.kernel_size[0]:
             return (inputs * self.weight[:, 0]).sum(-1, keepdim=True)
@@ -1009,6 +1009,9 @@ class STLMModel(STLMPreTrainedModel):
         """After a crop, the state of the bytes that are left."""
         slot = self._patch_slot(cache)
         if slot.recent is None:  # deeper than the recorded call: replay the history
+            if int(cache.get_seq_length()) == 0:
+                cache.reset()
+                return
             if slot.history is None:
                 raise ValueError("the last call was interrupted, and a static cache keeps no history: reset it")
             history = slot.history[:, : slot.seen_bytes].long()

@@ -47,7 +47,7 @@ def test_importing_the_package_registers_every_auto_class():
 @pytest.mark.parametrize(
     "module",
     [
-        modeling_stlm.configuration_stlm,
+        modeling_stlm.heads_stlm,
         modeling_stlm.modeling_stlm,
         tokenization_stlm.tokenization_stlm,
     ],
