@@ -1021,11 +1021,10 @@ class STLMModel(STLMPreTrainedModel):
                     "(soft prompts), which are not kept"
                 )
             cache.reset()
-            is_done = not history.shape[1]
+            is_done = False
             try:
-                if history.shape[1]:
-                    self(history.clamp(min=0), attention_mask=(history != -1).long(), cache=cache)
-                    is_done = True
+                self(history.clamp(min=0), attention_mask=(history != -1).long(), cache=cache)
+                is_done = True
             finally:
                 if not is_done:  # as before, to be replayed by the next call
                     cache.reset()
