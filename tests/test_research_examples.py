@@ -173,7 +173,7 @@ def test_the_controls_train_at_the_stored_size_of_the_preset(small_text, tmp_pat
 
 def test_the_time_of_a_training_includes_what_was_before_an_interruption(small_text, tmp_path):
     before = train(small_text, tmp_path / "run", "--max_steps", 4, "--eval_at_end")
-    assert 0 < before["wall_seconds"] < 300
+    assert 0 <= before["wall_seconds"] < 300  # whole seconds: four steps may take less than one half
     path = tmp_path / "run" / "checkpoint-4" / "trainer_state.json"
     state = json.loads(path.read_text())
     state["stateful_callbacks"]["Stopwatch"]["attributes"]["wall_seconds"] = 5000
