@@ -25,7 +25,8 @@ from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria
 from transformers.generation import BaseStreamer
 
 from modeling_stlm.batching_stlm import STLMBatch
-from modeling_stlm.modeling_stlm import ByteRows, STLMForCausalLM, rotary_embedding
+from modeling_stlm.layers_stlm import ByteRows, rotary_embedding
+from modeling_stlm.modeling_stlm import STLMForCausalLM
 from modeling_stlm.patching_stlm import PatchState
 
 
