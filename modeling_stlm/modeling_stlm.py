@@ -34,7 +34,7 @@ from .batching_stlm import STLMBatch
 from .budget_stlm import BudgetMixin
 from .cache_stlm import STLMPatchStateSlot
 from .configuration_stlm import STLMConfig
-from .embedding_stlm import STLMNgramEmbedding
+from .embedding_stlm import STLMMatchEmbedding, STLMNgramEmbedding
 from .generation_stlm import STLMGenerationMixin
 from .layers_stlm import (
     ByteRows,
@@ -180,6 +180,7 @@ class STLMModel(STLMPreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         has_ngrams = config.ngram_orders or config.ngram_word_bytes
         self.ngram_embedding = STLMNgramEmbedding(config) if has_ngrams else None
+        self.match_embedding = STLMMatchEmbedding(config) if config.match_bytes else None
         slots, num_encoder = range(config.num_byte_layers), config.num_local_encoder_layers
         self.local_encoder = nn.ModuleList(STLMByteLayer(config, slot) for slot in slots[:num_encoder])
         self.patcher = STLMPatcher(config)
@@ -270,7 +271,7 @@ class STLMModel(STLMPreTrainedModel):
     ) -> STLMModelOutput:
         """The model on compact rows."""
         context = torch.cat([state.last_ids, input_ids.clamp(min=-1)], dim=1)  # (B, C + T)
-        hidden_states = self._embed(input_ids, inputs_embeds, context, batch)  # (B, T, D)
+        hidden_states = self._embed(input_ids, inputs_embeds, context, batch, state, cache)  # (B, T, D)
         output_attentions = self.config.output_attentions if output_attentions is None else output_attentions
         rows = self._byte_rows(batch, state, cache, hidden_states, output_attentions)
         for layer in self.local_encoder:
@@ -337,14 +338,19 @@ class STLMModel(STLMPreTrainedModel):
         ids = (inputs_embeds[..., None, some] == table[:, some]).all(-1).int().argmax(-1)
         return ids.masked_fill((table[ids] != inputs_embeds).any(-1), SOFT_ID)
 
-    def _embed(self, input_ids, inputs_embeds, context: torch.Tensor, batch: STLMBatch) -> torch.Tensor:
-        """Byte embedding plus the embeddings of the n-grams that end at each byte: (B, T, D)."""
+    def _embed(self, input_ids, inputs_embeds, context, batch: STLMBatch, state: PatchState, cache) -> torch.Tensor:
+        """Byte embedding, plus those of the n-grams that end at each byte and of what followed them before: (B, T, D)."""
         try:
             hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         except IndexError as error:
             low, high, size = int(input_ids.min()), int(input_ids.max()), self.config.vocab_size
             raise ValueError(f"input_ids are between {low} and {high}, expected 0 to {size - 1}") from error
-        return hidden_states if self.ngram_embedding is None else hidden_states + self.ngram_embedding(context, batch)
+        if self.ngram_embedding is not None:
+            hidden_states = hidden_states + self.ngram_embedding(context, batch)
+        if self.match_embedding is not None:
+            slot = None if cache is None else self._patch_slot(cache)
+            hidden_states = hidden_states + self.match_embedding(context, batch, state.num_bytes, slot)
+        return hidden_states
 
     def _byte_rows(
         self, batch: STLMBatch, state: PatchState, cache, like: torch.Tensor, output_attentions

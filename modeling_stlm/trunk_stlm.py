@@ -217,7 +217,7 @@ class STLMPatcher(nn.Module):
         self.byte_proj = nn.Linear(config.trunk_hidden_size, config.hidden_size, bias=False)
         self.start = STLMStart(config.hidden_size)
         self.is_causal, self.mask_token_id = config.is_causal, None if config.is_causal else config.mask_token_id
-        longest = max([*config.ngram_orders, config.ngram_word_bytes])
+        longest = max([*config.ngram_orders, config.ngram_word_bytes, config.match_bytes])
         self.context_bytes = max(longest, self.rule.context_bytes)
 
     def fresh_state(self, num_rows: int) -> PatchState:
