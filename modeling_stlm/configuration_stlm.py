@@ -109,7 +109,7 @@ class STLMConfig(PreTrainedConfig):
     ngram_word_bytes: int = 12
     ngram_rows: int = 39400
     ngram_embedding_size: int | None = 32
-    match_bytes: Literal[0, 2, 3, 4, 5, 6, 7] = 0
+    match_bytes: Literal[0, 2, 3, 4, 5, 6] = 0
     patching: Literal["spacelike", "fixed", "vocabulary", "learned"] = "spacelike"
     patch_bytes: int = 6
     max_patch_bytes: int = 16

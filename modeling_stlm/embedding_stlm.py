@@ -16,7 +16,7 @@ from .patching_stlm import LEAD4, MISSING, NUM_KINDS, SPACE, SPECIAL, WORD, Cons
 
 
 HASH_BASE, HASH_PRIME = 65599, 2**31 - 1
-LANE = 512  # a gram holds the ids of its bytes as the digits of one number
+DIGITS, COMPLETE = 512, 2**62  # a gram is a number in this base, plus `COMPLETE` if all its bytes are there
 MATCH_LENGTHS = 6  # classes: a match of at least n, 2 n, ... bytes
 SHORT_CALL_BYTES = 16  # up to which comparing with all earlier bytes is faster than sorting them
 
@@ -91,16 +91,21 @@ class STLMMatchEmbedding(nn.Module):
 
     For each byte, the last earlier place of its document where the same `match_bytes` bytes ended, as in the match models
     of data compression (Mahoney, "Adaptive weighing of context models for lossless data compression", 2005, section
-    2.3). It needs no arithmetic and lets a model copy. A gram of n bytes is one number, so that grams are compared
-    exactly: the digits are 0 for a byte that is not there, and the id plus one, 257 for every special token. A gram is
-    complete if all its bytes are there; only complete ones match.
+    2.3). It needs no arithmetic and lets a model copy.
+
+    Grams of n bytes are compared as one number: its digits are 0 for a byte that is not there, and the id plus one, 257
+    for every special token. A gram in which a byte is not there matches nothing: it is made of its place instead.
     """
 
     def __init__(self, config: STLMConfig):
         super().__init__()
         self.num_bytes = config.match_bytes
-        self.following = nn.Embedding(258, config.hidden_size)  # 0: no match
+        self.following = nn.Embedding(258, config.hidden_size)  # 0: no match, or no byte
         self.length = nn.Embedding(1 + MATCH_LENGTHS, config.hidden_size)
+        self.constants = Constants(
+            weights=DIGITS ** torch.arange(self.num_bytes - 1, -1, -1, device="cpu"),
+            back=self.num_bytes * torch.arange(1, MATCH_LENGTHS, device="cpu"),
+        )
 
     def forward(
         self, context: torch.Tensor, batch: STLMBatch, num_past: torch.Tensor, slot: STLMPatchStateSlot | None
@@ -112,42 +117,42 @@ class STLMMatchEmbedding(nn.Module):
             num_past (`torch.LongTensor` of shape `(B,)`): valid bytes of each row before this call.
             slot (`STLMPatchStateSlot`, *optional*): keeps the grams of earlier calls.
         """
-        grams = known = self.grams(context, batch)
-        index = (
-            torch.arange(batch.num_bytes, device=grams.device) + num_past[:, None]
-        )  # (B, T) of the bytes in their row
+        index = num_past[:, None] + torch.arange(batch.num_bytes, device=context.device)  # (B, T) place in the row
+        grams = known = self._grams(context, batch, index)
         if slot is not None:
             known = slot.append_grams(grams, index)  # (B, S)
+        if known.shape[1] == 1:  # a first byte, which nothing follows
+            known = F.pad(known, (0, 1))
         last = last_equal(known, grams, index)
         start = 0 if batch.positions is None else index - batch.positions  # of the document
-        found = (grams >= LANE ** (self.num_bytes - 1)) & (last >= start)
+        found = last >= start
         last = last.clamp(min=0)
-        following = (known.gather(1, (last + 1).clamp(max=known.shape[1] - 1)) % LANE).masked_fill(~found, 0)
-        return self.following(following) + self.length(self._length(known, index, last, start) * found)
+        following = known.gather(1, last + 1) % DIGITS
+        length = self._length(known, index, last, batch.positions)
+        return self.following(following * found) + self.length(length * found)
 
-    def grams(self, context: torch.Tensor, batch: STLMBatch) -> torch.Tensor:
-        """The gram that ends at each byte (B, T); that of the byte alone where bytes are missing."""
-        n = self.num_bytes
-        near = context[:, context.shape[1] - batch.num_bytes - n + 1 :]
-        digits = (near.clamp(-1, 256) + 1).unfold(1, n, 1)  # (B, T, n) oldest byte first
+    def _grams(self, context: torch.Tensor, batch: STLMBatch, index: torch.Tensor) -> torch.Tensor:
+        """The gram that ends at each byte (B, T); the last digit is always that of the byte."""
+        n, tables = self.num_bytes, self.constants.on(context.device)
+        digits = context[:, context.shape[1] - batch.num_bytes - n + 1 :].clamp(-1, 256) + 1
+        digits = digits.unfold(1, n, 1)  # (B, T, n) oldest byte first
         if batch.positions is not None:
             back = torch.arange(n - 1, -1, -1, device=context.device)
             digits = digits.masked_fill(batch.positions[..., None] < back, 0)
-        gram = digits[..., 0]
-        for i in range(1, n):
-            gram = gram * LANE + digits[..., i]
-        return torch.where((digits > 0).all(-1), gram, digits[..., -1])
+        terms = digits * tables["weights"]
+        gram = _sum_by_pairs(terms) if is_torchdynamo_exporting() else terms.sum(-1)
+        return torch.where(digits.amin(-1) > 0, gram + COMPLETE, index * DIGITS + digits[..., -1])
 
-    def _length(self, known: torch.Tensor, index: torch.Tensor, last: torch.Tensor, start) -> torch.Tensor:
+    def _length(self, known: torch.Tensor, index: torch.Tensor, last: torch.Tensor, positions) -> torch.Tensor:
         """Class of length, 1 to `MATCH_LENGTHS`, of the matches between `index` and `last` (B, T)."""
-        n = self.num_bytes
-        back = torch.arange(n, n * MATCH_LENGTHS, n, device=known.device)  # where the grams before end
-        here, there = index[..., None] - back, last[..., None] - back  # (B, T, classes - 1)
-        gram = known.gather(1, here.clamp(min=0).flatten(1)).view_as(here)
-        same = gram == known.gather(1, there.clamp(min=0).flatten(1)).view_as(here)
-        first = start + n - 1 if isinstance(start, int) else start[..., None] + n - 1
-        same = same & (gram >= LANE ** (n - 1)) & (there >= first)
-        return 1 + same.long().cumprod(-1).sum(-1)
+        back = self.constants.on(known.device)["back"]  # where the grams before end
+        # No gram before the start of a row is complete: what is cut off here is not equal.
+        here, there = (index[..., None] - back).clamp(min=1), (last[..., None] - back).clamp(min=0)
+        same = known.gather(1, here.flatten(1)) == known.gather(1, there.flatten(1))
+        same = same.view_as(here)  # (B, T, classes - 1)
+        if positions is not None:
+            same = same & (there >= (index - positions)[..., None])
+        return 1 + same.cumprod(-1).sum(-1)
 
 
 def last_equal(known: torch.Tensor, values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
