@@ -26,6 +26,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
     Trainer,
+    logging,
     set_seed,
 )
 
@@ -33,6 +34,7 @@ from transformers import (
 sys.path.append(str(Path(__file__).parents[1]))  # the examples
 
 import pretrain
+from run_folder import save
 from scoring import bytes_per_token, documents, token_bytes
 
 from modeling_stlm import STLMConfig, STLMForCausalLM, STLMTokenizer
@@ -85,6 +87,7 @@ def build_model(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) ->
 def main():
     args = parse_arguments()
     info = run_info()  # of the code that runs, not of what is committed meanwhile
+    logging.disable_progress_bar()
     set_seed(args.seed)
     tokenizer, corpora = prepare(args)
     model = build_model(args, tokenizer)
@@ -114,7 +117,8 @@ def main():
     step_bytes = args.batch_size * block_size * id_bytes
     if args.max_flops is not None:
         args.max_bytes = args.max_flops / (3 * flops)
-    callbacks = [Stopwatch(), *([TimeBudget(args.max_minutes, clock=args.clock)] if timed else [])]
+    stopwatch = Stopwatch()
+    callbacks = [stopwatch, *([TimeBudget(args.max_minutes, clock=args.clock)] if timed else [])]
     if args.curriculum_steps:
         callbacks.append(PatchLengthCurriculum(args.curriculum_steps))
     evaluator = BitsPerByteEvaluator(sizes)
@@ -129,9 +133,7 @@ def main():
         optimizer_cls_and_kwargs=(MuonRecipe, {"muon_lr": args.muon_lr, "adamw_lr": args.adamw_lr}),
         callbacks=callbacks,
     )
-    trainer.train(resume_from_checkpoint=pretrain.last_checkpoint(args.output))
-    # Trainer rebuilds callbacks when it resumes.
-    stopwatch = next(callback for callback in trainer.callback_handler.callbacks if isinstance(callback, Stopwatch))
+    pretrain.train(args, trainer, step_bytes)
 
     steps = trainer.state.global_step
     scores = {split: trainer.evaluate(sets[split], metric_key_prefix=split) for split in sets if split != "train"}
@@ -154,7 +156,7 @@ def main():
         "config": {name: value for name, value in model.config.to_diff_dict().items() if name != "auto_map"},
     }
     args.data = None
-    pretrain.save(args, trainer, results | info)
+    save(trainer, results | info, args)
 
 
 if __name__ == "__main__":
