@@ -12,10 +12,14 @@ from transformers import GenerationConfig, Trainer, TrainerCallback, TrainerStat
 
 
 def last_checkpoint(output: Path) -> str | None:
-    """The newest complete checkpoint: its trainer state is written last."""
-    states = output.glob("checkpoint-*/trainer_state.json")
-    newest = max(states, key=lambda path: int(path.parent.name.split("-")[1]), default=None)
-    return None if newest is None else str(newest.parent)
+    """The newest complete checkpoint: its trainer state is written last, and is whole."""
+    for path in sorted(output.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]), reverse=True):
+        try:
+            json.loads((path / "trainer_state.json").read_text())
+        except (FileNotFoundError, json.JSONDecodeError):
+            continue
+        return str(path)
+    return None
 
 
 class ProgressLines(TrainerCallback):
