@@ -18,7 +18,8 @@ import torch
 from torch import nn
 
 from modeling_stlm.configuration_stlm import STLMConfig
-from modeling_stlm.modeling_stlm import OutputProjection, STLMPreTrainedModel
+from modeling_stlm.layers_stlm import OutputProjection
+from modeling_stlm.modeling_stlm import STLMPreTrainedModel
 
 
 LAYER = re.compile(r"\b(local_encoder|local_decoder|attention_blocks|feed_forward_blocks)\.(\d+)\b")
