@@ -112,6 +112,8 @@ def hide(small: STLMModel, large: STLMModel) -> tuple[torch.Tensor, torch.Tensor
     place(large.ngram_embedding.ngram_tables, small.ngram_embedding.ngram_tables, None, narrow)
     inputs = blocks(narrow, 5, large.config.ngram_embedding_size)
     place(large.ngram_embedding.ngram_proj, small.ngram_embedding.ngram_proj, width, inputs)
+    place(large.match_embedding.following, small.match_embedding.following, None, width)
+    place(large.match_embedding.length, small.match_embedding.length, None, width)
     for kind in ("local_encoder", "local_decoder"):
         for theirs, ours in zip(getattr(large, kind), getattr(small, kind), strict=True):
             place_byte_layer(theirs, ours, width)
@@ -187,6 +189,16 @@ def test_the_same_sizes_are_the_same_function(options, tmp_path):
     assert inherited is not model and torch.equal(inherited(IDS).logits, model(IDS).logits)
     inherited.save_pretrained(tmp_path)
     assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path).eval()(IDS).logits, model(IDS).logits)
+
+
+@pytest.mark.parametrize("make", [inherit, grow])
+def test_match_embeddings_may_be_added(make):
+    model = tiny_model(match_bytes=0)
+    with_matches = make(model, tiny_config(match_bytes=4))
+    assert with_matches.model.match_embedding is not None
+    torch.testing.assert_close(with_matches(IDS).logits, model(IDS).logits, atol=1e-6, rtol=0)
+    with pytest.raises(ValueError, match=r"cannot (inherit|grow): expected match_bytes=2, got 0"):
+        make(tiny_model(), tiny_config(match_bytes=0))
 
 
 def test_layers_are_sampled_evenly_with_first_and_last():

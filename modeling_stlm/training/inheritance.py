@@ -31,7 +31,10 @@ SAME = (
     "hidden_act",
     "conv_kernel_size",
     "is_causal",
-) + (*("trunk_head_dim", "num_labels"),)
+    "match_bytes",
+    "trunk_head_dim",
+    "num_labels",
+)
 AT_MOST = ("hidden_size", "intermediate_size", "num_local_encoder_layers", "num_local_decoder_layers") + (
     *("trunk_hidden_size", "trunk_intermediate_size"),
 )
@@ -57,7 +60,8 @@ def inherit(
     Stored blocks of the trunk, and layers of the local encoder and decoder, are sampled evenly; the first and the last
     one are kept. Feed-forward neurons, channels of convolutions and heads (key/value heads with their best queries) are
     chosen in each layer; `hidden_size`, `trunk_hidden_size` and `ngram_embedding_size` once for all matrices that share
-    them. With a config of the same sizes the function stays the same.
+    them. With a config of the same sizes the function stays the same. Match embeddings that `model` does not have start
+    at zero.
 
     N-gram tables of another number of rows: see [`merge_rows`] and, given `data`, [`rehash`].
 
@@ -76,8 +80,9 @@ def inherit(
     if importance not in ("l2", "taylor"):
         raise ValueError(f"importance={importance!r} must be 'l2' or 'taylor'")
     smaller = type(model)(config).to(device=model.device, dtype=model.dtype)
-    sources = {name: source_of(name, model, smaller) for name, _ in smaller.named_parameters()}
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    sources = {name: source_of(name, model, smaller) for name, _ in smaller.named_parameters()}
+    sources = {name: source for name, source in sources.items() if source in weights}
     scores = {name: weight.float().square() for name, weight in weights.items()}
     gradients, rows = {}, None
     if data is not None:
@@ -90,6 +95,9 @@ def inherit(
     kept = choose(smaller, sources, scores, model.config)
     with torch.no_grad():
         for name, parameter in smaller.named_parameters():
+            if name not in sources:
+                parameter.zero_()
+                continue
             weight = weights[sources[name]]
             for axis, along in enumerate(axes_of(sources[name], model.config)):
                 if along is not None:
@@ -106,6 +114,8 @@ def check_sizes(larger: STLMConfig, smaller: STLMConfig) -> None:
     """Raise a `ValueError` that names the first field that keeps a model of `smaller` from inheriting."""
     has_attention = "attention" in smaller.byte_mixers
     for name, value in kinds_of(larger, has_attention).items():
+        if name == "match_bytes" and value == 0:
+            continue  # new ones start at zero
         if value != (got := kinds_of(smaller, has_attention)[name]):
             raise ValueError(f"cannot inherit: expected {name}={value!r}, got {got!r}")
     for name, size in sizes_of(larger, has_attention).items():
@@ -116,7 +126,6 @@ def check_sizes(larger: STLMConfig, smaller: STLMConfig) -> None:
 def kinds_of(config: STLMConfig, has_attention: bool) -> dict:
     """What weights were trained for. Every other field is a size that may shrink, or changes no weight's meaning."""
     kinds = {name: getattr(config, name) for name in [*SAME, *(["head_dim"] if has_attention else [])]}
-    kinds["match_bytes"] = getattr(config, "match_bytes", 0)
     return kinds | {"ngram_embedding_size": None if config.ngram_embedding_size is None else "a number"}
 
 
@@ -229,12 +238,12 @@ def choose(
 ) -> dict[str, torch.Tensor]:
     """Indices of the members to keep of every group, ascending."""
     totals, counts = defaultdict(float), {}
-    for name, parameter in smaller.named_parameters():
-        for axis, along in enumerate(axes_of(sources[name], config)):
+    for name, source in sources.items():
+        for axis, along in enumerate(axes_of(source, config)):
             if along is not None:
-                score = members(scores[sources[name]], axis, along).transpose(0, axis + 1)
+                score = members(scores[source], axis, along).transpose(0, axis + 1)
                 totals[along.group] = totals[along.group] + score.flatten(1).sum(1)
-                counts[along.group] = parameter.shape[axis] // (along.outer * along.inner)
+                counts[along.group] = smaller.get_parameter(name).shape[axis] // (along.outer * along.inner)
     kept = {group: strongest(total, counts[group]) for group, total in totals.items()}
     for group in kept:
         if group.endswith(".queries"):
@@ -336,7 +345,8 @@ def grow(model: STLMPreTrainedModel, config: STLMConfig) -> STLMPreTrainedModel:
 
     Passes of the larger depth run copies of the blocks of `model` in their order. Blocks in between are copies of the
     block before them whose output projection is zero: the identity until they are trained. Depth and layer sharing may
-    change in any way that leaves room for that; a block that is stored once and shared cannot run more often.
+    change in any way that leaves room for that; a block that is stored once and shared cannot run more often. Match embeddings may
+    be added: they start at zero.
 
     Args:
         config (`STLMConfig`): equal to that of `model` but for depth, layer sharing and dropout.
@@ -346,7 +356,7 @@ def grow(model: STLMPreTrainedModel, config: STLMConfig) -> STLMPreTrainedModel:
     """
     for name in sorted(STLMConfig.__annotations__.keys() - DEPTH | {"num_labels"}):
         expected, got = (getattr(one, name) for one in (model.config, config))
-        if expected != got:
+        if expected != got and (name, expected) != ("match_bytes", 0):
             raise ValueError(f"cannot grow: expected {name}={expected!r}, got {got!r}; only depth may change")
     deeper = type(model)(config).to(device=model.device, dtype=model.dtype)
     copies, new = plan_growth(model.config, config)
@@ -355,7 +365,7 @@ def grow(model: STLMPreTrainedModel, config: STLMConfig) -> STLMPreTrainedModel:
         for name, parameter in deeper.named_parameters():
             block = block_of(name)
             if block is None:
-                parameter.copy_(weights[name])
+                parameter.copy_(weights.get(name, torch.zeros_like(parameter)))
             elif block in new and isinstance(deeper.get_submodule(name.rpartition(".")[0]), OutputProjection):
                 parameter.zero_()
             elif block in copies:
