@@ -1,6 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Smaller models from larger ones, deeper ones from shallower ones."""
 
+import importlib
+import re
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -17,9 +21,12 @@ from modeling_stlm import (
 )
 from modeling_stlm.training.inheritance import evenly, grow, inherit
 
+from .test_examples import ROOT, run
+from .test_examples import small_text as small_text  # a fixture
 from .tiny import MIXERS, PATCHING, SHARING, TEXT, ids_of, randomize, tiny_config, tiny_model
 
 
+sys.path.insert(0, str(ROOT / "examples"))
 IDS = torch.tensor([ids_of(TEXT)])
 BATCH = {"input_ids": IDS, "labels": IDS}
 LARGE = {
@@ -401,3 +408,24 @@ def test_encoders_grow_by_layers_of_bytes(head):
 def test_a_config_without_room_for_the_function_is_refused(sharing, changes, message):
     with pytest.raises(ValueError, match=message):
         grow(tiny_model(**SHARING[sharing]), tiny_config(**(SHARING[sharing] | changes)))
+
+
+def test_the_example_prints_steps_to_equal_loss(small_text, tmp_path):
+    sizes = ["--checkpoint", ROOT / "examples" / "checkpoints" / "stlm-3m", "--set", "trunk_intermediate_size=216"]
+    training = ["--max_steps", 4, "--batch_size", 2, "--train", small_text, "--validation", small_text]
+    printed = run("inherit.py", *sizes, "ngram_rows=1448", *training, "--output", tmp_path / "run", cwd=tmp_path)
+    table = re.findall(r"^ +(\d+) +([\d.]+) +([\d.]+)$", printed, re.MULTILINE)
+    assert [int(step) for step, *_ in table] == [0, 1, 2, 3, 4]
+    assert all(float(inherited) < float(random) for _, random, inherited in table)
+    reached = re.findall(
+        r"([\d.]+) bits per byte: (\d) steps from random weights, from inherited ones (\d) steps", printed
+    )
+    assert [steps for _, *steps in reached] == [["2", "0"], ["4", "0"]]
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "run")
+    assert loaded.config.trunk_intermediate_size == 216 and loaded.config.use_cache
+
+
+def test_steps_to_a_loss_lie_on_the_lines_between_evaluations():
+    example = importlib.import_module("inherit")
+    curve = {0: 8.0, 10: 4.0, 20: 2.0}
+    assert [example.steps_to(loss, curve) for loss in (9.0, 8.0, 5.0, 2.0, 1.0)] == [0, 0, 7.5, 20, None]

@@ -3,6 +3,7 @@
 
 import json
 import math
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from modeling_stlm.training.corpus import PackedWindows
 from modeling_stlm.training.replay import ReplayRounds, ReplayWindows, draw
 
 from .test_distributed import run
+from .test_examples import run as run_example
 from .tiny import TEXT, tiny_config
 from .trainers import TOKENIZER, arguments, weights
 
@@ -241,3 +243,21 @@ def test_arguments_without_a_meaning_are_refused(windows, tmp_path):
     trainer = Trainer(fresh_model(), arguments(tmp_path, **options), train_dataset=windows, callbacks=[ReplayRounds()])
     with pytest.raises(ValueError, match="train_dataset is a PackedWindows, expected ReplayWindows"):
         trainer.train()
+
+
+def test_the_example_compares_runs_of_equal_steps(tmp_path):
+    (tmp_path / "text.txt").write_text(TEXT * 12)
+    files = ["--train", tmp_path / "text.txt", "--validation", tmp_path / "text.txt", "--block_bytes", 64]
+    options = ["--seeds", 3, "--output", tmp_path / "runs", "--batch_size", 8]
+    printed = run_example("research/replay.py", *files, *options, cwd=tmp_path)
+    histories = [
+        json.loads((tmp_path / "runs" / f"{name}-s3" / "results.json").read_text()) for name in ("random", "replay")
+    ]
+    plain, replayed = histories
+    windows = (len((TEXT * 12).encode()) + 2) // 64
+    assert plain["steps"] == replayed["steps"] == 3 * math.ceil(windows // 2 / 8)
+    scores = [history["bits_per_byte"]["validation"] for history in histories]
+    assert f"| 3 | {scores[0]:.4f} | {scores[1]:.4f} |" in printed
+    assert (
+        re.search(r"replay minus random order: ([+-][\d.]+) on average", printed)[1] == f"{scores[1] - scores[0]:+.4f}"
+    )
