@@ -193,7 +193,7 @@ def test_heads_inherit_and_load(head, tmp_path):
 def test_the_same_sizes_are_the_same_function(options, tmp_path):
     model = tiny_model(**options)
     inherited = inherit(model, model.config)
-    assert inherited is not model and torch.equal(inherited(IDS).logits, model(IDS).logits)
+    assert inherited.config is not model.config and torch.equal(inherited(IDS).logits, model(IDS).logits)
     inherited.save_pretrained(tmp_path)
     assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path).eval()(IDS).logits, model(IDS).logits)
 
@@ -253,6 +253,28 @@ def test_taylor_importance_is_the_gradient_times_the_weight_on_the_data():
     assert torch.equal(inherited.model.local_encoder[0].feed_forward.up_proj.weight, up[best])
     by_size = inherit(model, config).model.local_encoder[0].feed_forward.up_proj.weight
     assert any(torch.equal(row, up[3]) for row in by_size)
+
+
+@pytest.mark.parametrize("head", [*HEADS, STLMForMaskedLM])
+def test_every_head_has_gradients_and_other_rows(head):
+    options = {"is_causal": False} if head is STLMForMaskedLM else {}
+    model = randomize(head(tiny_config(**options)))
+    two = IDS[:, :100].view(2, 50)
+    batch = {
+        STLMForSequenceClassification: {"input_ids": two, "labels": torch.tensor([0, 1])},
+        STLMForTokenClassification: {"input_ids": two, "labels": two % 2},
+        STLMForQuestionAnswering: {
+            **{"input_ids": two, "start_positions": torch.tensor([3, 4]), "end_positions": torch.tensor([5, 6])}
+        },
+        STLMForMultipleChoice: {"input_ids": two[None], "labels": torch.tensor([1])},
+        STLMForMaskedLM: {"input_ids": two, "labels": two},
+    }[head]
+    inherited = inherit(
+        model, tiny_config(ngram_rows=11, hidden_size=8, intermediate_size=8, **options), "taylor", [batch]
+    )
+    assert inherited(input_ids=batch["input_ids"])[0].isfinite().all()
+    tables = [inherit(model, tiny_config(ngram_rows=11, **options), data=d) for d in (None, [batch])]
+    assert not torch.equal(*(m.model.ngram_embedding.ngram_tables.weight for m in tables))
 
 
 BIGRAMS = {"ngram_orders": [2], "ngram_word_bytes": 0}

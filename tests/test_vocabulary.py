@@ -152,9 +152,13 @@ def test_what_cannot_be_compressed_is_refused(tokenizer):
     for coverage in (0, 1.1, 90):
         with pytest.raises(ValueError, match=f"coverage={coverage} must be more than 0 and at most 1"):
             compress_vocabulary(tokenizer, CORPUS, coverage)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
     words = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0})))
     with pytest.raises(ValueError, match="is WordLevel without 255 of the 256 bytes, expected byte-level BPE"):
         compress_vocabulary(words, CORPUS, 0.9)
     sentencepiece = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE({"<0x00>": 0, "a": 1}, [])))
     with pytest.raises(ValueError, match="is BPE without 255 of the 256 bytes"):
         compress_vocabulary(sentencepiece, CORPUS, 0.9)
+    clip = Tokenizer(models.BPE({piece: i for i, piece in enumerate(alphabet)}, [], end_of_word_suffix="</w>"))
+    with pytest.raises(ValueError, match=r"marks pieces with \['</w>'\]"):
+        compress_vocabulary(PreTrainedTokenizerFast(tokenizer_object=clip), CORPUS, 0.9)

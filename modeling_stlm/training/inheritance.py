@@ -79,7 +79,7 @@ def inherit(
     check_sizes(model.config, config)
     if importance not in ("l2", "taylor"):
         raise ValueError(f"importance={importance!r} must be 'l2' or 'taylor'")
-    smaller = type(model)(config).to(device=model.device, dtype=model.dtype)
+    smaller = type(model)(copy.deepcopy(config)).to(device=model.device, dtype=model.dtype)
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
     sources = {name: source_of(name, model, smaller) for name, _ in smaller.named_parameters()}
     sources = {name: source for name, source in sources.items() if source in weights}
@@ -358,7 +358,7 @@ def grow(model: STLMPreTrainedModel, config: STLMConfig) -> STLMPreTrainedModel:
         expected, got = (getattr(one, name) for one in (model.config, config))
         if expected != got and (name, expected) != ("match_bytes", 0):
             raise ValueError(f"cannot grow: expected {name}={expected!r}, got {got!r}; only depth may change")
-    deeper = type(model)(config).to(device=model.device, dtype=model.dtype)
+    deeper = type(model)(copy.deepcopy(config)).to(device=model.device, dtype=model.dtype)
     copies, new = plan_growth(model.config, config)
     weights = dict(model.named_parameters())
     with torch.no_grad():

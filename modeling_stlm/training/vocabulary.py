@@ -6,7 +6,6 @@ In the paper, 48k of 100k tokens cover 97.9% of the corpus, and embedding and he
 """
 
 import json
-import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain, islice, pairwise
@@ -82,7 +81,7 @@ def compress_vocabulary(
 
     pieces = {token_id: piece for piece, token_id in vocabulary.items()}
     frequent = np.argsort(-counts, kind="stable")
-    needed = 1 + int(np.searchsorted(counts[frequent].cumsum(), math.ceil(coverage * counts.sum())))
+    needed = 1 + int(np.searchsorted(counts[frequent].cumsum() / counts.sum(), coverage))
     kept = {pieces[token_id] for token_id in frequent[:needed].tolist() if token_id in pieces}
     ranks = {tuple(merge): rank for rank, merge in reversed([*enumerate(merges)])}
     for piece in list(kept):
@@ -109,12 +108,15 @@ def backend_of(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     if not tokenizer.is_fast:
         raise ValueError(f"{kind} is slow, expected a fast tokenizer of byte-level BPE")
     state = json.loads(tokenizer.backend_tokenizer.to_str())
-    missing = set(bytes_to_unicode().values()) - set(state["model"].get("vocab", ()))
-    if state["model"]["type"] != "BPE" or missing:
+    model = state["model"]
+    missing = set(bytes_to_unicode().values()) - set(model.get("vocab", ()))
+    if model["type"] != "BPE" or missing:
         raise ValueError(
-            f"{kind} is {state['model']['type']} without {len(missing)} of the 256 bytes, expected byte-level BPE, which "
-            "has all of them"
+            f"{kind} is {model['type']} without {len(missing)} of the 256 bytes, expected byte-level BPE, which has all of "
+            "them"
         )
+    if marks := [model[name] for name in ("continuing_subword_prefix", "end_of_word_suffix") if model[name]]:
+        raise ValueError(f"{kind} marks pieces with {marks}, expected byte-level BPE, whose pieces are bytes alone")
     return state
 
 
@@ -157,6 +159,7 @@ def rebuild(tokenizer: PreTrainedTokenizerBase, state: dict[str, Any], kept_ids:
     for token in state["added_tokens"]:
         token["id"] = new_ids[token["id"]]
     renumber(state["post_processor"], new_ids)
+    state["padding"] = state["truncation"] = None  # of the last call
     return PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(json.dumps(state)),
         model_max_length=tokenizer.model_max_length,
@@ -164,6 +167,7 @@ def rebuild(tokenizer: PreTrainedTokenizerBase, state: dict[str, Any], kept_ids:
         truncation_side=tokenizer.truncation_side,
         model_input_names=tokenizer.model_input_names,
         chat_template=tokenizer.chat_template,
+        clean_up_tokenization_spaces=tokenizer.clean_up_tokenization_spaces,
         **tokenizer.special_tokens_map,
     )
 
