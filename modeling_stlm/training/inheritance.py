@@ -2,8 +2,8 @@
 """A smaller model from the weights of a larger one (PanGu-pi Pro, arXiv:2402.02791), and a deeper one from a shallower.
 
 `inherit` takes layers evenly, first and last included, and within them the heads, neurons and channels that matter most.
-The paper also learns masks; it reports 95% of that gain for the two measures here. `grow` adds residual blocks that are
-the identity at the start.
+The paper also learns masks: of the 6.0 points that these gain over random weights in its ablation, importance by l2 gains
+4.9 and by Taylor 5.8. `grow` adds residual blocks that are the identity at the start.
 """
 
 import copy
@@ -35,14 +35,30 @@ SAME = (
     "trunk_head_dim",
     "num_labels",
 )
-AT_MOST = ("hidden_size", "intermediate_size", "num_local_encoder_layers", "num_local_decoder_layers") + (
-    *("trunk_hidden_size", "trunk_intermediate_size"),
+AT_MOST = (
+    "hidden_size",
+    "intermediate_size",
+    "num_local_encoder_layers",
+    "num_local_decoder_layers",
+    "trunk_hidden_size",
+    "trunk_intermediate_size",
 )
 # `grow` may change these: depth, and what plays no part in the function.
-DEPTH = {"num_local_encoder_layers", "num_local_decoder_layers", "byte_mixers", "num_hidden_layers"} | {
-    *("num_trunk_layers", "num_unique_trunk_layers", "layer_sharing"),
-    *("hidden_dropout", "attention_dropout", "classifier_dropout", "initializer_range", "use_cache"),
-    *("max_position_embeddings", "ratio_loss_weight"),
+FREE_TO_GROW = {
+    "num_local_encoder_layers",
+    "num_local_decoder_layers",
+    "byte_mixers",
+    "num_trunk_layers",
+    "num_unique_trunk_layers",
+    "layer_sharing",
+    "num_hidden_layers",
+    "hidden_dropout",
+    "attention_dropout",
+    "classifier_dropout",
+    "initializer_range",
+    "ratio_loss_weight",
+    "max_position_embeddings",
+    "use_cache",
 }
 
 Scores = dict[str, torch.Tensor]
@@ -279,19 +295,27 @@ def read_data(
         model.base_model.ngram_embedding is not None and model.config.ngram_rows != smaller.config.ngram_rows
     )
     model.eval()
-    for batch in data:
-        batch = {name: value.to(model.device) for name, value in batch.items()}
-        if wants_gradients:
-            loss = model(**batch, use_cache=False).loss
-            if loss is None:
-                raise ValueError(f"importance='taylor' needs batches with labels, got {sorted(batch)}")
-            names, parameters = zip(*model.named_parameters())
-            for name, gradient in zip(names, torch.autograd.grad(loss, parameters, allow_unused=True)):
-                gradients[name] = gradients.get(name, 0) + (0 if gradient is None else gradient.float())
-        if has_other_rows:
-            rows.append(tuple(ngram_rows(one.base_model, batch) for one in (model, smaller)))
-    model.train(was_training)
+    try:
+        for batch in data:
+            batch = {name: value.to(model.device) for name, value in batch.items()}
+            if wants_gradients:
+                for name, gradient in gradients_of(model, batch).items():
+                    gradients[name] = gradients.get(name, 0) + gradient
+            if has_other_rows:
+                rows.append(tuple(ngram_rows(one.base_model, batch) for one in (model, smaller)))
+    finally:
+        model.train(was_training)
     return gradients, rows or None
+
+
+def gradients_of(model: STLMPreTrainedModel, batch: dict[str, torch.Tensor]) -> Scores:
+    """Of the loss of a batch, zero where a parameter plays no part; `.grad` stays as it is."""
+    loss = model(**batch, use_cache=False).loss
+    if loss is None:
+        raise ValueError(f"importance='taylor' needs batches with labels, got {sorted(batch)}")
+    names, parameters = zip(*model.named_parameters())
+    gradients = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
+    return {name: gradient.float() for name, gradient in zip(names, gradients)}
 
 
 # N-grams
@@ -345,8 +369,8 @@ def grow(model: STLMPreTrainedModel, config: STLMConfig) -> STLMPreTrainedModel:
 
     Passes of the larger depth run copies of the blocks of `model` in their order. Blocks in between are copies of the
     block before them whose output projection is zero: the identity until they are trained. Depth and layer sharing may
-    change in any way that leaves room for that; a block that is stored once and shared cannot run more often. Match embeddings may
-    be added: they start at zero.
+    change in any way that leaves room for that; a block that is stored once and shared cannot run more often. Match
+    embeddings may be added: they start at zero.
 
     Args:
         config (`STLMConfig`): equal to that of `model` but for depth, layer sharing and dropout.
@@ -354,7 +378,7 @@ def grow(model: STLMPreTrainedModel, config: STLMConfig) -> STLMPreTrainedModel:
     Raises:
         ValueError: if another field differs, or if no choice of new blocks leaves the function as it is.
     """
-    for name in sorted(STLMConfig.__annotations__.keys() - DEPTH | {"num_labels"}):
+    for name in sorted(STLMConfig.__annotations__.keys() - FREE_TO_GROW | {"num_labels"}):
         expected, got = (getattr(one, name) for one in (model.config, config))
         if expected != got and (name, expected) != ("match_bytes", 0):
             raise ValueError(f"cannot grow: expected {name}={expected!r}, got {got!r}; only depth may change")

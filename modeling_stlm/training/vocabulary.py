@@ -63,7 +63,7 @@ def compress_vocabulary(
     Args:
         tokenizer: fast, byte-level BPE (GPT-2, Llama 3, SmolLM, `train_bpe` of the examples).
         corpus: texts; bytes are read as UTF-8. Read twice, so no iterator.
-        coverage (`float`): more than 0, at most 1; with 1 all pieces that occur stay. The paper advises 0.9 to 0.97.
+        coverage (`float`): more than 0, at most 1; with 1 all pieces that occur stay.
 
     Raises:
         ValueError: if the tokenizer is not byte-level BPE, if the corpus has no text, or if `coverage` is no share.
