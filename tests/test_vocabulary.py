@@ -46,6 +46,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
         bos_token="<bos>",
         eos_token="<eos>",
         padding_side="left",
+        extra_special_tokens=["<user>"],
         chat_template="{{ messages[0].content }}<eos>",
         model_max_length=77,
     )
@@ -71,7 +72,7 @@ def test_the_fewest_pieces_that_cover_the_corpus_are_kept(tokenizer, coverage):
         upto += count
     least = min(counts[piece] for piece in frequent)
     assert frequent <= kept | {piece for piece in frequent if counts[piece] == least}  # ties
-    for piece in kept - frequent - {"<pad>", "<bos>", "<eos>"}:
+    for piece in kept - frequent - {"<pad>", "<bos>", "<eos>", "<user>"}:
         assert len(piece) == 1 or counts[piece] == least or any(piece in longer for longer in frequent), piece
     assert (
         report.num_pieces
@@ -122,6 +123,7 @@ def test_every_text_comes_back_after_saving(tokenizer, tmp_path):
 def test_special_tokens_and_settings_stay(tokenizer):
     compressed = compress_vocabulary(tokenizer, CORPUS, 0.5).tokenizer
     assert compressed.special_tokens_map == tokenizer.special_tokens_map
+    assert compressed.all_special_tokens == tokenizer.all_special_tokens and "<user>" in compressed.all_special_tokens
     assert compressed("a")["input_ids"][0] == compressed.bos_token_id == compressed.convert_tokens_to_ids("<bos>")
     assert compressed.bos_token_id != tokenizer.bos_token_id
     assert compressed.decode(compressed("one<eos>")["input_ids"], skip_special_tokens=True) == "one"
@@ -133,7 +135,7 @@ def test_special_tokens_and_settings_stay(tokenizer):
 def test_the_pieces_are_a_patch_vocabulary(tokenizer):
     report = compress_vocabulary(tokenizer, CORPUS, 0.8)
     pieces = report.patch_vocabulary.split()
-    assert len(pieces) == report.num_pieces - 3 and not {"<pad>", "<bos>", "<eos>"} & set(pieces)
+    assert len(pieces) == report.num_pieces - 4 and not {"<pad>", "<bos>", "<eos>", "<user>"} & set(pieces)
     model = STLMForCausalLM(tiny_config(patching="vocabulary", patch_vocabulary=report.patch_vocabulary))
     assert model(torch.tensor([ids_of(PLAY[:200])])).logits.isfinite().all()
 
@@ -143,6 +145,8 @@ def test_bytes_and_generators_of_texts(tokenizer):
     assert compress_vocabulary(tokenizer, [text.encode() for text in CORPUS], 0.8).kept_ids == whole.kept_ids
     with pytest.raises(ValueError, match="corpus is a generator, expected texts that can be read twice"):
         compress_vocabulary(tokenizer, (text for text in CORPUS), 0.8)
+    with pytest.raises(ValueError, match="corpus is a str, expected texts"):
+        compress_vocabulary(tokenizer, PLAY, 0.8)
 
 
 def test_what_cannot_be_compressed_is_refused(tokenizer):

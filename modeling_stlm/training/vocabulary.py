@@ -70,7 +70,7 @@ def compress_vocabulary(
     """
     if not 0 < coverage <= 1:
         raise ValueError(f"coverage={coverage} must be more than 0 and at most 1")
-    if isinstance(corpus, Iterator):
+    if isinstance(corpus, (str, bytes, Iterator)):
         raise ValueError(f"corpus is a {type(corpus).__name__}, expected texts that can be read twice, such as a list")
     state = backend_of(tokenizer)
     vocabulary, merges = state["model"]["vocab"], state["model"]["merges"]
@@ -168,6 +168,7 @@ def rebuild(tokenizer: PreTrainedTokenizerBase, state: dict[str, Any], kept_ids:
         model_input_names=tokenizer.model_input_names,
         chat_template=tokenizer.chat_template,
         clean_up_tokenization_spaces=tokenizer.clean_up_tokenization_spaces,
+        extra_special_tokens=tokenizer.extra_special_tokens,
         **tokenizer.special_tokens_map,
     )
 
