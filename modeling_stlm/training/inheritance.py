@@ -17,7 +17,9 @@ from typing import Literal, NamedTuple
 import torch
 from torch import nn
 
+from modeling_stlm.batching_stlm import STLMBatch
 from modeling_stlm.configuration_stlm import STLMConfig
+from modeling_stlm.embedding_stlm import STLMNgramEmbedding
 from modeling_stlm.layers_stlm import OutputProjection
 from modeling_stlm.modeling_stlm import STLMPreTrainedModel
 
@@ -302,7 +304,7 @@ def read_data(
                 for name, gradient in gradients_of(model, batch).items():
                     gradients[name] = gradients.get(name, 0) + gradient
             if has_other_rows:
-                rows.append(tuple(ngram_rows(one.base_model, batch) for one in (model, smaller)))
+                rows.append(tuple(ngram_rows(one.base_model.ngram_embedding, batch) for one in (model, smaller)))
     finally:
         model.train(was_training)
     return gradients, rows or None
@@ -322,21 +324,23 @@ def gradients_of(model: STLMPreTrainedModel, batch: dict[str, torch.Tensor]) -> 
 
 
 @torch.no_grad()
-def ngram_rows(base: STLMPreTrainedModel, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Rows of the n-gram tables that are looked up for a batch, flat."""
+def ngram_rows(embedding: STLMNgramEmbedding, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Rows of the n-gram tables that are looked up for the valid bytes of a batch, flat."""
+    names = ("input_ids", "attention_mask", "position_ids")
+    ids, mask, positions = (batch[name].flatten(0, -2) if name in batch else None for name in names)
+    layout = STLMBatch.of(ids, mask, position_ids=positions)
+    context = torch.cat([ids.new_full((len(ids), embedding.longest), -1), layout.compact(ids)], dim=1)
     looked_up = []
-    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids") if name in batch}
-    inputs = {name: value.flatten(0, -2) for name, value in inputs.items()}  # of multiple choice
-    tables = base.ngram_embedding.ngram_tables
-    with tables.register_forward_pre_hook(lambda _, ids: looked_up.append(ids[0].flatten())):
-        base(**inputs, use_cache=False)
-    return looked_up[0]
+    with embedding.ngram_tables.register_forward_pre_hook(lambda _, rows: looked_up.append(rows[0])):
+        embedding(context, layout)
+    (rows,) = looked_up  # (B, T, tables)
+    return rows.flatten() if layout.is_valid is None else rows[layout.is_valid].flatten()
 
 
 def resize_tables(
     tables: torch.Tensor, old: int, new: int, rows: list[tuple[torch.Tensor, torch.Tensor]] | None
 ) -> torch.Tensor:
-    """`tables (tables * old, E)` with `new` rows each."""
+    """`tables (tables * old, E)` with `new` rows each, in float32."""
     merged = torch.cat([merge_rows(table, new) for table in tables.split(old)])
     return merged if rows is None else rehash(tables, merged, rows)
 
@@ -345,20 +349,24 @@ def merge_rows(table: torch.Tensor, num_rows: int) -> torch.Tensor:
     """`table (rows, E)` for n-grams that hash modulo `num_rows`.
 
     All that is known of an n-gram in row r is that its hash is r modulo `rows`, and so modulo the greatest common divisor
-    g of both numbers: a new row is the mean of the old rows that agree with it modulo g. Where `num_rows` divides `rows`,
+    g of both numbers: a new row is a mean of the old rows that agree with it modulo g. Where `num_rows` divides `rows`,
     these are exactly the rows whose n-grams it gets; where `rows` divides `num_rows`, it is the row of its n-grams.
-    With a small g little is left: choose numbers that divide, or give `data`.
+    Rows weigh by their squared norm, which is small where training saw few n-grams. With a small g little is left:
+    choose numbers that divide, and give `data`. `stlm-10m` with the trunk of `stlm-3m` and 7,880 instead of 39,400 rows
+    has 3.07 bits per byte by a plain mean, 2.66 by this one, and 2.38 with 64 kB of text, 2.29 with 512 kB.
     """
     common = math.gcd(len(table), num_rows)
-    return table.unflatten(0, (-1, common)).mean(0).repeat(num_rows // common, 1)
+    table = table.float().unflatten(0, (-1, common))  # (rows / g, g, E)
+    weight = table.square().sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+    return ((table * weight).sum(0) / weight.sum(0)).repeat(num_rows // common, 1)
 
 
 def rehash(tables: torch.Tensor, merged: torch.Tensor, rows: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
     """`merged`, where each row that n-grams of the data fall into is the mean of their old rows over all occurrences."""
     old, new = (torch.cat(indices) for indices in zip(*rows))
-    sums = torch.zeros_like(merged, dtype=torch.float32).index_add_(0, new, tables.float()[old])
+    sums = torch.zeros_like(merged).index_add_(0, new, tables.float()[old])
     counts = torch.bincount(new, minlength=len(merged))[:, None]
-    return torch.where(counts > 0, sums / counts.clamp(min=1), merged.float()).to(merged.dtype)
+    return torch.where(counts > 0, sums / counts.clamp(min=1), merged)
 
 
 # Deeper
