@@ -353,7 +353,7 @@ def merge_rows(table: torch.Tensor, num_rows: int) -> torch.Tensor:
     these are exactly the rows whose n-grams it gets; where `rows` divides `num_rows`, it is the row of its n-grams.
     Rows weigh by their squared norm, which is small where training saw few n-grams. With a small g little is left:
     choose numbers that divide, and give `data`. `stlm-10m` with the trunk of `stlm-3m` and 7,880 instead of 39,400 rows
-    has 3.07 bits per byte by a plain mean, 2.66 by this one, and 2.38 with 64 kB of text, 2.29 with 512 kB.
+    has 3.07 bits per byte by a plain mean, 2.66 by this one, and 2.36 with 64 kB of text, 2.29 with 512 kB.
     """
     common = math.gcd(len(table), num_rows)
     table = table.float().unflatten(0, (-1, common))  # (rows / g, g, E)
