@@ -42,6 +42,7 @@ from modeling_stlm.training.bits_per_byte import BitsPerByteEvaluator
 from modeling_stlm.training.corpus import PackedWindows
 from modeling_stlm.training.optimizer import MuonRecipe
 from modeling_stlm.training.patch_curriculum import PatchLengthCurriculum
+from modeling_stlm.training.replay import ReplayRounds, ReplayWindows
 from modeling_stlm.training.time_budget import TimeBudget
 
 
@@ -53,6 +54,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--like", default="stlm-3m", help="preset whose stored size the controls take")
     parser.add_argument("--vocab_size", type=int, default=4096, help='of llama-bpe and of patching="vocabulary"')
     parser.add_argument("--curriculum_steps", type=int, help='of patching="learned": steps to the full patch length')
+    parser.add_argument("--replay", type=int, help="after one pass, replay one in so many of the windows, the hardest")
     parser.add_argument("--eval_at_end", action="store_true", help="evaluate only the last checkpoint")
     return parser.parse_args(arguments)
 
@@ -121,11 +123,15 @@ def main():
     callbacks = [stopwatch, *([TimeBudget(args.max_minutes, clock=args.clock)] if timed else [])]
     if args.curriculum_steps:
         callbacks.append(PatchLengthCurriculum(args.curriculum_steps))
+    changes, train_set = {"eval_strategy": "no"} if args.eval_at_end else {}, sets["train"]
+    if args.replay:
+        train_set, changes = ReplayWindows(train_set, args.replay), changes | ReplayRounds.arguments
+        callbacks.append(ReplayRounds(args.seed))
     evaluator = BitsPerByteEvaluator(sizes)
     trainer = Trainer(
         model=model,
-        args=pretrain.training_arguments(args, step_bytes, **({"eval_strategy": "no"} if args.eval_at_end else {})),
-        train_dataset=sets["train"],
+        args=pretrain.training_arguments(args, step_bytes, **changes),
+        train_dataset=train_set,
         eval_dataset=windows,
         processing_class=tokenizer,
         compute_metrics=evaluator,
