@@ -13,7 +13,7 @@ import torch
 from accelerate.utils import gather_object
 from torch.nn import functional as F
 from torch.utils.data import Dataset
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerState
 from transformers.trainer_callback import ExportableState
 
 
@@ -56,7 +56,8 @@ class ReplayRounds(TrainerCallback, ExportableState):
     Trainer(model, args, train_dataset=ReplayWindows(windows), callbacks=[ReplayRounds()]).train()
     ```
 
-    For causal language models. Resumed runs and runs of several processes draw the same windows. What is left over of
+    For causal language models. Resumed runs, whatever seed they are given, and runs of several processes draw the same
+    windows. What is left over of
     the windows after division by `one_in` is left out.
 
     Args:
@@ -70,14 +71,13 @@ class ReplayRounds(TrainerCallback, ExportableState):
     arguments = {
         "remove_unused_columns": False,  # the index of a window travels with it
         "train_sampling_strategy": "sequential",
-        "restore_callback_states_from_checkpoint": True,
     }
 
     def __init__(self, seed: int = 0, parts: int = 8):
         if parts < 1:
             raise ValueError(f"parts={parts} must be at least 1")
         self.seed, self.parts = seed, parts
-        self.losses = self.records = None
+        self.losses = None
         self.is_first_round = False
 
     def on_train_begin(self, args, state, control, model=None, train_dataloader=None, **kwargs):
@@ -85,10 +85,8 @@ class ReplayRounds(TrainerCallback, ExportableState):
         self._check(args, state, dataset)
         if state.global_step == 0:
             self.losses = torch.full((len(dataset.windows),), torch.nan)
-        elif self.records is None:
-            raise ValueError(f"step {state.global_step} is resumed without the losses of round 1 in its trainer state")
         else:
-            self.losses = torch.from_numpy(np.frombuffer(base64.b64decode(self.records), np.float32).copy())
+            self._resume(state)
         self._windows, self._recorded = None, []
         # First, in case an interrupted run left its hooks behind.
         before = model.register_forward_pre_hook(self._take_windows, with_kwargs=True, prepend=True)
@@ -116,6 +114,14 @@ class ReplayRounds(TrainerCallback, ExportableState):
     def state(self) -> dict:
         records = None if self.losses is None else base64.b64encode(self.losses.numpy().tobytes()).decode()
         return {"args": {"seed": self.seed, "parts": self.parts}, "attributes": {"records": records}}
+
+    def _resume(self, state: TrainerState) -> None:
+        saved = state.stateful_callbacks.get(type(self).__name__)
+        if saved is None or saved["attributes"]["records"] is None:
+            raise ValueError(f"step {state.global_step} is resumed without the losses of round 1 in its trainer state")
+        records = base64.b64decode(saved["attributes"]["records"])
+        self.losses = torch.from_numpy(np.frombuffer(records, np.float32).copy())
+        self.seed, self.parts = saved["args"]["seed"], saved["args"]["parts"]
 
     def order(self, epoch: int, num_windows: int, one_in: int) -> torch.Tensor:
         """Windows of an epoch of `num_windows`, in order."""
