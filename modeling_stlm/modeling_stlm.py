@@ -61,6 +61,7 @@ from .patching_stlm import (
 
 
 if TYPE_CHECKING:  # `save_pretrained` copies the modules that relative imports name: the other heads travel along
+    from .committee_stlm import STLMCommittee  # noqa: F401
     from .heads_stlm import STLMForMaskedLM  # noqa: F401
 
 

@@ -1,0 +1,310 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A committee is the mean of its members, and one model to the library."""
+
+import copy
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torchao.quantization import Int8WeightOnlyConfig
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    DynamicCache,
+    TorchAoConfig,
+    Trainer,
+    pipeline,
+)
+
+from modeling_stlm import (
+    STLMCommittee,
+    STLMForCausalLM,
+    STLMForMaskedLM,
+    STLMForMultipleChoice,
+    STLMForQuestionAnswering,
+    STLMForSequenceClassification,
+    STLMForTokenClassification,
+    STLMModel,
+    STLMTokenizer,
+)
+
+from .tiny import PATCHING, TEXT, WITHOUT_PACKAGES, batch, ids_of, randomize, tiny_config
+from .trainers import RAGGED, TOKENIZER, arguments, losses, weights
+
+
+ROWS = batch([ids_of("One. Two, three"), ids_of("Zoë met 東京 Bob."), ids_of("x")], "left")
+# The second has other sizes: members need not be alike.
+SIZES = ({}, {"hidden_size": 24, "num_trunk_layers": 1}, {"patching": "fixed"})
+OPTIONS = {
+    STLMForCausalLM: {},
+    STLMForMaskedLM: {"is_causal": False},
+    STLMForSequenceClassification: {"is_causal": False, "num_labels": 3},
+    STLMForTokenClassification: {"is_causal": False, "num_labels": 3},
+    STLMForQuestionAnswering: {"is_causal": False},
+    STLMForMultipleChoice: {"is_causal": False},
+}
+
+
+def member(head, seed: int = 0, **options):
+    model = randomize(head(tiny_config(**OPTIONS[head], **options)))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+def committee_of(head, **options) -> STLMCommittee:
+    return STLMCommittee.from_members([member(head, seed, **(sizes | options)) for seed, sizes in enumerate(SIZES)])
+
+
+def mean_probabilities(committee: STLMCommittee, inputs: dict, name: str = "logits") -> torch.Tensor:
+    """Of the members, one by one."""
+    with torch.no_grad():
+        total = 0
+        for model in committee.members:
+            total = total + getattr(model(**inputs), name).double().softmax(-1)
+    return total / len(committee.members)
+
+
+@pytest.mark.parametrize("head", OPTIONS, ids=lambda head: head.__name__)
+def test_probabilities_are_the_mean_of_those_of_the_members(head):
+    committee = committee_of(head)
+    inputs = ROWS
+    names = ("start_logits", "end_logits") if head is STLMForQuestionAnswering else ("logits",)
+    if head is STLMForMultipleChoice:
+        inputs = {name: value[None].expand(2, -1, -1) for name, value in ROWS.items()}
+    if head is STLMForQuestionAnswering:  # padding has no probability: see the next test
+        inputs = {name: value[1:2] for name, value in ROWS.items()}
+    with torch.no_grad():
+        outputs = committee(**inputs)
+    for name in names:
+        expected = mean_probabilities(committee, inputs, name)
+        torch.testing.assert_close(outputs[name].exp().double(), expected, atol=1e-6, rtol=0)
+        apart = [getattr(model(**inputs), name).softmax(-1) for model in committee.members]
+        assert (apart[0] - apart[1]).abs().max() > 0.01, "members that agree prove nothing"
+
+
+def test_answers_of_a_padded_row_are_those_of_the_row_alone():
+    committee = committee_of(STLMForQuestionAnswering)
+    with torch.no_grad():
+        padded, marked = committee(**ROWS), committee(ROWS["input_ids"])  # padding ids stand for the mask
+        for i, mask in enumerate(ROWS["attention_mask"].bool()):
+            alone = committee(ROWS["input_ids"][i : i + 1, mask])
+            for name in ("start_logits", "end_logits"):
+                torch.testing.assert_close(padded[name][i, mask], alone[name][0], atol=1e-5, rtol=0)
+                assert torch.equal(marked[name][i, mask], padded[name][i, mask])
+                assert padded[name][i, ~mask].exp().sum() == 0
+
+
+def test_several_labels_and_values_are_averaged_as_such():
+    committee = committee_of(STLMForSequenceClassification, problem_type="multi_label_classification")
+    with torch.no_grad():
+        found = committee(**ROWS).logits.sigmoid()
+        expected = torch.stack([model(**ROWS).logits.sigmoid() for model in committee.members]).mean(0)
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
+    values = STLMCommittee.from_members(
+        [randomize(STLMForSequenceClassification(tiny_config(num_labels=1))) for _ in range(2)]
+    )
+    with torch.no_grad():
+        values.members[0].score.weight.neg_()
+        assert values(**ROWS).logits.abs().max() < 1e-6 < values.members[0](**ROWS).logits.abs().min()
+    assert values(**ROWS, labels=torch.ones(3)).loss.item() == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.parametrize("head", OPTIONS, ids=lambda head: head.__name__)
+def test_the_loss_of_a_committee_of_one_is_that_of_its_member(head):
+    model = member(head)
+    committee = STLMCommittee.from_members([model])
+    ids = ROWS["input_ids"]
+    labels = {"labels": torch.tensor([2, 0, -100])}
+    inputs = ROWS
+    if head is STLMForQuestionAnswering:
+        inputs = {"input_ids": ids[1:2]}
+        labels = {"start_positions": torch.tensor([1]), "end_positions": torch.tensor([4])}
+    elif head is STLMForMultipleChoice:
+        inputs, labels = {"input_ids": ids[None].expand(2, -1, -1)}, {"labels": torch.tensor([2, 0])}
+    elif head is not STLMForSequenceClassification:
+        labels = {"labels": (ids % 3).masked_fill(ids > 255, -100)}
+    for options in ({}, {"num_items_in_batch": 7}) if "labels" in labels else ({},):
+        expected = model(**inputs, **labels, **options).loss
+        assert expected > 0.1
+        torch.testing.assert_close(committee(**inputs, **labels, **options).loss, expected)
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"cache_implementation": "static"}], ids=str)
+def test_generation_with_a_cache_for_each_member(options):
+    committee = committee_of(STLMForCausalLM)
+    prompts = batch([ids_of("The trunk runs"), ids_of("x"), ids_of("Zoë saw 東")], "left")
+    settings = {"max_new_tokens": 12, "do_sample": False, "valid_utf8": True, "disable_compile": True}
+    new = committee.generate(**prompts, **settings, **options)
+    plain = {name: value for name, value in options.items() if name == "num_beams"}
+    assert torch.equal(new, committee.generate(**prompts, use_cache=False, **settings, **plain))
+    cache = DynamicCache()
+    text = torch.tensor([ids_of(TEXT)])
+    with torch.no_grad():
+        parts = [committee(text[:, first : first + 50], cache=cache).logits for first in range(0, text.shape[1], 50)]
+        torch.testing.assert_close(torch.cat(parts, 1), committee(text).logits, atol=1e-5, rtol=1e-5)
+    assert cache.get_seq_length() == text.shape[1]
+
+
+@pytest.mark.parametrize(
+    ("head", "auto"),
+    [
+        (STLMForCausalLM, AutoModelForCausalLM),
+        (STLMForMaskedLM, AutoModelForMaskedLM),
+        (STLMForSequenceClassification, AutoModelForSequenceClassification),
+    ],
+    ids=lambda value: value.__name__,
+)
+def test_a_committee_is_saved_and_loaded_as_one(tmp_path, head, auto):
+    committee = committee_of(head)
+    committee.save_pretrained(tmp_path / "committee")
+    for loaded in (loader.from_pretrained(tmp_path / "committee") for loader in (auto, AutoModel, STLMCommittee)):
+        assert isinstance(loaded, STLMCommittee) and type(loaded) is type(committee)
+        with torch.no_grad():
+            assert torch.equal(loaded(**ROWS).logits, committee(**ROWS).logits)
+        if head is not STLMForSequenceClassification:
+            assert loaded.members[1].lm_head.weight is loaded.members[1].model.embed_tokens.weight
+        assert loaded.can_generate() == (head is STLMForCausalLM)
+    loaded.members[1].save_pretrained(tmp_path / "member")
+    alone = auto.from_pretrained(tmp_path / "member")
+    assert type(alone) is head
+    assert torch.equal(alone(**ROWS).logits, committee.members[1](**ROWS).logits)
+    assert torch.equal(copy.deepcopy(loaded)(**ROWS).logits, committee(**ROWS).logits)
+
+
+def test_a_committee_loads_where_the_packages_are_not_installed(tmp_path):
+    committee = committee_of(STLMForCausalLM)
+    committee.save_pretrained(tmp_path)
+    STLMTokenizer().save_pretrained(tmp_path)
+    ids = torch.tensor([ids_of(TEXT)])
+    program = """
+import sys, torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
+ids = torch.tensor([AutoTokenizer.from_pretrained(sys.argv[1])(sys.argv[2])["input_ids"]])
+with torch.no_grad():
+    logits = model(ids).logits
+again = type(model).from_members(list(model.members))
+torch.save([logits, again(ids).logits, model.generate(ids, max_new_tokens=9, do_sample=False)], sys.argv[1] + "/out.pt")
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment |= {"HF_MODULES_CACHE": str(tmp_path / "modules")}
+    command = [sys.executable, "-c", WITHOUT_PACKAGES + program, str(tmp_path), TEXT]
+    subprocess.run(command, check=True, cwd=tmp_path, env=environment)
+    logits, again, new = torch.load(tmp_path / "out.pt")
+    assert torch.equal(logits, committee(ids).logits) and torch.equal(again, logits)
+    assert torch.equal(new, committee.generate(ids, max_new_tokens=9, do_sample=False))
+
+
+def test_a_committee_is_quantized_as_one(tmp_path):
+    committee = committee_of(STLMForCausalLM)
+    committee.save_pretrained(tmp_path / "plain")
+    settings = {"quantization_config": TorchAoConfig(Int8WeightOnlyConfig()), "dtype": torch.float32}
+    quantized = STLMCommittee.from_pretrained(tmp_path / "plain", **settings)
+    for model in quantized.members:
+        assert model.lm_head.weight is model.model.embed_tokens.weight
+        kinds = [type(module.weight).__name__ for module in model.modules() if isinstance(module, torch.nn.Linear)]
+        assert kinds.count("Parameter") == 1 < len(kinds)  # the tied head
+    with torch.no_grad():
+        difference = (quantized(**ROWS).logits - committee(**ROWS).logits).abs().max()
+    assert 0 < difference < 0.4  # measured 0.2
+    quantized.save_pretrained(tmp_path / "quantized")
+    again = STLMCommittee.from_pretrained(tmp_path / "quantized")
+    assert torch.equal(again(**ROWS).logits, quantized(**ROWS).logits)
+
+
+def test_pipelines_take_a_committee():
+    classifier = committee_of(STLMForSequenceClassification)
+    texts = ["One. Two", "x"]
+    found = pipeline("text-classification", model=classifier, tokenizer=TOKENIZER, device="cpu")(texts, batch_size=2)
+    for text, entry in zip(texts, found):
+        expected = mean_probabilities(classifier, {"input_ids": torch.tensor([ids_of(text)])})[0]
+        assert entry["label"] == f"LABEL_{expected.argmax()}"
+        assert entry["score"] == pytest.approx(expected.max().item(), rel=1e-4)
+    filler = committee_of(STLMForMaskedLM)
+    (entry,) = pipeline("fill-mask", model=filler, tokenizer=TOKENIZER, device="cpu")("a w<mask>rd", top_k=1)
+    expected = mean_probabilities(filler, {"input_ids": torch.tensor([[*b"a w", 259, *b"rd"]])})[0, 3]
+    assert entry["token"] == expected.argmax() and entry["score"] == pytest.approx(expected.max().item(), rel=1e-4)
+    writer = committee_of(STLMForCausalLM)
+    write = pipeline("text-generation", model=writer, tokenizer=TOKENIZER, device="cpu")
+    (out,) = write("One", max_new_tokens=8, do_sample=False, valid_utf8=True)
+    new = writer.generate(torch.tensor([ids_of("One")]), max_new_tokens=8, do_sample=False, valid_utf8=True)
+    assert out["generated_text"] == TOKENIZER.decode(new[0], skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("head", [STLMForCausalLM, STLMForSequenceClassification], ids=lambda head: head.__name__)
+def test_trainer_trains_every_member_and_resumes(tmp_path, head):
+    """Also label smoothing, for which the library looks up by the name of the class whether labels are shifted."""
+    if head is STLMForCausalLM:
+        data = [{"input_ids": row[:40], "labels": row[:40]} for row in [RAGGED[0], RAGGED[5]] * 4]
+    else:
+        data = [{"input_ids": row, "labels": i % 3} for i, row in enumerate(RAGGED)] * 2
+    options = {"label_smoothing_factor": 0.1} if head is STLMForCausalLM else {}
+
+    def train(folder, resume=False, **more):
+        committee = committee_of(head)
+        start = weights(committee)
+        args = arguments(folder, save_strategy="steps", save_steps=3, learning_rate=1e-3, **options, **more)
+        trainer = Trainer(model=committee, args=args, train_dataset=data, processing_class=TOKENIZER)
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer, start
+
+    trainer, start = train(tmp_path / "whole")
+    assert losses(trainer)[-1] < losses(trainer)[0]
+    moved = {name for name, value in weights(trainer.model).items() if not torch.equal(value, start[name])}
+    assert {name.split(".")[1] for name in moved} == {"0", "1", "2"}
+    first = losses(trainer)[0]
+    if head is STLMForCausalLM:
+        rows = torch.tensor([row["input_ids"] for row in data])
+        with torch.no_grad():
+            logits = torch.stack([model(rows).logits[:, :-1].softmax(-1) for model in committee_of(head).members])
+        wanted = -logits.mean(0).log().gather(-1, rows[:, 1:, None]).mean()
+        assert first == pytest.approx(wanted.item(), rel=0.15)  # smoothed; unshifted labels would be nearly known
+    train(tmp_path / "cut", max_steps=3, lr_scheduler_type="constant")
+    resumed, _ = train(tmp_path / "cut", resume=True, lr_scheduler_type="constant")
+    whole, _ = train(tmp_path / "constant", lr_scheduler_type="constant")
+    for name, value in weights(resumed.model).items():
+        assert torch.equal(value, weights(whole.model)[name]), name
+    resumed.save_model(tmp_path / "saved")
+    loaded = STLMCommittee.from_pretrained(tmp_path / "saved")
+    assert torch.equal(loaded(**ROWS).logits, resumed.model.eval()(**ROWS).logits)
+
+
+def test_members_that_disagree_are_refused():
+    first = member(STLMForSequenceClassification)
+    with pytest.raises(ValueError, match="at least one member, got none"):
+        STLMCommittee.from_members([])
+    with pytest.raises(ValueError, match=r"member 0 is a STLMModel, expected one of STLMForCausalLM, "):
+        STLMCommittee.from_members([STLMModel(tiny_config())])
+    with pytest.raises(ValueError, match="member 1 is a STLMForMaskedLM, expected STLMForSequenceClassification as"):
+        STLMCommittee.from_members([first, member(STLMForMaskedLM)])
+    labels = {0: "no", 1: "yes", 2: "maybe"}
+    for field, value in {
+        "id2label": labels,
+        "vocab_size": 384,
+        "eos_token_id": 0,
+        "problem_type": "multi_label_classification",
+    }.items():
+        other = member(STLMForSequenceClassification, **{field: value})
+        with pytest.raises(ValueError, match=rf"member 1 has {field}=.*, expected .* as member 0"):
+            STLMCommittee.from_members([first, other])
+
+
+def test_what_a_committee_cannot_do_is_refused(tmp_path):
+    committee = committee_of(STLMForSequenceClassification)
+    with pytest.raises(ValueError, match="got inputs_embeds"):
+        committee(inputs_embeds=torch.zeros(1, 2, 16))
+    committee.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="STLMCommitteeForCausalLM needs members with the head 'CausalLM'"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert not hasattr(committee, "generate")
+    learned = STLMCommittee.from_members([member(STLMForCausalLM, **PATCHING["learned"])])
+    assert learned(torch.tensor([ids_of(TEXT)])).logits.isfinite().all()
+    with pytest.raises(ValueError, match="train them apart"):
+        learned.train()(torch.tensor([ids_of(TEXT)]))
