@@ -2,6 +2,7 @@
 """A committee is the mean of its members, and one model to the library."""
 
 import copy
+import json
 import os
 import subprocess
 import sys
@@ -32,6 +33,7 @@ from modeling_stlm import (
     STLMTokenizer,
 )
 
+from .test_examples import ROOT, run
 from .tiny import PATCHING, TEXT, WITHOUT_PACKAGES, batch, ids_of, randomize, tiny_config
 from .trainers import RAGGED, TOKENIZER, arguments, losses, weights
 
@@ -308,3 +310,28 @@ def test_what_a_committee_cannot_do_is_refused(tmp_path):
     assert learned(torch.tensor([ids_of(TEXT)])).logits.isfinite().all()
     with pytest.raises(ValueError, match="train them apart"):
         learned.train()(torch.tensor([ids_of(TEXT)]))
+
+
+def test_the_example_compares_depth_pretraining_and_committees(tmp_path):
+    words = ("red apple", "blue sea", "green tree")
+    with (tmp_path / "articles.jsonl").open("w") as articles, (tmp_path / "rows.csv").open("w") as rows:
+        rows.write("label,text\n")
+        for i in range(12):
+            articles.write(json.dumps({"text": f"{words[i % 3]} and more of it {i}"}) + "\n")
+            rows.write(f"{i % 3},{words[i % 3]} {i}\n")
+    files = ("--text", "articles.jsonl", "--train", "rows.csv", "--test", "rows.csv", "--output", "out")
+    sizes = ("--articles", 12, "--members", 2, "--deep", 2, "--batch_size", 6, "--seeds", 2, "--rows", 9)
+    output = run("committee.py", *files, *sizes, cwd=tmp_path)
+    assert "0 articles" in output and "ms at batch 32" in output
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    for arm in ("deep", "shallow", "committee"):
+        assert list(results["accuracy"][arm]) == ["0", "12"]
+        assert all(len(values) == 2 and 0 <= min(values) for values in results["accuracy"][arm].values())
+        assert results["latency_ms"][arm]["1"] > 0
+    assert results["parameters"]["committee"] == 2 * results["parameters"]["shallow"]
+    assert (tmp_path / "out" / "accuracy.png").stat().st_size > 0
+    committee = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out" / "committee")
+    assert isinstance(committee, STLMCommittee) and len(committee.members) == 2
+    refused = [sys.executable, str(ROOT / "examples" / "committee.py"), *map(str, (*files, "--articles", 13))]
+    finished = subprocess.run(refused, cwd=tmp_path, capture_output=True, text=True)
+    assert finished.returncode == 1 and "hold 12 articles, expected at least 13" in finished.stderr
