@@ -31,6 +31,8 @@ from modeling_stlm.training.distillation import (
 )
 
 from .test_distributed import run
+from .test_examples import run as run_example
+from .test_examples import small_text as small_text  # a fixture
 from .tiny import TEXT, batch, randomize, tiny_config, tiny_model
 from .trainers import RAGGED, TOKENIZER, arguments, losses, weights
 
@@ -277,6 +279,13 @@ def test_stored_outputs_are_the_sixteen_likeliest_bytes_and_the_rest(tmp_path):
         assert mass.min() < 0.9
 
 
+def test_where_a_teacher_says_nothing_nothing_is_stored(tmp_path):
+    rows = [[*b"abc", 258, 257, *b"de", 258], [*b"xyz"]]
+    stored = StoredTeacher(store_teacher(tmp_path / "teacher.bin", Digits(), [{"input_ids": row} for row in rows]))
+    inputs = batch(rows, "left")
+    assert torch.equal(teacher_log_probs(stored, inputs), teacher_log_probs(Digits(), inputs))
+
+
 def test_empty_and_foreign_files_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"no rows to write to .*: the dataset is empty"):
         store_teacher(tmp_path / "none.bin", tiny_model(), [])
@@ -321,6 +330,12 @@ def test_divergence_is_that_of_the_library_and_lumps_what_is_unknown(temperature
         )
         torch.testing.assert_close(found, (p * (p / q).log()).sum(-1), atol=1e-5, rtol=1e-5)
         assert torch.autograd.grad(found.sum(), logits)[0].isfinite().all()
+        certain = torch.full((7, 256), -torch.inf)
+        certain[:, 3] = 0  # nothing is left for the rest
+        found = divergence(certain, logits)
+        torch.testing.assert_close(found, -student[:, 3])
+        (gradient,) = torch.autograd.grad(found.sum(), logits)
+        torch.testing.assert_close(gradient[:, :256], student.exp() - certain.exp())
 
 
 def data() -> list[dict]:
@@ -498,3 +513,27 @@ def test_two_processes_distil_like_one(tmp_path):
     assert found[0]["losses"] == pytest.approx(found[1]["losses"], rel=1e-4)
     assert found[0]["losses"][-1] < found[0]["losses"][0]
     assert found[0]["weights"] == pytest.approx(found[1]["weights"], rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["subwords", "committee"])
+def test_the_example_compares_with_plain_training(tmp_path, small_text, kind):
+    if kind == "subwords":
+        tokenizer = byte_level_bpe()
+        llama(tokenizer).save_pretrained(tmp_path / "teacher")
+        tokenizer.save_pretrained(tmp_path / "teacher")
+        names = ["teacher"]
+    else:
+        names = ["first", "second"]
+        for seed, name in enumerate(names):
+            tiny_model(max_patch_bytes=8 + seed).save_pretrained(tmp_path / name)
+            TOKENIZER.save_pretrained(tmp_path / name)
+    sizes = ("--windows", 4, "--block_bytes", 64, "--max_steps", 3, "--batch_size", 2, "--output", "out")
+    output = run_example("distill.py", "--text", small_text, "--teacher", *names, *sizes, cwd=tmp_path)
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    for name in ("plain", "distilled"):
+        assert f"{name}: {results[name]['bits_per_byte']:.4f} bits per byte" in output
+        assert 2 < results[name]["bits_per_byte"] < 9
+    assert results["plain"]["bits_per_byte"] != results["distilled"]["bits_per_byte"]
+    assert ("teacher_seconds" in results) == (tmp_path / "out" / "teacher.bin").is_file() == (kind == "subwords")
+    assert str(tmp_path) not in json.dumps(results)
+    assert type(AutoModelForCausalLM.from_pretrained(tmp_path / "out")) is STLMForCausalLM

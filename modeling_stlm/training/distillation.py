@@ -432,7 +432,8 @@ class StoredTeacher:
         records = self.records[first : first + length]
         top = torch.from_numpy(records["log_probs"].astype(np.float32))
         rest = torch.from_numpy(records["rest"].astype(np.float32))
-        top = top - top.exp().sum(-1, keepdim=True).log() + torch.log1p(-rest)[:, None]  # undo the rounding
+        top = top.log_softmax(-1) + torch.log1p(-rest)[:, None]  # undo the rounding
+        top = torch.where(rest[:, None] < 1, top, -torch.inf)  # nothing was said at all
         log_probs = torch.full((length, NUM_BYTES), -torch.inf)
         return log_probs.scatter(1, torch.from_numpy(records["bytes"].astype(np.int64)), top)
 
@@ -451,7 +452,8 @@ def divergence(log_probs: torch.Tensor, logits: torch.Tensor, temperature: float
     known = torch.where(is_known, probs * (log_probs - student), 0).sum(-1)
     rest = (1 - probs.sum(-1)).clamp(min=0)
     rest_of_student = student.exp().masked_fill(is_known, 0).sum(-1).clamp(min=torch.finfo().tiny)
-    return known + torch.where(is_known.all(-1), 0, torch.xlogy(rest, rest / rest_of_student))
+    lumped = torch.xlogy(rest, rest) - rest * rest_of_student.log()
+    return known + torch.where(is_known.all(-1), 0, lumped)
 
 
 class DistillationTrainer(Trainer):
@@ -495,7 +497,7 @@ class DistillationTrainer(Trainer):
         labels = inputs["labels"][:, 1:]
         options = {"return_outputs": True, "num_items_in_batch": num_items_in_batch}
         loss, outputs = super().compute_loss(model, inputs, **options)
-        if model.training:
+        if model.training and self.teacher_weight:
             counted = (labels >= 0) & (labels < NUM_BYTES)
             log_probs = teacher_log_probs(self.teacher, inputs)[:, :-1][counted]
             divergences = divergence(log_probs, outputs.logits[:, :-1][counted], self.temperature)
