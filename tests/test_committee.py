@@ -3,7 +3,6 @@
 
 import copy
 import json
-import os
 import subprocess
 import sys
 
@@ -30,10 +29,11 @@ from modeling_stlm import (
     STLMForSequenceClassification,
     STLMForTokenClassification,
     STLMModel,
-    STLMTokenizer,
 )
 
+from .hub_server import Hub
 from .test_examples import ROOT, run
+from .test_hub import client
 from .tiny import PATCHING, TEXT, WITHOUT_PACKAGES, batch, ids_of, randomize, tiny_config
 from .trainers import RAGGED, TOKENIZER, arguments, losses, weights
 
@@ -180,26 +180,34 @@ def test_a_committee_is_saved_and_loaded_as_one(tmp_path, head, auto):
     assert torch.equal(copy.deepcopy(loaded)(**ROWS).logits, committee(**ROWS).logits)
 
 
-def test_a_committee_loads_where_the_packages_are_not_installed(tmp_path):
-    committee = committee_of(STLMForCausalLM)
-    committee.save_pretrained(tmp_path)
-    STLMTokenizer().save_pretrained(tmp_path)
-    ids = torch.tensor([ids_of(TEXT)])
-    program = """
-import sys, torch
+PUBLISH = """
+import sys
+from modeling_stlm import STLMCommittee, STLMTokenizer
+STLMCommittee.from_pretrained(sys.argv[1]).push_to_hub(sys.argv[2])
+STLMTokenizer().push_to_hub(sys.argv[2])
+"""
+LOAD = """
+import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
-ids = torch.tensor([AutoTokenizer.from_pretrained(sys.argv[1])(sys.argv[2])["input_ids"]])
+repo, out, text = sys.argv[1:]
+model = AutoModelForCausalLM.from_pretrained(repo, trust_remote_code=True)
+ids = torch.tensor([AutoTokenizer.from_pretrained(repo)(text)["input_ids"]])
 with torch.no_grad():
     logits = model(ids).logits
-again = type(model).from_members(list(model.members))
-torch.save([logits, again(ids).logits, model.generate(ids, max_new_tokens=9, do_sample=False)], sys.argv[1] + "/out.pt")
+    again = type(model).from_members(list(model.members))(ids).logits
+torch.save([logits, again, model.generate(ids, max_new_tokens=9, do_sample=False)], out)
 """
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    environment |= {"HF_MODULES_CACHE": str(tmp_path / "modules")}
-    command = [sys.executable, "-c", WITHOUT_PACKAGES + program, str(tmp_path), TEXT]
-    subprocess.run(command, check=True, cwd=tmp_path, env=environment)
-    logits, again, new = torch.load(tmp_path / "out.pt")
+
+
+def test_a_committee_is_pushed_with_its_code_and_loads_where_the_packages_are_not_installed(tmp_path):
+    committee = committee_of(STLMForCausalLM)
+    committee.save_pretrained(tmp_path / "folder")
+    with Hub({"key": "alice"}) as hub:
+        client(hub, tmp_path / "publisher", PUBLISH, tmp_path / "folder", "alice/committee", token="key")
+        out = tmp_path / "out.pt"
+        client(hub, tmp_path / "reader", WITHOUT_PACKAGES + LOAD, "alice/committee", out, TEXT)
+    logits, again, new = torch.load(out)
+    ids = torch.tensor([ids_of(TEXT)])
     assert torch.equal(logits, committee(ids).logits) and torch.equal(again, logits)
     assert torch.equal(new, committee.generate(ids, max_new_tokens=9, do_sample=False))
 
