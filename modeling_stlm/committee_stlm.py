@@ -195,6 +195,7 @@ class STLMCommittee(PreTrainedModel):
         config = STLMCommitteeConfig(
             head=names[name],
             members=[member.config.to_diff_dict() for member in members],
+            use_cache=first.config.use_cache,
             **agreed(first.config),
         )
         committee = STLMCommittee(config, members)
@@ -324,9 +325,10 @@ class STLMCommitteeForQuestionAnswering(STLMCommittee):
         """As [`STLMForQuestionAnswering.forward`]. Padding has no probability."""
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
         outputs = self.ask_members(**inputs, **kwargs)
-        is_padding = (input_ids == self.config.pad_token_id) if attention_mask is None else attention_mask == 0
+        if attention_mask is None:
+            attention_mask = input_ids != (-1 if self.config.pad_token_id is None else self.config.pad_token_id)
         start_logits, end_logits = (
-            self.mean([output[name].float().masked_fill(is_padding, torch.finfo().min) for output in outputs])
+            self.mean([output[name].float().masked_fill(attention_mask == 0, torch.finfo().min) for output in outputs])
             for name in ("start_logits", "end_logits")
         )
         loss = None

@@ -138,12 +138,33 @@ def test_the_loss_of_a_committee_of_one_is_that_of_its_member(head):
         torch.testing.assert_close(committee(**inputs, **labels, **options).loss, expected)
 
 
-@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"cache_implementation": "static"}], ids=str)
+def test_members_keep_their_weights_and_may_be_used_alone(tmp_path):
+    first, second = member(STLMForCausalLM), member(STLMForCausalLM, 1)
+    second.save_pretrained(tmp_path / "second")
+    members = [first, STLMForCausalLM.from_pretrained(tmp_path / "second")]
+    expected = [model(**ROWS).logits for model in (first, second)]
+    committee = STLMCommittee.from_members(members)
+    for ours, model, logits in zip(committee.members, members, expected):
+        assert ours is model and torch.equal(ours(**ROWS).logits, logits)
+    committee.save_pretrained(tmp_path / "committee")
+    eager = STLMCommittee.from_pretrained(tmp_path / "committee", attn_implementation="eager", dtype=torch.bfloat16)
+    for ours, logits in zip(eager.members, expected):
+        assert ours.config._attn_implementation == "eager" and ours.dtype == torch.bfloat16
+        torch.testing.assert_close(ours(**ROWS).logits.float(), logits, atol=0.3, rtol=0.1)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"num_beams": 3}, {"cache_implementation": "static"}, {"prompt_lookup_num_tokens": 3}],
+    ids=["greedy", "beams", "static", "drafts"],
+)
 def test_generation_with_a_cache_for_each_member(options):
     committee = committee_of(STLMForCausalLM)
     prompts = batch([ids_of("The trunk runs"), ids_of("x"), ids_of("Zoë saw 東")], "left")
+    if "prompt_lookup_num_tokens" in options:  # one row only
+        prompts = {"input_ids": torch.tensor([ids_of("a word, a word, a w")])}
     settings = {"max_new_tokens": 12, "do_sample": False, "valid_utf8": True, "disable_compile": True}
-    new = committee.generate(**prompts, **settings, **options)
+    new = committee.generate(**prompts, use_cache=True, **settings, **options)
     plain = {name: value for name, value in options.items() if name == "num_beams"}
     assert torch.equal(new, committee.generate(**prompts, use_cache=False, **settings, **plain))
     cache = DynamicCache()

@@ -466,14 +466,19 @@ def test_teachers_and_settings_that_make_no_sense_are_refused(tmp_path):
 def test_packed_windows_of_a_corpus_are_distilled(tmp_path):
     path = write_corpus(tmp_path / "corpus.bin", [TEXT, "one", TEXT[:50]], TOKENIZER)
     windows = PackedWindows(path, TOKENIZER, block_size=64)
-    subwords = SubwordTeacher(llama(byte_level_bpe()), byte_level_bpe())
-    stored = StoredTeacher(store_teacher(tmp_path / "teacher.bin", subwords, windows))
-    args = arguments(tmp_path / "out", max_steps=3, bf16=True)
-    trainer = DistillationTrainer(
-        tiny_model(), args, train_dataset=windows, processing_class=TOKENIZER, teacher=stored
-    )
-    trainer.train()
-    assert all(math.isfinite(loss) and loss > 0.1 for loss in losses(trainer))
+    teacher = SubwordTeacher(llama(byte_level_bpe()), byte_level_bpe())
+    found = []
+    for number in range(2):  # as it is and, without the rest, stored: the first steps of both are nearly the same
+        args = arguments(tmp_path / str(number), max_steps=3, bf16=True)
+        trainer = DistillationTrainer(
+            tiny_model(), args, train_dataset=windows, processing_class=TOKENIZER, teacher=teacher
+        )
+        trainer.train()
+        found.append(losses(trainer))
+        assert all(math.isfinite(loss) for loss in found[-1])
+        teacher = StoredTeacher(store_teacher(tmp_path / "teacher.bin", teacher, windows)) if number == 0 else None
+    # Lumping bytes together makes the divergence smaller.
+    assert 0.8 * found[0][0] < found[1][0] < found[0][0]
 
 
 TWO_PROCESSES = """

@@ -136,7 +136,7 @@ class SubwordTeacher:
         whole = self.before + text
         histories = self._histories(whole)
         rows = np.empty((len(whole), NUM_BYTES))
-        active = []  # (start, weight, next bytes by length, probability of ending by length) of tokens not yet complete
+        active = []  # tokens that may be open: started, and not known to be complete
         ending = 1.0  # probability that a token ends here, given the bytes so far
         for i, probabilities in enumerate(self._token_probabilities(histories)):
             active = [token for token in active if i - token.start < len(token.next_bytes)]
@@ -182,18 +182,18 @@ class SubwordTeacher:
 
     def _run(self, tree: "TokenTree", cache: DynamicCache, num_cached: int, leaves: list[int]) -> torch.Tensor:
         """Logits (n, V) after n nodes of a tree whose root comes after the cached tokens."""
-        allowed = tree.ancestors()
+        allowed, device = tree.ancestors(), self.model.device
         mask = torch.zeros(len(allowed), num_cached + len(allowed), dtype=self.model.dtype)
         mask[:, num_cached:].masked_fill_(~torch.from_numpy(allowed), torch.finfo(mask.dtype).min)
-        device = self.model.device
-        outputs = self.model(
-            torch.tensor([tree.ids], device=device),
-            attention_mask=mask[None, None].to(device),
-            position_ids=num_cached + torch.from_numpy(allowed.sum(1) - 1)[None].to(device),
-            cache=cache,
-            use_cache=True,
-            logits_to_keep=torch.tensor(leaves, device=device),
-        )
+        with torch.autocast(device.type, enabled=False):  # that of a student in training
+            outputs = self.model(
+                torch.tensor([tree.ids], device=device),
+                attention_mask=mask[None, None].to(device),
+                position_ids=num_cached + torch.from_numpy(allowed.sum(1) - 1)[None].to(device),
+                cache=cache,
+                use_cache=True,
+                logits_to_keep=torch.tensor(leaves, device=device),
+            )
         return outputs.logits[0]
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
@@ -328,7 +328,7 @@ def teacher_log_probs(teacher, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     """Log-probabilities `(B, T, 256)` of the byte after each position, `-inf` where the teacher says nothing.
 
     Args:
-        teacher: a model that predicts the next byte, or an object with `next_byte_log_probs` or `row_log_probs`.
+        teacher: as of [`DistillationTrainer`].
         inputs (`dict`): `input_ids`, and `attention_mask` and `position_ids` if there are any.
     """
     ids = inputs["input_ids"]
@@ -494,10 +494,11 @@ class DistillationTrainer(Trainer):
         self.teacher, self.teacher_weight, self.temperature = teacher, teacher_weight, temperature
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        labels = inputs["labels"][:, 1:]
+        labels = inputs.get("labels")  # a label smoother takes them away
         options = {"return_outputs": True, "num_items_in_batch": num_items_in_batch}
         loss, outputs = super().compute_loss(model, inputs, **options)
         if model.training and self.teacher_weight:
+            labels = labels[:, 1:]
             counted = (labels >= 0) & (labels < NUM_BYTES)
             log_probs = teacher_log_probs(self.teacher, inputs)[:, :-1][counted]
             divergences = divergence(log_probs, outputs.logits[:, :-1][counted], self.temperature)
