@@ -7,7 +7,7 @@
         --windows 4000 --max_steps 2000 --output runs/distilled
 
 The teacher may be any causal language model with a byte-level tokenizer or byte fallback. What a model of subwords says is
-slow to compute (SmolLM2-135M: 7 s for 1 kB on one core), so it is written once to `OUTPUT/teacher.bin`. Both students see
+slow to compute (SmolLM2-135M: 7 s for 1 kB on one core), so it is written once to `OUTPUT/TEACHER.bin`. Both students see
 the same windows in the same order. Prints bits per byte on the last tenth of the text; writes `results.json` and the
 distilled student.
 """
@@ -110,7 +110,7 @@ def main():
 
     teacher, results = load_teacher(args.teacher, args.gguf_file), {}
     if isinstance(teacher, SubwordTeacher):
-        path, start = args.output / "teacher.bin", time.monotonic()
+        path, start = args.output / f"{Path(args.teacher[0]).name}.bin", time.monotonic()
         if not path.is_file():
             store_teacher(path, teacher, sets["train"])
             results["teacher_seconds"] = time.monotonic() - start

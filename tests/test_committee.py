@@ -32,6 +32,7 @@ from modeling_stlm import (
 )
 
 from .hub_server import Hub
+from .test_distributed import run as launch
 from .test_examples import ROOT, run
 from .test_hub import client
 from .tiny import PATCHING, TEXT, WITHOUT_PACKAGES, batch, ids_of, randomize, tiny_config
@@ -305,6 +306,41 @@ def test_trainer_trains_every_member_and_resumes(tmp_path, head):
     resumed.save_model(tmp_path / "saved")
     loaded = STLMCommittee.from_pretrained(tmp_path / "saved")
     assert torch.equal(loaded(**ROWS).logits, resumed.model.eval()(**ROWS).logits)
+
+
+TWO_PROCESSES = """
+import json, sys, torch
+from transformers import Trainer, TrainingArguments
+from modeling_stlm import STLMCommittee
+settings = json.loads(sys.argv[1])
+model = STLMCommittee.from_pretrained(settings["model"])
+rows = [list(b"a word and another w"), list(b"x" * 20), list(b"1 2 3 4 5 6 7 8 9 0 "), list(b"y" * 20)]
+data = [{"input_ids": row, "labels": row} for row in rows * 3]
+args = TrainingArguments(settings["out"], max_steps=3, learning_rate=0.1, optim="sgd", logging_steps=1,
+                         per_device_train_batch_size=settings["rows"], save_strategy="no", report_to="none",
+                         use_cpu=True, disable_tqdm=True, train_sampling_strategy="sequential")
+trainer = Trainer(model=model, args=args, train_dataset=data)
+trainer.train()
+if trainer.is_world_process_zero():
+    total = [float(p.detach().double().abs().sum()) for p in model.parameters()]
+    losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
+    json.dump({"losses": losses, "weights": total, "processes": args.world_size}, open(settings["out"] + ".json", "w"))
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_train_a_committee_like_one(tmp_path):
+    committee_of(STLMForCausalLM).save_pretrained(tmp_path / "model")
+    (tmp_path / "train.py").write_text(TWO_PROCESSES)
+    found = []
+    for processes in (1, 2):
+        settings = {"model": str(tmp_path / "model"), "out": str(tmp_path / str(processes)), "rows": 4 // processes}
+        launch(tmp_path / "train.py", processes, settings)
+        found.append(json.loads((tmp_path / f"{processes}.json").read_text()))
+    assert [result["processes"] for result in found] == [1, 2]
+    assert found[0]["losses"] == pytest.approx(found[1]["losses"], rel=1e-4)
+    assert found[0]["losses"][-1] < found[0]["losses"][0]
+    assert found[0]["weights"] == pytest.approx(found[1]["weights"], rel=1e-5)
 
 
 def test_members_that_disagree_are_refused():
