@@ -377,6 +377,7 @@ def store_teacher(path: str | Path, teacher, dataset: Iterable[dict]) -> Path:
                     continue
                 if isinstance(teacher, nn.Module):
                     inputs = {name: value.to(teacher.device) for name, value in inputs.items()}
+                    teacher.eval()
                 log_probs = teacher_log_probs(teacher, inputs)[0, torch.from_numpy(row.at)].cpu()
                 top, found = log_probs.topk(STORED["bytes"].shape[0])
                 records = np.empty(len(row.ids), dtype=STORED)
@@ -422,8 +423,9 @@ class StoredTeacher:
 
     def row_log_probs(self, row: Row) -> torch.Tensor:
         """Log-probabilities (n, 256) after each id of a row: 16 of them, `-inf` elsewhere. Those sum to one less the rest."""
-        at = np.searchsorted(self.index["row"], np.uint64(row.digest()))
-        if at == len(self.index) or self.index["row"][at] != row.digest():
+        digest = np.uint64(row.digest())
+        at = np.searchsorted(self.index["row"], digest)
+        if at == len(self.index) or self.index["row"][at] != digest:
             start = bytes(i for i in row.ids[:40].tolist() if i < NUM_BYTES)
             raise ValueError(
                 f"{self.path} has no outputs for the row that starts with {start!r}: write them for all rows"
@@ -460,7 +462,8 @@ class DistillationTrainer(Trainer):
     """`Trainer` with a loss that also follows a teacher: `(1 - teacher_weight) loss + teacher_weight T^2 divergence`.
 
     The first is the loss of the model as it is. The divergence is that of the next byte, summed over the labels that are
-    bytes and divided by the number of all labels: special tokens have only the first loss. Evaluation is that of `Trainer`, and checkpoints are those of the student.
+    bytes and divided by the number of all labels: special tokens have only the first loss. Evaluation is that of
+    `Trainer`, and checkpoints are those of the student.
 
     Args:
         teacher: what gives next-byte probabilities:
