@@ -284,11 +284,12 @@ def test_trainer_trains_every_member_and_resumes(tmp_path, head):
         start = weights(committee)
         args = arguments(folder, save_strategy="steps", save_steps=3, learning_rate=1e-3, **options, **more)
         trainer = Trainer(model=committee, args=args, train_dataset=data, processing_class=TOKENIZER)
+        before = trainer.evaluate(data)["eval_loss"]
         trainer.train(resume_from_checkpoint=resume)
+        assert resume or trainer.evaluate(data)["eval_loss"] < before
         return trainer, start
 
     trainer, start = train(tmp_path / "whole")
-    assert losses(trainer)[-1] < losses(trainer)[0]
     moved = {name for name, value in weights(trainer.model).items() if not torch.equal(value, start[name])}
     assert {name.split(".")[1] for name in moved} == {"0", "1", "2"}
     first = losses(trainer)[0]
