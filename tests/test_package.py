@@ -25,6 +25,8 @@ ROOT = Path(__file__).parents[1]
 def test_public_names():
     assert sorted(modeling_stlm.__all__) == [
         "STLMCausalLMOutput",
+        "STLMCommittee",
+        "STLMCommitteeConfig",
         "STLMConfig",
         *(f"STLMFor{head}" for head in sorted(("CausalLM", *HEADS))),
         "STLMModel",
@@ -47,6 +49,7 @@ def test_importing_the_package_registers_every_auto_class():
 @pytest.mark.parametrize(
     "module",
     [
+        modeling_stlm.committee_stlm,
         modeling_stlm.heads_stlm,
         modeling_stlm.modeling_stlm,
         tokenization_stlm.tokenization_stlm,
