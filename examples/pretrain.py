@@ -68,8 +68,16 @@ def write_corpora(args: argparse.Namespace, tokenizer, folder: Path) -> dict[str
     return corpora
 
 
+def field_value(value: str):
+    """A value as JSON, or the word itself: `patching=fixed` needs no quotes."""
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError:
+        return value
+
+
 def load_config(model: str, changes: list[str]) -> STLMConfig:
-    fields = {name: json.loads(value) for name, _, value in (change.partition("=") for change in changes)}
+    fields = {name: field_value(value) for name, _, value in (change.partition("=") for change in changes)}
     if unknown := sorted(set(fields) - set(STLMConfig().to_dict())):
         raise SystemExit(f"--set {unknown}: not a field of STLMConfig")
     is_folder = (Path(model) / "config.json").is_file()

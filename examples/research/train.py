@@ -80,7 +80,9 @@ def build_model(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) ->
             stored = AutoModelForCausalLM.from_config(STLMConfig.from_preset(args.like)).num_parameters()
         return AutoModelForCausalLM.from_config(llama_config(tokenizer, stored))
     changes = list(args.set)
-    if 'patching="vocabulary"' in changes and not any(c.startswith("patch_vocabulary=") for c in changes):
+    if {"patching=vocabulary", 'patching="vocabulary"'} & set(changes) and not any(
+        c.startswith("patch_vocabulary=") for c in changes
+    ):
         pieces = " ".join(train_bpe(documents(args.train), args.vocab_size).get_vocab())
         changes.append(f"patch_vocabulary={json.dumps(pieces)}")
     return AutoModelForCausalLM.from_config(pretrain.load_config(args.model, changes))
