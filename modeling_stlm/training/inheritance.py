@@ -130,6 +130,7 @@ def inherit(
 
 def check_sizes(larger: STLMConfig, smaller: STLMConfig) -> None:
     """Raise a `ValueError` that names the first field that keeps a model of `smaller` from inheriting."""
+    check_own_matrices(larger, smaller)
     has_attention = "attention" in smaller.byte_mixers
     for name, value in kinds_of(larger, has_attention).items():
         if name == "match_bytes" and value == 0:
@@ -139,6 +140,13 @@ def check_sizes(larger: STLMConfig, smaller: STLMConfig) -> None:
     for name, size in sizes_of(larger, has_attention).items():
         if size < (got := sizes_of(smaller, has_attention)[name]):
             raise ValueError(f"cannot inherit: expected {name} of at most {size}, got {got}")
+
+
+def check_own_matrices(*configs: STLMConfig) -> None:
+    if ranks := [config.sharing_lora_rank for config in configs if config.sharing_lora_rank]:
+        raise ValueError(
+            f"expected sharing_lora_rank=0, got {ranks[0]}: matrices of passes are neither cut nor copied"
+        )
 
 
 def kinds_of(config: STLMConfig, has_attention: bool) -> dict:
@@ -386,6 +394,7 @@ def grow(model: STLMPreTrainedModel, config: STLMConfig) -> STLMPreTrainedModel:
     Raises:
         ValueError: if another field differs, or if no choice of new blocks leaves the function as it is.
     """
+    check_own_matrices(model.config, config)
     for name in sorted(STLMConfig.__annotations__.keys() - FREE_TO_GROW | {"num_labels"}):
         expected, got = (getattr(one, name) for one in (model.config, config))
         if expected != got and (name, expected) != ("match_bytes", 0):
