@@ -28,7 +28,7 @@ from torch.nn import functional as F
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import can_return_tuple
 
-from modeling_stlm.batching_stlm import STLMBatch, valid_bytes
+from modeling_stlm.batching_stlm import STLMBatch
 from modeling_stlm.modeling_stlm import STLMCausalLMOutput, STLMForCausalLM, STLMModel
 
 
@@ -429,13 +429,12 @@ class STLMForCausalLMWithObjectives(STLMForCausalLM):
     forward.__signature__ = STLMForCausalLM.forward.__signature__
 
     def _step(self, input_ids, attention_mask, position_ids, labels, outputs) -> Step:
-        valid = valid_bytes(attention_mask, 0, input_ids)
-        batch = STLMBatch.of(input_ids, valid, position_ids, is_causal=True)
+        batch = STLMBatch.of(input_ids, attention_mask, position_ids=position_ids)
         documents, layout = torch.zeros_like(input_ids), {}
         if batch.positions is not None:
             documents, layout["position_ids"] = (batch.positions == 0).cumsum(1), batch.positions
         if batch.lengths is not None:
-            labels, layout["attention_mask"] = labels.masked_fill(~valid, IGNORED), batch.is_valid.long()
+            labels, layout["attention_mask"] = labels.masked_fill(~batch.is_given, IGNORED), batch.is_valid.long()
         return Step(
             model=self,
             input_ids=batch.compact(input_ids),
