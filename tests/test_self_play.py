@@ -14,6 +14,7 @@ from transformers import TrainerCallback, set_seed
 from modeling_stlm import STLMForCausalLM
 from modeling_stlm.training.self_play import SelfPlayConfig, SelfPlayTrainer, continuations
 
+from .test_distributed import run
 from .tiny import ids_of, tiny_config
 from .trainers import TOKENIZER, arguments, losses
 
@@ -179,6 +180,37 @@ def test_continuations_follow_their_prompts():
     assert together == alone and len(set(together)) > 1
     drawn = {continuations(model, TOKENIZER, ["x"], 12, 1)[0] for _ in range(4)}
     assert len(drawn) == 4
+
+
+SCRIPT = """
+import json, sys, torch
+from transformers import AutoTokenizer
+from modeling_stlm import STLMForCausalLM
+from modeling_stlm.training.self_play import SelfPlayConfig, SelfPlayTrainer
+settings = json.loads(sys.argv[1])
+args = SelfPlayConfig(output_dir=settings["out"] + "/game", num_rounds=2, max_new_tokens=9, max_steps=2, bf16=False,
+                      activation_checkpointing=False, per_device_train_batch_size=2, report_to="none", use_cpu=True)
+rows = [{"prompt": f"row {i} ", "completion": "a b c"} for i in range(5)]  # an odd number for two processes
+model, tokenizer = (cls.from_pretrained(settings["model"]) for cls in (STLMForCausalLM, AutoTokenizer))
+game = SelfPlayTrainer(model, args, rows, tokenizer)
+game.train()
+total = float(sum(p.detach().double().abs().sum() for p in game.model.parameters()))
+json.dump(total, open(f"{settings['out']}/{args.process_index}.json", "w"))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_two_processes_share_the_prompts(tmp_path):
+    STLMForCausalLM(tiny_config(use_cache=True)).save_pretrained(tmp_path / "start")
+    TOKENIZER.save_pretrained(tmp_path / "start")
+    (tmp_path / "play.py").write_text(SCRIPT)
+    run(tmp_path / "play.py", 2, {"model": str(tmp_path / "start"), "out": str(tmp_path)})
+    assert (tmp_path / "0.json").read_text() == (tmp_path / "1.json").read_text()
+    for index in (1, 2):
+        pairs = pairs_of(tmp_path / "game" / f"round-{index}")
+        assert [pair["prompt"] for pair in pairs] == [f"row {i} " for i in range(5)]
+        assert len({pair["rejected"] for pair in pairs}) == 5  # processes draw with seeds of their own
 
 
 def test_bad_input_is_refused_in_words(tmp_path):

@@ -41,6 +41,7 @@ from modeling_stlm import STLMConfig, STLMForCausalLM, STLMTokenizer
 from modeling_stlm.training import objectives
 from modeling_stlm.training.bits_per_byte import BitsPerByteEvaluator
 from modeling_stlm.training.corpus import PackedWindows
+from modeling_stlm.training.dropout_schedule import DropoutSchedule
 from modeling_stlm.training.optimizer import MuonRecipe
 from modeling_stlm.training.patch_curriculum import PatchLengthCurriculum
 from modeling_stlm.training.replay import ReplayRounds, ReplayWindows
@@ -62,6 +63,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         action="append",
         default=[],
         help="besides the next byte, as in `--objective MultiByte 4 0.3`: class, its arguments, weight; may be repeated",
+    )
+    parser.add_argument(
+        "--dropout", nargs=2, help="schedule of DropoutSchedule and probability, for a budget in steps"
     )
     parser.add_argument("--eval_at_end", action="store_true", help="evaluate only the last checkpoint")
     return parser.parse_args(arguments)
@@ -143,6 +147,8 @@ def main():
     if args.replay:
         train_set, changes = ReplayWindows(train_set, args.replay), changes | ReplayRounds.arguments
         callbacks.append(ReplayRounds(args.seed))
+    if args.dropout:
+        callbacks.append(DropoutSchedule(args.dropout[0], float(args.dropout[1])))
     evaluator = BitsPerByteEvaluator(sizes)
     trainer = Trainer(
         model=with_objectives(model, args.objective),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training objectives beside the next byte (Super Tiny Language Models, arXiv:2405.14159, section on objectives).
+"""Training objectives beside the next byte, a direction of Super Tiny Language Models (arXiv:2405.14159).
 
     model = with_objectives(model, [(MultiByte(4), 0.3), MaskedNextByte(0.15)])
     Trainer(model=model, ...).train()
@@ -195,9 +195,8 @@ class NextThought(Objective):
             index = sentence[..., None].expand_as(hidden_states)
             sums = hidden_states.new_zeros(*num_bytes.shape, hidden_states.shape[-1])
             sums = sums.scatter_add(1, index, hidden_states * counted[..., None])
-            latents = (sums / num_bytes.clamp(min=1)[..., None]).gather(
-                1, index[:, 1:]
-            )  # of the sentence after each byte
+            latents = sums / num_bytes.clamp(min=1)[..., None]
+            latents = latents.gather(1, index[:, 1:])  # of the sentence that the byte after each one belongs to
         is_last = starts[:, 1:] & ~step.starts[:, 1:]
         distance = 1 - F.cosine_similarity(self.projection(step.hidden_states[:, :-1]).float(), latents, dim=-1)
         return (distance * num_bytes.gather(1, sentence[:, 1:]) * is_last).sum()
@@ -255,7 +254,9 @@ class MaskedNextByte(Objective):
 def with_own_modules(module: nn.Module) -> nn.Module:
     """A copy of a tree of modules that shares parameters, buffers and hooks with it, but no attributes."""
     own = copy.copy(module)
-    own._modules = {name: child and with_own_modules(child) for name, child in module._modules.items()}
+    own._modules = {
+        name: None if child is None else with_own_modules(child) for name, child in module._modules.items()
+    }
     return own
 
 
@@ -269,7 +270,7 @@ class Denoising(Objective):
     """The next byte of the clean text after a damaged one: masked spans and misspelt letters.
 
     Unlike in T5 (arXiv:1910.10683) the text keeps its length, so a second pass over the damaged ids has the targets of the
-    first, also for padded and packed rows. A misspelt letter (ASCII) is another one or changes its case, half and half.
+    first, also for padded and packed rows. A misspelt letter (ASCII) is a random one or changes its case, half and half.
 
     Args:
         spans (`float`): share of the bytes in masked spans.
@@ -452,12 +453,12 @@ class STLMForCausalLMWithObjectives(STLMForCausalLM):
         plain.model, plain.lm_head, plain.generation_config = self.model, self.lm_head, self.generation_config
         return plain.train(self.training)
 
-    def save_pretrained(self, save_directory, *, state_dict=None, **kwargs):
-        """Write the plain model, and into a checkpoint of `Trainer` the parameters of the objectives, too."""
+    def save_pretrained(self, save_directory, is_main_process=True, state_dict=None, **kwargs):
+        """Write the plain model, and into a checkpoint of `Trainer` (by its name) the parameters of the objectives, too."""
         state_dict = self.state_dict() if state_dict is None else state_dict
         if not re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-\d+", Path(save_directory).name):
             state_dict = {name: value for name, value in state_dict.items() if not name.startswith("objectives.")}
-        self.plain().save_pretrained(save_directory, state_dict=state_dict, **kwargs)
+        self.plain().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)
 
 
 def with_objectives(
