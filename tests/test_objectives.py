@@ -244,6 +244,28 @@ def test_targets_of_a_masked_byte_do_not_see_it(monkeypatch):
     assert not torch.equal(ids, other) and torch.equal(*seen)
 
 
+@pytest.mark.parametrize("kind", ["autocast", "weights"])
+@pytest.mark.parametrize("name", ALL)
+def test_bfloat16_gives_the_loss_of_float32_but_for_rounding(name, kind, without_chance):
+    dtype = torch.bfloat16 if kind == "weights" else torch.float32
+    expected = with_objectives(tiny_model(), [ALL[name]()]).train()
+    trained = with_objectives(tiny_model().to(dtype), [ALL[name]()]).train()
+    trained.load_state_dict(expected.state_dict())
+    inputs = inputs_of("left")
+    with torch.autocast("cpu", torch.bfloat16, enabled=kind == "autocast"):
+        loss = trained(**inputs).loss
+    loss.backward()
+    assert loss.item() == pytest.approx(expected(**inputs).loss.item(), rel=0.05)
+    assert all(p.grad.isfinite().all() for p in trained.parameters())
+
+
+def test_one_byte_has_no_target():
+    for name in ALL:
+        trained = with_objectives(tiny_model(), [ALL[name]()]).train()
+        ids = torch.tensor([[65]])
+        assert trained(ids, labels=ids, num_items_in_batch=1).loss == 0, name
+
+
 def test_in_evaluation_and_generation_the_model_is_the_plain_one():
     model = tiny_model()
     trained = with_objectives(model, [make() for make in ALL.values()])

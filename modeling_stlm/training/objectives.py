@@ -12,6 +12,8 @@ An objective is a sum over the bytes of a call that is divided by the number of 
 (`num_items_in_batch`), so that gradient accumulation and several processes have the gradient of the whole batch. Only
 bytes with a label are targets, and nothing is predicted across the documents of a packed row.
 
+`MaskedNextByte`, `Denoising` and `EarlyExit` run the model a second time: a byte costs about twice as much.
+
 Shapes: B rows, T bytes, D byte width, G trunk width, P patches, V vocabulary. Rows are compact: valid bytes first.
 """
 
@@ -244,6 +246,7 @@ class MaskedNextByte(Objective):
                 vars(twin.get_submodule(name)).update(flags)
         return twin
 
+    @torch.compiler.disable  # the twin is made in every call, and would be compiled in every call
     def forward(self, step):
         masked = random_spans(step.input_ids, self.share, self.span_bytes) & (step.input_ids < NUM_BYTES)
         logits = step.logits(self.both_ways(step.model.model), step.input_ids.masked_fill(masked, self.mask_token_id))
@@ -308,7 +311,7 @@ class EarlyExit(Objective):
     Makes the drafts of `generate(..., assistant_early_exit=objective.slots(model.config))` good, which leave the trunk
     after `passes`. The paper trains all exits in turn; this trains the one that will be used, by a second pass over the
     bytes. While the next byte is trained, layer l of L is left out of a call with probability
-    `layer_drop * (2 ** (l / (L - 1)) - 1)` (equation 2 there), the same one in all processes.
+    `layer_drop * (2 ** (l / (L - 1)) - 1)`, as in the paper, and the same one in all processes.
 
     Args:
         passes (`int`): of the trunk that run before the exit.
@@ -467,7 +470,8 @@ def with_objectives(
     """`model` with more objectives than the next byte, for `Trainer`. The modules are those of `model`, not copies.
 
     With peft, wrap the result: `get_peft_model(with_objectives(...), LoraConfig(..., modules_to_save=["objectives"]))`
-    trains the parameters of the objectives in full and keeps them in the checkpoints.
+    trains the parameters of the objectives in full and keeps them in the checkpoints. The trainers of trl compute losses
+    from the hidden states and never ask the model for one: with them the objectives are left out, without a word.
 
     Args:
         model ([`STLMForCausalLM`]).

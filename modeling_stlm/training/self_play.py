@@ -44,7 +44,8 @@ class SelfPlayTrainer:
     with; `output_dir/round-<k>` gets the pairs (`pairs.jsonl`), the checkpoints of `DPOTrainer` and the model after it;
     `output_dir/rounds.json` lists what `compute_round_metrics` returned for each.
 
-    The paper trains on the pairs of the last two rounds together; here a round has its own alone.
+    The paper trains on the pairs of the last two rounds together; here a round has its own alone. Several processes need
+    the folder in common.
 
     Args:
         model ([`~transformers.PreTrainedModel`]): a causal language model, best one that was fine-tuned on the task.
@@ -95,7 +96,7 @@ class SelfPlayTrainer:
             trainer = self.round_trainer(index)
             checkpoint = get_last_checkpoint(self.folder(index)) if resume_from_checkpoint else None
             trainer.train(resume_from_checkpoint=checkpoint)
-            self.model = trainer.accelerator.unwrap_model(trainer.model)
+            self.model = trainer.model
             self._finish(index)
         self.model = self.load(self.args.num_rounds)
         return self.history
