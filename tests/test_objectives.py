@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Objectives beside the next byte equal slow loops over rows alone, and leave a plain causal model behind."""
 
+import importlib
 import json
 import re
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -560,6 +562,20 @@ def test_bad_input_is_refused_in_words():
         with_objectives(tiny_model(mask_token_id=None), [MaskedNextByte()])
     with pytest.raises(ValueError, match="objectives need input_ids and labels in training"):
         trained.train()(torch.tensor([[1, 2]]))
+
+
+def test_research_training_takes_objectives_by_name(monkeypatch):
+    examples = Path(__file__).parents[1] / "examples"
+    monkeypatch.syspath_prepend(examples)
+    monkeypatch.syspath_prepend(examples / "research")
+    train = importlib.import_module("train")
+    command = "--train a --validation b --max_steps 1 --objective NextThought 0.1 --objective Denoising 0.2 0.3 0.4"
+    chosen = train.parse_arguments(command.split()).objective
+    terms = train.with_objectives(tiny_model(), chosen).objectives
+    assert [type(term).__name__ for term in terms.terms] == ["NextThought", "Denoising"]
+    assert terms.weights == [0.1, 0.4] and (terms.terms[1].spans, terms.terms[1].noise) == (0.2, 0.3)
+    model = tiny_model()
+    assert train.with_objectives(model, []) is model
 
 
 def test_label_smoothing_is_refused(tmp_path):
