@@ -83,7 +83,9 @@ class SelfPlayTrainer:
     def train(self, resume_from_checkpoint: bool = False) -> list[dict]:
         """Play the rounds; returns one dict of metrics for each, that of the model to begin with first."""
         path = Path(self.args.output_dir) / "rounds.json"
-        if path.is_file():
+        has_rounds = path.is_file()
+        PartialState().wait_for_everyone()  # before the main process writes the file
+        if has_rounds:
             if not resume_from_checkpoint:
                 raise ValueError(
                     f"{path.parent} holds rounds of an earlier self-play: resume them with resume_from_checkpoint=True, or "
