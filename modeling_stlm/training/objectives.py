@@ -313,6 +313,10 @@ class EarlyExit(Objective):
     bytes. While the next byte is trained, layer l of L is left out of a call with probability
     `layer_drop * (2 ** (l / (L - 1)) - 1)`, as in the paper, and the same one in all processes.
 
+    The text is that of greedy search, and not faster on a CPU: the trunk runs once per patch anyway, so a draft of a byte
+    costs nearly what a byte costs (`stlm-3m` after 0.6 MB, 150 bytes: 0.24 s without, 0.38 s with drafts that left 40 full
+    calls of 150).
+
     Args:
         passes (`int`): of the trunk that run before the exit.
         layer_drop (`float`, defaults to 0.0): probability for the last layer.
