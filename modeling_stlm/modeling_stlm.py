@@ -126,6 +126,8 @@ class STLMPreTrainedModel(PreTrainedModel, BudgetMixin):
     config: STLMConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
+    # Checkpoints of a training with more objectives than the next byte hold their parameters, too.
+    _keys_to_ignore_on_load_unexpected = [r"^objectives\."]
     _no_split_modules = ["STLMByteLayer", "STLMTrunkAttentionBlock", "STLMTrunkFeedForwardBlock"]
     _skip_keys_device_placement = ["cache"]
     _supports_sdpa = True
