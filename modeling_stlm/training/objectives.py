@@ -332,6 +332,8 @@ class EarlyExit(Objective):
         depth = model.config.num_trunk_layers
         if self.passes >= depth:
             raise ValueError(f"passes={self.passes} must be fewer than the {depth} passes of the trunk")
+        if self.layer_drop and model.config.sharing_lora_rank:
+            raise ValueError("layer_drop needs passes that are equal, got sharing_lora_rank above 0")
         # In the checkpoints, so that a resumed training draws the layers that it would have drawn.
         self.register_buffer("seed", torch.randint(2**31, ()))
         self.register_buffer("num_calls", torch.tensor(0))
