@@ -61,8 +61,9 @@ def write_corpora(args: argparse.Namespace, tokenizer, folder: Path) -> dict[str
     for split, path in corpora.items():
         patterns, sources = getattr(args, split), path.with_suffix(".json")
         if not path.is_file():
-            write_corpus(path, documents(patterns), tokenizer)
+            path.parent.mkdir(parents=True, exist_ok=True)
             sources.write_text(json.dumps(patterns))
+            write_corpus(path, documents(patterns), tokenizer)
         elif json.loads(sources.read_text()) != patterns:
             raise SystemExit(f"{path} was made from {sources.read_text()}, not {patterns}: use another folder")
     return corpora

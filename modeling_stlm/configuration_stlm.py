@@ -41,7 +41,7 @@ class STLMConfig(PreTrainedConfig):
         ngram_embedding_size (`int`, *optional*, defaults to 32):
             Their width; one matrix projects them to `hidden_size`. `None`: as wide as that and summed, as in BLT.
         match_bytes (`int`, defaults to 0):
-            Tell each byte what followed the last time that the same so many bytes stood in its document; 0 for none.
+            Add an embedding of the byte that followed the last occurrence of the same so many bytes; 0 for none.
         patching (`str`, defaults to `"spacelike"`):
             Where patches end. `"spacelike"`: at the first byte after a word that is neither letter, digit nor part of
             a multi-byte character (SpaceByte, arXiv:2404.14408). `"fixed"`: every `patch_bytes` (MegaByte).

@@ -87,7 +87,7 @@ def test_a_pretraining_that_was_cut_goes_on(small_text, tmp_path):
     process.kill()
     process.wait()
     assert not (tmp_path / "cut" / "results.json").exists()
-    for half_written in ("checkpoint-98", "checkpoint-99"):
+    for half_written in ("checkpoint-98", "checkpoint-99", "checkpoint-best"):
         (tmp_path / "cut" / half_written).mkdir()
     (tmp_path / "cut" / "checkpoint-98" / "trainer_state.json").write_text('{"global_step": 9')
     resumed = pretrain(small_text, tmp_path / "cut", "--max_steps", 8)

@@ -345,6 +345,7 @@ def test_ngrams_of_the_data_take_their_rows_along():
         ({"byte_mixers": ["attention"] * 3}, "the same mixer"),
         ({"num_labels": 3}, "num_labels=2, got 3"),
         ({"sharing_lora_rank": 2}, "sharing_lora_rank=0, got 2"),
+        ({"rope_theta": 10.0}, r"rope_theta=10000\.0, got 10\.0"),
     ],
 )
 def test_a_config_that_cannot_inherit_is_refused_by_field(changes, message):
@@ -359,6 +360,10 @@ def test_data_that_says_nothing_of_importance_is_refused():
             inherit(model, model.config, "taylor", data)
     with pytest.raises(ValueError, match=r"needs batches with labels, got \['input_ids'\]"):
         inherit(model, model.config, "taylor", [{"input_ids": IDS}])
+    frozen = tiny_model()
+    frozen.lm_head.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"embed_tokens\.weight is frozen"):
+        inherit(frozen, tiny_config(), "taylor", [{"input_ids": torch.tensor([[97]]), "labels": torch.tensor([[97]])}])
     with pytest.raises(ValueError, match="must be 'l2' or 'taylor'"):
         inherit(model, model.config, "l1")
 

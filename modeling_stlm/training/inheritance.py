@@ -36,6 +36,8 @@ SAME = (
     "match_bytes",
     "trunk_head_dim",
     "num_labels",
+    "rope_theta",
+    "norm_eps",
 )
 AT_MOST = (
     "hidden_size",
@@ -78,7 +80,7 @@ def inherit(
     Stored blocks of the trunk, and layers of the local encoder and decoder, are sampled evenly; the first and the last
     one are kept. Feed-forward neurons, channels of convolutions and heads (key/value heads with their best queries) are
     chosen in each layer; `hidden_size`, `trunk_hidden_size` and `ngram_embedding_size` once for all matrices that share
-    them. With a config of the same sizes the function stays the same. Match embeddings that `model` does not have start
+    them. With a config of the same sizes and lengths of patches the function stays the same. Match embeddings that `model` does not have start
     at zero.
 
     N-gram tables of another number of rows: see [`merge_rows`] and, given `data`, [`rehash`].
@@ -150,7 +152,7 @@ def check_own_matrices(*configs: STLMConfig) -> None:
 
 
 def kinds_of(config: STLMConfig, has_attention: bool) -> dict:
-    """What weights were trained for. Every other field is a size that may shrink, or changes no weight's meaning."""
+    """What weights were trained for. Every other field is a size that may shrink, or a length of patches."""
     kinds = {name: getattr(config, name) for name in [*SAME, *(["head_dim"] if has_attention else [])]}
     return kinds | {"ngram_embedding_size": None if config.ngram_embedding_size is None else "a number"}
 
@@ -324,6 +326,10 @@ def gradients_of(model: STLMPreTrainedModel, batch: dict[str, torch.Tensor]) -> 
     if loss is None:
         raise ValueError(f"importance='taylor' needs batches with labels, got {sorted(batch)}")
     names, parameters = zip(*model.named_parameters())
+    if frozen := [name for name, parameter in zip(names, parameters) if not parameter.requires_grad]:
+        raise ValueError(
+            f"importance='taylor' needs gradients of all weights, but {frozen[0]} is frozen: requires_grad_()"
+        )
     gradients = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
     return {name: gradient.float() for name, gradient in zip(names, gradients)}
 
