@@ -23,42 +23,12 @@
 
 enum { LANES = 16, MAX_TOKENS = 64, MAX_CONTEXT = 64, NO_ID = -1, FORMAT_VERSION = 1 };
 
-// ---- Vectors of 16 floats: one register of AVX-512, two of AVX2, four of SSE2, NEON and WebAssembly ----
-
 #if defined(__GNUC__)
 #define INLINE static inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 16")
-typedef float Lanes __attribute__((vector_size(64)));
-typedef float LanesInMemory __attribute__((vector_size(64), aligned(4), may_alias));
-typedef uint32_t Words __attribute__((vector_size(64)));
-typedef uint16_t Halves __attribute__((vector_size(32), aligned(2), may_alias));
-INLINE Lanes load(const float *from) { return *(const LanesInMemory *)from; }
-INLINE void store(float *to, Lanes a) { *(LanesInMemory *)to = a; }
-INLINE Lanes load_bf16(const uint16_t *from) {
-  return (Lanes)(__builtin_convertvector(*(const Halves *)from, Words) << 16);
-}
-INLINE Lanes splat(float a) { return a - (Lanes){0}; }
-INLINE Lanes add(Lanes a, Lanes b) { return a + b; }
-INLINE Lanes add_scaled(Lanes a, float s, Lanes b) { return a + s * b; }
-INLINE Lanes add_product(Lanes a, Lanes b, Lanes c) { return a + b * c; }
 #else
 #define INLINE static inline
 #define UNROLL
-typedef struct { float at[LANES]; } Lanes;
-INLINE Lanes load(const float *from) { Lanes a; memcpy(&a, from, sizeof a); return a; }
-INLINE void store(float *to, Lanes a) { memcpy(to, &a, sizeof a); }
-INLINE Lanes load_bf16(const uint16_t *from) {
-  Lanes a;
-  for (int i = 0; i < LANES; i++) { uint32_t bits = (uint32_t)from[i] << 16; memcpy(&a.at[i], &bits, 4); }
-  return a;
-}
-INLINE Lanes splat(float s) { Lanes a; for (int i = 0; i < LANES; i++) a.at[i] = s; return a; }
-INLINE Lanes add(Lanes a, Lanes b) { for (int i = 0; i < LANES; i++) a.at[i] += b.at[i]; return a; }
-INLINE Lanes add_scaled(Lanes a, float s, Lanes b) { for (int i = 0; i < LANES; i++) a.at[i] += s * b.at[i]; return a; }
-INLINE Lanes add_product(Lanes a, Lanes b, Lanes c) {
-  for (int i = 0; i < LANES; i++) a.at[i] += b.at[i] * c.at[i];
-  return a;
-}
 #endif
 
 #if defined(__GNUC__) && defined(__x86_64__)
@@ -242,28 +212,29 @@ static void sine_and_cosine(float angle, float *sine, float *cosine) {
   *cosine = (float)(k & 1 ? (k & 2 ? sin : -sin) : (k & 2 ? -cos : cos));
 }
 
-INLINE float sum_of_lanes(Lanes a) {
-  float at[LANES];
-  store(at, a);
+// Sums run over 16 lanes, which are added in pairs at the end: compilers make vectors of the inner loops.
+INLINE float sum_of_lanes(float *lanes) {
   for (int half = LANES / 2; half; half /= 2)
-    for (int i = 0; i < half; i++) at[i] += at[i + half];
-  return at[0];
+    for (int i = 0; i < half; i++) lanes[i] += lanes[i + half];
+  return lanes[0];
 }
 
 INLINE float sum_of(const float *x, int n) {
-  Lanes sums = splat(0);
+  float lanes[LANES] = {0};
   int i = 0;
-  for (; i + LANES <= n; i += LANES) sums = add(sums, load(x + i));
-  float sum = sum_of_lanes(sums);
+  for (; i + LANES <= n; i += LANES)
+    for (int lane = 0; lane < LANES; lane++) lanes[lane] += x[i + lane];
+  float sum = sum_of_lanes(lanes);
   for (; i < n; i++) sum += x[i];
   return sum;
 }
 
 INLINE float dot(const float *a, const float *b, int n) {
-  Lanes sums = splat(0);
+  float lanes[LANES] = {0};
   int i = 0;
-  for (; i + LANES <= n; i += LANES) sums = add_product(sums, load(a + i), load(b + i));
-  float sum = sum_of_lanes(sums);
+  for (; i + LANES <= n; i += LANES)
+    for (int lane = 0; lane < LANES; lane++) lanes[lane] += a[i + lane] * b[i + lane];
+  float sum = sum_of_lanes(lanes);
   for (; i < n; i++) sum += a[i] * b[i];
   return sum;
 }
@@ -300,93 +271,86 @@ INLINE void softmax(float *x, int n) {
 }
 
 // ---- Products: y (n, out) = x (n, in) times a matrix ----
+//
+// A kernel computes the sums of 1 or 4 packs for 1 or 4 vectors, as sums[vector][pack * 16 + lane]. Kernels differ in speed
+// only. Packs of weights lie `pack_step` bytes apart, those of consecutive inputs `step` bytes, vectors `x_step` items.
 
-// PACKS packs for VECTORS vectors; both are constants once this is inlined, and `sums` are registers.
-INLINE void block_of_floats(const char *w, size_t step, size_t pack_step, int is_bf16, int in, int left, const float *x,
-                            size_t x_step, float *y, size_t y_step, const int PACKS, const int VECTORS) {
-  Lanes sums[4][4];
-  UNROLL for (int v = 0; v < VECTORS; v++)
-    UNROLL for (int p = 0; p < PACKS; p++) sums[v][p] = splat(0);
-  for (int i = 0; i < in; i++) {
-    UNROLL for (int p = 0; p < PACKS; p++) {
-      const char *from = w + p * pack_step + (size_t)i * step;
-      Lanes weights = is_bf16 ? load_bf16((const uint16_t *)(const void *)from) : load((const float *)(const void *)from);
-      UNROLL for (int v = 0; v < VECTORS; v++)
-        sums[v][p] = add_scaled(sums[v][p], x[(size_t)v * x_step + (size_t)i], weights);
-    }
+typedef void (*FloatSums)(const void *w, size_t step, size_t pack_step, int in, const float *x, size_t x_step, int packs,
+                          int vectors, float *sums);
+typedef void (*Q8Sums)(const int8_t *w, size_t pack_step, int quads, const uint8_t *x, size_t x_step, const int32_t *row_sums,
+                       int packs, int vectors, int32_t *sums);
+typedef void (*Q4Sums)(const uint8_t *w, const float *scales, int blocks, const uint8_t *x, const int32_t *x_sums, float *sums);
+
+#if defined(__GNUC__)
+// Vectors of BYTES; ONE and FOUR packs at a time for one and for four vectors, so that sums stay in registers.
+#define FLOAT_SUMS(name, TARGET, BYTES, ONE, FOUR, ITEM, TO_FLOATS)                                                        \
+  TARGET INLINE void block_##name(const char *w, size_t step, size_t pack_step, int in, const float *x, size_t x_step,     \
+                                  float *sums, size_t sums_step, const int PACKS, const int VECTORS) {                     \
+    typedef float Floats __attribute__((vector_size(BYTES)));                                                              \
+    typedef float Store __attribute__((vector_size(BYTES), aligned(4), may_alias));                                        \
+    typedef uint32_t Words __attribute__((vector_size(BYTES), unused));                                                    \
+    typedef ITEM Items __attribute__((vector_size(BYTES / 4 * sizeof(ITEM)), aligned(sizeof(ITEM)), may_alias));           \
+    enum { PARTS = 64 / BYTES };                                                                                           \
+    Floats total[4][4][PARTS];                                                                                             \
+    UNROLL for (int v = 0; v < VECTORS; v++)                                                                               \
+      UNROLL for (int p = 0; p < PACKS; p++)                                                                               \
+        UNROLL for (int i = 0; i < PARTS; i++) total[v][p][i] = (Floats){0};                                               \
+    for (int at = 0; at < in; at++, w += step)                                                                             \
+      UNROLL for (int p = 0; p < PACKS; p++)                                                                               \
+        UNROLL for (int i = 0; i < PARTS; i++) {                                                                           \
+          const Floats weights = TO_FLOATS(((const Items *)(const void *)(w + (size_t)p * pack_step))[i]);                 \
+          UNROLL for (int v = 0; v < VECTORS; v++) total[v][p][i] += weights * x[(size_t)v * x_step + (size_t)at];         \
+        }                                                                                                                  \
+    UNROLL for (int v = 0; v < VECTORS; v++)                                                                               \
+      UNROLL for (int p = 0; p < PACKS; p++)                                                                               \
+        UNROLL for (int i = 0; i < PARTS; i++) ((Store *)(sums + (size_t)v * sums_step + p * LANES))[i] = total[v][p][i];  \
+  }                                                                                                                        \
+  TARGET static void name(const void *w, size_t step, size_t pack_step, int in, const float *x, size_t x_step, int packs,  \
+                          int vectors, float *sums) {                                                                      \
+    const size_t sums_step = (size_t)packs * LANES;                                                                        \
+    const int some = packs == 1 ? 1 : vectors == 1 ? ONE : FOUR;                                                           \
+    for (int p = 0; p < packs; p += some, sums += some * LANES) {                                                          \
+      const char *from = (const char *)w + (size_t)p * pack_step;                                                          \
+      if (packs == 1 && vectors == 1) block_##name(from, step, pack_step, in, x, x_step, sums, sums_step, 1, 1);           \
+      else if (packs == 1) block_##name(from, step, pack_step, in, x, x_step, sums, sums_step, 1, 4);                      \
+      else if (vectors == 1) block_##name(from, step, pack_step, in, x, x_step, sums, sums_step, ONE, 1);                  \
+      else block_##name(from, step, pack_step, in, x, x_step, sums, sums_step, FOUR, 4);                                   \
+    }                                                                                                                      \
   }
-  for (int v = 0; v < VECTORS; v++) {
-    UNROLL for (int p = 0; p < PACKS; p++) {
-      float *to = y + (size_t)v * y_step + p * LANES;
-      if (left - p * LANES >= LANES) {
-        store(to, sums[v][p]);
-      } else {
-        float rest[LANES];
-        store(rest, sums[v][p]);
-        memcpy(to, rest, sizeof(float) * (size_t)(left - p * LANES));
+#define FROM_F32(items) (items)
+#define FROM_BF16(items) ((Floats)(__builtin_convertvector(items, Words) << 16))
+FLOAT_SUMS(sums_f32_scalar, , 16, 2, 1, float, FROM_F32)
+FLOAT_SUMS(sums_bf16_scalar, , 16, 2, 1, uint16_t, FROM_BF16)
+#else
+#define FLOAT_SUMS(name, ITEM, TO_FLOAT)                                                                                   \
+  static void name(const void *w, size_t step, size_t pack_step, int in, const float *x, size_t x_step, int packs,         \
+                   int vectors, float *sums) {                                                                             \
+    for (int v = 0; v < vectors; v++)                                                                                      \
+      for (int p = 0; p < packs; p++, sums += LANES) {                                                                     \
+        for (int lane = 0; lane < LANES; lane++) sums[lane] = 0.0f;                                                        \
+        for (int at = 0; at < in; at++) {                                                                                  \
+          const ITEM *from = (const ITEM *)((const char *)w + (size_t)p * pack_step + (size_t)at * step);                  \
+          for (int lane = 0; lane < LANES; lane++) sums[lane] += TO_FLOAT(from[lane]) * x[(size_t)v * x_step + (size_t)at];\
+        }                                                                                                                  \
+      }                                                                                                                    \
+  }
+#define FROM_F32(item) (item)
+#define FROM_BF16(item) float_of((int32_t)((uint32_t)(item) << 16))
+FLOAT_SUMS(sums_f32_scalar, float, FROM_F32)
+FLOAT_SUMS(sums_bf16_scalar, uint16_t, FROM_BF16)
+#endif
+
+static void sums_q8_scalar(const int8_t *w, size_t pack_step, int quads, const uint8_t *x, size_t x_step,
+                           const int32_t *row_sums, int packs, int vectors, int32_t *sums) {
+  for (int v = 0; v < vectors; v++, x += x_step)
+    for (int p = 0; p < packs; p++, sums += LANES)
+      for (int lane = 0; lane < LANES; lane++) {
+        const int8_t *from = w + (size_t)p * pack_step + lane * 4;
+        int32_t total = -row_sums[p * LANES + lane];  // takes back the 128 that is added to x
+        for (int q = 0; q < quads; q++, from += 64)
+          for (int i = 0; i < 4; i++) total += x[q * 4 + i] * from[i];
+        sums[lane] = total;
       }
-    }
-  }
-}
-
-// Packs of weights lie `pack_step` bytes apart, the weights of consecutive inputs `step` bytes.
-INLINE void product_of_floats(const void *weights, size_t step, size_t pack_step, int is_bf16, int in, int out,
-                              const float *x, size_t x_step, int n, float *y, size_t y_step, const int WIDE) {
-  const char *w = weights;
-  for (int o = 0; o < out;) {
-    int packs = (out - o + LANES - 1) / LANES >= 4 ? 4 : 1, v = 0;
-    const char *from = w + (size_t)(o / LANES) * pack_step;
-    if (packs == 4) {
-      for (; WIDE && v + 4 <= n; v += 4)
-        block_of_floats(from, step, pack_step, is_bf16, in, out - o, x + v * x_step, x_step, y + v * y_step + o, y_step, 4, 4);
-      for (; v < n; v++)
-        block_of_floats(from, step, pack_step, is_bf16, in, out - o, x + v * x_step, x_step, y + v * y_step + o, y_step, 4, 1);
-    } else {
-      for (; v + 4 <= n; v += 4)
-        block_of_floats(from, step, pack_step, is_bf16, in, out - o, x + v * x_step, x_step, y + v * y_step + o, y_step, 1, 4);
-      for (; v < n; v++)
-        block_of_floats(from, step, pack_step, is_bf16, in, out - o, x + v * x_step, x_step, y + v * y_step + o, y_step, 1, 1);
-    }
-    o += packs * LANES;
-  }
-}
-
-// Numbers -127 to 127 plus 128, and their scale. Infinities and NaN become a scale that is not finite.
-INLINE void quantize(const float *x, int n, int room, uint8_t *to, float *scale, int32_t *block_sums) {
-  int32_t largest = 0;  // floats without their sign are in the order of their bits
-  for (int i = 0; i < n; i++) {
-    int32_t bits = bits_of(x[i]) & 0x7fffffff;
-    largest = bits > largest ? bits : largest;
-  }
-  float range = float_of(largest);
-  float inverse = range > 1e-30f && range < 1e30f ? 127.0f / range : 0.0f;
-  for (int i = 0; i < n; i++) to[i] = (uint8_t)(bits_of(x[i] * inverse + 12582912.0f) + 128);
-  for (int i = n; i < room; i++) to[i] = 128;
-  *scale = range / 127.0f;
-  for (int b = 0; block_sums && b < n / Q4_BLOCK; b++) {
-    int32_t sum = 0;
-    for (int i = 0; i < Q4_BLOCK; i++) sum += to[b * Q4_BLOCK + i];
-    block_sums[b] = sum - 128 * Q4_BLOCK;
-  }
-}
-
-// Integer sums of up to 4 packs of Q8 for one vector: sums[p * 16 + lane], given 128 times the sums of the rows in the same
-// order. The kernels differ only in speed.
-typedef void (*SumsQ8)(const int8_t *w, size_t pack_step, int packs, int quads, const uint8_t *x, const int32_t *row_sums,
-                       int32_t *sums);
-// The same of Q4, with the scale of each block of 32: sums of floats.
-typedef void (*SumsQ4)(const uint8_t *w, const float *scales, int blocks, const uint8_t *x, const int32_t *x_sums, float *sums);
-
-static void sums_q8_scalar(const int8_t *w, size_t pack_step, int packs, int quads, const uint8_t *x,
-                           const int32_t *row_sums, int32_t *sums) {
-  (void)row_sums;
-  for (int p = 0; p < packs; p++) {
-    int32_t lanes[LANES] = {0};
-    for (int q = 0; q < quads; q++)
-      for (int lane = 0; lane < LANES; lane++)
-        for (int i = 0; i < 4; i++) lanes[lane] += (x[q * 4 + i] - 128) * w[(size_t)p * pack_step + (size_t)(q * 64 + lane * 4 + i)];
-    memcpy(sums + p * LANES, lanes, sizeof lanes);
-  }
 }
 
 static void sums_q4_scalar(const uint8_t *w, const float *scales, int blocks, const uint8_t *x, const int32_t *x_sums,
@@ -408,25 +372,32 @@ static void sums_q4_scalar(const uint8_t *w, const float *scales, int blocks, co
 #ifdef HAS_X86
 #define AVX2 __attribute__((target("avx2")))
 #define AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,prefer-vector-width=512")))
+FLOAT_SUMS(sums_f32_avx2, AVX2, 32, 4, 1, float, FROM_F32)
+FLOAT_SUMS(sums_bf16_avx2, AVX2, 32, 4, 1, uint16_t, FROM_BF16)
+FLOAT_SUMS(sums_f32_avx512, AVX512, 64, 4, 4, float, FROM_F32)
+FLOAT_SUMS(sums_bf16_avx512, AVX512, 64, 4, 4, uint16_t, FROM_BF16)
+
 INLINE int32_t quad_of(const uint8_t *x) { int32_t four; memcpy(&four, x, 4); return four; }
 
 // |x| times w with the sign of x: 16-bit sums of two products stay below 2 * 127 * 127.
-AVX2 static void sums_q8_avx2(const int8_t *w, size_t pack_step, int packs, int quads, const uint8_t *x,
-                           const int32_t *row_sums, int32_t *sums) {
-  (void)row_sums;
+AVX2 static void sums_q8_avx2(const int8_t *w, size_t pack_step, int quads, const uint8_t *x, size_t x_step,
+                              const int32_t *row_sums, int packs, int vectors, int32_t *sums) {
   const __m256i ones = _mm256_set1_epi16(1), bias = _mm256_set1_epi8((char)128);
-  for (int p = 0; p < packs; p++, w += pack_step) {
-    __m256i low = _mm256_setzero_si256(), high = low;
-    for (int q = 0; q < quads; q++) {
-      __m256i four = _mm256_xor_si256(_mm256_set1_epi32(quad_of(x + 4 * q)), bias), size = _mm256_abs_epi8(four);
-      __m256i a = _mm256_sign_epi8(_mm256_loadu_si256((const void *)(w + q * 64)), four);
-      __m256i b = _mm256_sign_epi8(_mm256_loadu_si256((const void *)(w + q * 64 + 32)), four);
-      low = _mm256_add_epi32(low, _mm256_madd_epi16(_mm256_maddubs_epi16(size, a), ones));
-      high = _mm256_add_epi32(high, _mm256_madd_epi16(_mm256_maddubs_epi16(size, b), ones));
+  (void)row_sums;
+  for (int v = 0; v < vectors; v++, x += x_step)
+    for (int p = 0; p < packs; p++, sums += LANES) {
+      const int8_t *from = w + (size_t)p * pack_step;
+      __m256i low = _mm256_setzero_si256(), high = low;
+      for (int q = 0; q < quads; q++, from += 64) {
+        __m256i four = _mm256_xor_si256(_mm256_set1_epi32(quad_of(x + 4 * q)), bias), size = _mm256_abs_epi8(four);
+        __m256i a = _mm256_sign_epi8(_mm256_loadu_si256((const void *)from), four);
+        __m256i b = _mm256_sign_epi8(_mm256_loadu_si256((const void *)(from + 32)), four);
+        low = _mm256_add_epi32(low, _mm256_madd_epi16(_mm256_maddubs_epi16(size, a), ones));
+        high = _mm256_add_epi32(high, _mm256_madd_epi16(_mm256_maddubs_epi16(size, b), ones));
+      }
+      _mm256_storeu_si256((void *)sums, low);
+      _mm256_storeu_si256((void *)(sums + 8), high);
     }
-    _mm256_storeu_si256((void *)(sums + p * LANES), low);
-    _mm256_storeu_si256((void *)(sums + p * LANES + 8), high);
-  }
 }
 
 AVX2 static void sums_q4_avx2(const uint8_t *w, const float *scales, int blocks, const uint8_t *x, const int32_t *x_sums,
@@ -452,29 +423,28 @@ AVX2 static void sums_q4_avx2(const uint8_t *w, const float *scales, int blocks,
   }
 }
 
-AVX512 static void sums_q8_avx512(const int8_t *w, size_t pack_step, int packs, int quads, const uint8_t *x,
-                                  const int32_t *row_sums, int32_t *sums) {
-  const __m512i zero = _mm512_setzero_si512();
-  __m512i a = _mm512_sub_epi32(zero, _mm512_loadu_si512(row_sums));  // takes back the 128 that is added to x
-  if (packs == 4) {
-    __m512i b = _mm512_sub_epi32(zero, _mm512_loadu_si512(row_sums + 16));
-    __m512i c = _mm512_sub_epi32(zero, _mm512_loadu_si512(row_sums + 32));
-    __m512i d = _mm512_sub_epi32(zero, _mm512_loadu_si512(row_sums + 48));
-    for (int q = 0; q < quads; q++, w += 64) {
-      __m512i four = _mm512_set1_epi32(quad_of(x + 4 * q));
-      a = _mm512_dpbusd_epi32(a, four, _mm512_loadu_si512(w));
-      b = _mm512_dpbusd_epi32(b, four, _mm512_loadu_si512(w + pack_step));
-      c = _mm512_dpbusd_epi32(c, four, _mm512_loadu_si512(w + 2 * pack_step));
-      d = _mm512_dpbusd_epi32(d, four, _mm512_loadu_si512(w + 3 * pack_step));
+AVX512 INLINE void block_q8_avx512(const int8_t *w, size_t pack_step, int quads, const uint8_t *x, size_t x_step,
+                                  const int32_t *row_sums, int32_t *sums, const int PACKS, const int VECTORS) {
+  __m512i total[4][4];
+  UNROLL for (int v = 0; v < VECTORS; v++)
+    UNROLL for (int p = 0; p < PACKS; p++)
+      total[v][p] = _mm512_sub_epi32(_mm512_setzero_si512(), _mm512_loadu_si512(row_sums + p * LANES));
+  for (int q = 0; q < quads; q++, w += 64)
+    UNROLL for (int p = 0; p < PACKS; p++) {
+      const __m512i weights = _mm512_loadu_si512(w + (size_t)p * pack_step);
+      UNROLL for (int v = 0; v < VECTORS; v++)
+        total[v][p] = _mm512_dpbusd_epi32(total[v][p], _mm512_set1_epi32(quad_of(x + (size_t)v * x_step + 4 * q)), weights);
     }
-    _mm512_storeu_si512(sums + 16, b);
-    _mm512_storeu_si512(sums + 32, c);
-    _mm512_storeu_si512(sums + 48, d);
-  } else {
-    for (int q = 0; q < quads; q++, w += 64)
-      a = _mm512_dpbusd_epi32(a, _mm512_set1_epi32(quad_of(x + 4 * q)), _mm512_loadu_si512(w));
-  }
-  _mm512_storeu_si512(sums, a);
+  UNROLL for (int v = 0; v < VECTORS; v++)
+    UNROLL for (int p = 0; p < PACKS; p++) _mm512_storeu_si512(sums + (v * PACKS + p) * LANES, total[v][p]);
+}
+
+AVX512 static void sums_q8_avx512(const int8_t *w, size_t pack_step, int quads, const uint8_t *x, size_t x_step,
+                                  const int32_t *row_sums, int packs, int vectors, int32_t *sums) {
+  if (packs == 4 && vectors == 4) block_q8_avx512(w, pack_step, quads, x, x_step, row_sums, sums, 4, 4);
+  else if (packs == 4) block_q8_avx512(w, pack_step, quads, x, x_step, row_sums, sums, 4, 1);
+  else if (vectors == 4) block_q8_avx512(w, pack_step, quads, x, x_step, row_sums, sums, 1, 4);
+  else block_q8_avx512(w, pack_step, quads, x, x_step, row_sums, sums, 1, 1);
 }
 
 AVX512 static void sums_q4_avx512(const uint8_t *w, const float *scales, int blocks, const uint8_t *x,
@@ -497,31 +467,72 @@ AVX512 static void sums_q4_avx512(const uint8_t *w, const float *scales, int blo
 }
 #endif
 
-INLINE void product_of_integers(stlm_batch *b, const Matrix *m, const float *x, int n, float *y, SumsQ8 q8, SumsQ4 q4) {
-  const int room = round_up(m->in, 4), num_blocks = m->in / Q4_BLOCK, packs = (m->out + LANES - 1) / LANES;
-  for (int v = 0; v < n; v++)
-    quantize(x + v * m->in, m->in, room, b->quantized + v * room, b->scale_of + v,
-             m->type == Q4 ? b->block_sums + v * num_blocks : NULL);
-  for (int p = 0; p < packs;) {
-    int some = m->type == Q8 && packs - p >= 4 ? 4 : 1, count = min_int(some * LANES, m->out - p * LANES);
-    for (int v = 0; v < n; v++) {
-      float *to = y + v * m->out + p * LANES, scale = b->scale_of[v];
-      const uint8_t *q = b->quantized + v * room;
-      if (m->type == Q8) {
-        int32_t sums[4 * LANES];
-        q8((const int8_t *)m->weights + (size_t)p * room * LANES, (size_t)room * LANES, some, room / 4, q,
-           m->sums + p * LANES, sums);
-        const float *scales = m->scales + p * LANES;
-        for (int i = 0; i < count; i++) to[i] = (float)sums[i] * (scales[i] * scale);
-      } else {
-        float sums[LANES];
-        const size_t blocks = (size_t)p * num_blocks;
-        q4((const uint8_t *)m->weights + blocks * 256, m->scales + blocks * LANES, num_blocks, q, b->block_sums + v * num_blocks,
-           sums);
-        for (int i = 0; i < count; i++) to[i] = sums[i] * scale;
+// Numbers -127 to 127 plus 128, and their scale. Infinities and NaN become a scale that is not finite.
+INLINE void quantize(const float *x, int n, int room, uint8_t *to, float *scale, int32_t *block_sums) {
+  int32_t largest = 0;  // floats without their sign are in the order of their bits
+  for (int i = 0; i < n; i++) {
+    int32_t bits = bits_of(x[i]) & 0x7fffffff;
+    largest = bits > largest ? bits : largest;
+  }
+  float range = float_of(largest);
+  float inverse = range > 1e-30f && range < 1e30f ? 127.0f / range : 0.0f;
+  for (int i = 0; i < n; i++) to[i] = (uint8_t)(bits_of(x[i] * inverse + 12582912.0f) + 128);
+  for (int i = n; i < room; i++) to[i] = 128;
+  *scale = range / 127.0f;
+  for (int b = 0; block_sums && b < n / Q4_BLOCK; b++) {
+    int32_t sum = 0;
+    for (int i = 0; i < Q4_BLOCK; i++) sum += to[b * Q4_BLOCK + i];
+    block_sums[b] = sum - 128 * Q4_BLOCK;
+  }
+}
+
+INLINE void product_of_floats(FloatSums sums_of, const void *weights, size_t step, size_t pack_step, int in, int out,
+                              const float *x, size_t x_step, int n, float *y, size_t y_step) {
+  for (int o = 0, packs; o < out; o += packs * LANES) {
+    packs = out - o > 3 * LANES ? 4 : 1;
+    const int count = min_int(packs * LANES, out - o);
+    const char *from = (const char *)weights + (size_t)(o / LANES) * pack_step;
+    for (int v = 0, vectors; v < n; v += vectors) {
+      float sums[4 * 4 * LANES];
+      vectors = n - v >= 4 ? 4 : 1;
+      sums_of(from, step, pack_step, in, x + (size_t)v * x_step, x_step, packs, vectors, sums);
+      for (int j = 0; j < vectors; j++)
+        for (int i = 0; i < count; i++) y[(size_t)(v + j) * y_step + (size_t)(o + i)] = sums[j * packs * LANES + i];
+    }
+  }
+}
+
+INLINE void product_of_q8(Q8Sums sums_of, stlm_batch *b, const Matrix *m, const float *x, int n, float *y) {
+  const int room = round_up(m->in, 4);
+  for (int v = 0; v < n; v++) quantize(x + v * m->in, m->in, room, b->quantized + v * room, b->scale_of + v, NULL);
+  for (int o = 0, packs; o < m->out; o += packs * LANES) {
+    packs = m->out - o > 3 * LANES ? 4 : 1;
+    const int count = min_int(packs * LANES, m->out - o);
+    const int8_t *from = (const int8_t *)m->weights + (size_t)o * (size_t)room;
+    for (int v = 0, vectors; v < n; v += vectors) {
+      int32_t sums[4 * 4 * LANES];
+      vectors = n - v >= 4 ? 4 : 1;
+      sums_of(from, (size_t)room * LANES, room / 4, b->quantized + v * room, (size_t)room, m->sums + o, packs, vectors, sums);
+      for (int j = 0; j < vectors; j++) {
+        float *to = y + (v + j) * m->out + o, scale = b->scale_of[v + j];
+        for (int i = 0; i < count; i++) to[i] = (float)sums[j * packs * LANES + i] * (m->scales[o + i] * scale);
       }
     }
-    p += some;
+  }
+}
+
+INLINE void product_of_q4(Q4Sums sums_of, stlm_batch *b, const Matrix *m, const float *x, int n, float *y) {
+  const int blocks = m->in / Q4_BLOCK;
+  for (int v = 0; v < n; v++)
+    quantize(x + v * m->in, m->in, m->in, b->quantized + v * m->in, b->scale_of + v, b->block_sums + v * blocks);
+  for (int o = 0; o < m->out; o += LANES) {
+    const size_t first = (size_t)(o / LANES * blocks);
+    for (int v = 0; v < n; v++) {
+      float sums[LANES];
+      sums_of((const uint8_t *)m->weights + first * 256, m->scales + first * LANES, blocks, b->quantized + v * m->in,
+              b->block_sums + v * blocks, sums);
+      for (int i = 0; i < min_int(LANES, m->out - o); i++) y[v * m->out + o + i] = sums[i] * b->scale_of[v];
+    }
   }
 }
 
@@ -692,8 +703,8 @@ INLINE void set_angles(stlm_batch *b, int i, int position, const Attention *a) {
 }
 
 // Stores key and value of token i at `slot` and attends to the slots below `count`. `projected` (H + 2 groups, K) is changed.
-INLINE void attend(stlm_batch *b, const Attention *a, int i, float *projected, float *keys, float *values, int slot, int count,
-                   float *to) {
+INLINE void attend(FloatSums sums_of, stlm_batch *b, const Attention *a, int i, float *projected, float *keys, float *values,
+                   int slot, int count, float *to) {
   const int width = a->width, room = round_up(width, LANES), groups = a->groups, queries = a->heads / groups;
   const int padded = round_up(count, LANES);
   const float *cosines = b->cosines + i * width / 2, *sines = b->sines + i * width / 2;
@@ -711,11 +722,11 @@ INLINE void attend(stlm_batch *b, const Attention *a, int i, float *projected, f
     memcpy(values + ((size_t)slot * (size_t)groups + (size_t)g) * (size_t)room, value, sizeof(float) * (size_t)width);
   }
   for (int g = 0; g < groups; g++, query += queries * width, to += queries * width) {
-    product_of_floats(keys + g * width * LANES, LANES * 4, (size_t)(groups * width * LANES) * 4, 0, width, padded, query,
-                      (size_t)width, queries, b->scores, (size_t)padded, 0);
+    product_of_floats(sums_of, keys + g * width * LANES, LANES * 4, (size_t)(groups * width * LANES) * 4, width, padded, query,
+                      (size_t)width, queries, b->scores, (size_t)padded);
     for (int q = 0; q < queries; q++) softmax(b->scores + q * padded, count);
-    product_of_floats(values + g * room, (size_t)(groups * room) * 4, LANES * 4, 0, count, width, b->scores, (size_t)padded,
-                      queries, to, (size_t)width, 0);
+    product_of_floats(sums_of, values + g * room, (size_t)(groups * room) * 4, LANES * 4, count, width, b->scores,
+                      (size_t)padded, queries, to, (size_t)width);
   }
 }
 
@@ -887,30 +898,26 @@ INLINE void forward(stlm_batch *b, int n, const Kernels *k) {
 }
 
 // Everything above is compiled once for each set of instructions.
-#define KERNELS(isa, TARGET, WIDE)                                                                              \
+#define KERNELS(isa, TARGET)                                                                                    \
   TARGET static void product_##isa(stlm_batch *b, const Matrix *m, const float *x, int n, float *y) {           \
-    size_t step = m->type == BF16 ? LANES * 2 : LANES * 4;                                                      \
-    if (m->type == F32)                                                                                         \
-      product_of_floats(m->weights, step, step * (size_t)m->in, 0, m->in, m->out, x, (size_t)m->in, n, y,       \
-                        (size_t)m->out, WIDE);                                                                  \
-    else if (m->type == BF16)                                                                                   \
-      product_of_floats(m->weights, step, step * (size_t)m->in, 1, m->in, m->out, x, (size_t)m->in, n, y,       \
-                        (size_t)m->out, WIDE);                                                                  \
-    else                                                                                                        \
-      product_of_integers(b, m, x, n, y, sums_q8_##isa, sums_q4_##isa);                                         \
+    const size_t in = (size_t)m->in, out = (size_t)m->out, step = m->type == BF16 ? LANES * 2 : LANES * 4;      \
+    const FloatSums sums_of = m->type == BF16 ? sums_bf16_##isa : sums_f32_##isa;                               \
+    if (m->type == Q8) product_of_q8(sums_q8_##isa, b, m, x, n, y);                                             \
+    else if (m->type == Q4) product_of_q4(sums_q4_##isa, b, m, x, n, y);                                        \
+    else product_of_floats(sums_of, m->weights, step, step * in, m->in, m->out, x, in, n, y, out);              \
   }                                                                                                             \
   TARGET static void attend_##isa(stlm_batch *b, const Attention *a, int i, float *projected, float *keys,      \
                                   float *values, int slot, int count, float *to) {                              \
-    attend(b, a, i, projected, keys, values, slot, count, to);                                                  \
+    attend(sums_f32_##isa, b, a, i, projected, keys, values, slot, count, to);                                  \
   }                                                                                                             \
   static void forward_##isa(stlm_batch *b, int n);                                                              \
   static const Kernels isa = {#isa, forward_##isa, product_##isa, attend_##isa};                                \
   TARGET static void forward_##isa(stlm_batch *b, int n) { forward(b, n, &isa); }
 
-KERNELS(scalar, , 0)
+KERNELS(scalar, )
 #ifdef HAS_X86
-KERNELS(avx2, AVX2, 0)
-KERNELS(avx512, AVX512, 1)
+KERNELS(avx2, AVX2)
+KERNELS(avx512, AVX512)
 #endif
 
 static const Kernels *find_kernels(const char *isa) {
