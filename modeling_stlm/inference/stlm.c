@@ -21,7 +21,7 @@
 #pragma STDC FP_CONTRACT OFF  // GCC: -std=c99 or -ffp-contract=off
 #endif
 
-enum { LANES = 16, MAX_TOKENS = 64, MAX_CONTEXT = 64, NO_ID = -1, FORMAT_VERSION = 1 };
+enum { LANES = 16, MAX_TOKENS = 64, MAX_CONTEXT = 64, PART = 128, NO_ID = -1, FORMAT_VERSION = 1 };
 
 #if defined(__GNUC__)
 #define INLINE static inline __attribute__((always_inline))
@@ -103,8 +103,8 @@ typedef struct Kernels {
   const char *name;
   void (*forward)(stlm_batch *, int n);
   void (*product)(stlm_batch *, const Matrix *, const float *x, int n, float *y);
-  void (*attend)(stlm_batch *, const Attention *, int i, float *projected, float *keys, float *values, int slot, int count,
-                 float *to);
+  void (*attend)(stlm_batch *, const Attention *, int i, float *projected, float *keys, float *values, int room, int slot,
+                 int count, float *to);
 } Kernels;
 
 typedef struct Block { struct Block *next; } Block;
@@ -154,7 +154,7 @@ typedef struct {
   uint64_t *digests;  // (bytes) of the text up to each byte, to know it again
   int32_t *earlier;  // (bytes) the place before of the gram that ends at a byte, for match embeddings
   int byte_room, patch_room;
-  float **keys, **values;  // by pass: [S / 16][groups][K][16] and [S][groups][K rounded up to 16]
+  float *keys, *values;  // (passes), each as in `attend`
   Slot *slots;
   int num_slots, num_grams;  // a power of two; slots in use
 } Row;
@@ -169,6 +169,7 @@ struct stlm_batch {
   float share[MAX_TOKENS];
   float *hidden, *before, *new_patches, *patches, *x, *y;  // (n, D) three times, (n, G), (n, widest) twice
   float *cosines, *sines;  // (n, K / 2)
+  float *part;  // (widest)
   float *scores;  // (H / groups, S)
   int score_room;
   uint8_t *quantized;  // (n, widest) plus 128
@@ -229,6 +230,17 @@ INLINE float sum_of(const float *x, int n) {
   return sum;
 }
 
+INLINE float largest_of(const float *x, int n) {
+  float lanes[LANES], largest = x[0];
+  int i = 0;
+  for (int lane = 0; lane < LANES; lane++) lanes[lane] = x[0];
+  for (; i + LANES <= n; i += LANES)
+    for (int lane = 0; lane < LANES; lane++) lanes[lane] = x[i + lane] > lanes[lane] ? x[i + lane] : lanes[lane];
+  for (int lane = 0; lane < LANES; lane++) largest = lanes[lane] > largest ? lanes[lane] : largest;
+  for (; i < n; i++) largest = x[i] > largest ? x[i] : largest;
+  return largest;
+}
+
 INLINE float dot(const float *a, const float *b, int n) {
   float lanes[LANES] = {0};
   int i = 0;
@@ -263,8 +275,7 @@ INLINE void activate(Activation kind, float *x, int n) {
 
 // Scores to probabilities, in place.
 INLINE void softmax(float *x, int n) {
-  float largest = x[0];
-  for (int i = 1; i < n; i++) largest = x[i] > largest ? x[i] : largest;
+  const float largest = largest_of(x, n);
   for (int i = 0; i < n; i++) x[i] = exp_of(x[i] - largest);
   float scale = 1.0f / sum_of(x, n);
   for (int i = 0; i < n; i++) x[i] *= scale;
@@ -702,31 +713,38 @@ INLINE void set_angles(stlm_batch *b, int i, int position, const Attention *a) {
     sine_and_cosine((float)position / a->periods[k], b->sines + i * a->width / 2 + k, b->cosines + i * a->width / 2 + k);
 }
 
-// Stores key and value of token i at `slot` and attends to the slots below `count`. `projected` (H + 2 groups, K) is changed.
+// Stores key and value of token i at `slot` and attends to the slots below `count`, of `room`: keys [groups][room / 16][K][16]
+// and values [groups][room][K rounded up to 16]. `projected` (H + 2 groups, K) is changed.
 INLINE void attend(FloatSums sums_of, stlm_batch *b, const Attention *a, int i, float *projected, float *keys, float *values,
-                   int slot, int count, float *to) {
-  const int width = a->width, room = round_up(width, LANES), groups = a->groups, queries = a->heads / groups;
+                   int room, int slot, int count, float *to) {
+  const int width = a->width, wide = round_up(width, LANES), queries = a->heads / a->groups;
   const int padded = round_up(count, LANES);
+  const size_t step = sizeof(float) * LANES, heads_step = (size_t)width;
   const float *cosines = b->cosines + i * width / 2, *sines = b->sines + i * width / 2;
   const float scale = 1.0f / sqrtf((float)width);
-  float *query = projected, *key = query + a->heads * width, *value = key + groups * width;
+  float *query = projected, *key = query + a->heads * width, *value = key + a->groups * width;
   for (int h = 0; h < a->heads; h++) {
     norm(query + h * width, a->q_norm, b->model->eps, width, query + h * width);
     turn(query + h * width, cosines, sines, width, scale);
   }
-  for (int g = 0; g < groups; g++, key += width, value += width) {
+  for (int g = 0; g < a->groups; g++) {
     norm(key, a->k_norm, b->model->eps, width, key);
     turn(key, cosines, sines, width, 1.0f);
-    float *column = keys + (size_t)(slot / LANES * groups + g) * (size_t)(width * LANES) + slot % LANES;
+    float *column = keys + (size_t)(slot / LANES) * heads_step * LANES + slot % LANES;
     for (int c = 0; c < width; c++) column[c * LANES] = key[c];
-    memcpy(values + ((size_t)slot * (size_t)groups + (size_t)g) * (size_t)room, value, sizeof(float) * (size_t)width);
-  }
-  for (int g = 0; g < groups; g++, query += queries * width, to += queries * width) {
-    product_of_floats(sums_of, keys + g * width * LANES, LANES * 4, (size_t)(groups * width * LANES) * 4, width, padded, query,
-                      (size_t)width, queries, b->scores, (size_t)padded);
+    memcpy(values + (size_t)slot * (size_t)wide, value, sizeof(float) * (size_t)width);
+
+    product_of_floats(sums_of, keys, step, step * heads_step, width, padded, query, heads_step, queries, b->scores,
+                      (size_t)padded);
     for (int q = 0; q < queries; q++) softmax(b->scores + q * padded, count);
-    product_of_floats(sums_of, values + g * room, (size_t)(groups * room) * 4, LANES * 4, count, width, b->scores,
-                      (size_t)padded, queries, to, (size_t)width);
+    memset(to, 0, sizeof(float) * (size_t)(queries * width));
+    for (int at = 0; at < count; at += PART) {  // values of so many slots stay in the cache for all queries
+      product_of_floats(sums_of, values + at * wide, sizeof(float) * (size_t)wide, step, min_int(PART, count - at), width,
+                        b->scores + at, (size_t)padded, queries, b->part, heads_step);
+      add_to(to, b->part, queries * width);
+    }
+    query += queries * width, to += queries * width, key += width, value += width;
+    keys += (size_t)room * heads_step, values += (size_t)room * (size_t)wide;
   }
 }
 
@@ -746,8 +764,8 @@ INLINE void byte_layer(stlm_batch *b, const ByteLayer *layer, int n, const Kerne
     int t = b->at_of[i];
     if (layer->is_attention) {
       set_angles(b, i, t, &layer->attention);
-      k->attend(b, &layer->attention, i, b->y + i * in->out, state, state + ring_of_keys(m, &layer->attention), t % m->window,
-             min_int(t + 1, m->window), b->x + i * out->in);
+      k->attend(b, &layer->attention, i, b->y + i * in->out, state, state + ring_of_keys(m, &layer->attention),
+                round_up(m->window, LANES), t % m->window, min_int(t + 1, m->window), b->x + i * out->in);
     } else {
       convolve(m, layer, state, t, b->y + i * in->out, b->x + i * width);
     }
@@ -855,9 +873,11 @@ INLINE void run_trunk(stlm_batch *b, int p, const Kernels *k) {
     for (int i = 0; i < p; i++) norm(b->patches + i * width, block->norm, m->eps, width, b->x + i * width);
     k->product(b, &a->qkv, b->x, p, b->y);
     for (int i = 0; i < p; i++) {
-      Row *row = b->rows + b->patch_row[i];
-      k->attend(b, a, i, b->y + i * a->qkv.out, row->keys[pass], row->values[pass], b->patch_index[i], b->patch_index[i] + 1,
-             b->x + i * a->out.in);
+      const Row *row = b->rows + b->patch_row[i];
+      const size_t first = (size_t)(pass * a->groups) * (size_t)row->patch_room;
+      k->attend(b, a, i, b->y + i * a->qkv.out, row->keys + first * (size_t)a->width,
+                row->values + first * (size_t)round_up(a->width, LANES), row->patch_room, b->patch_index[i],
+                b->patch_index[i] + 1, b->x + i * a->out.in);
     }
     k->product(b, &a->out, b->x, p, b->y);
     add_to(b->patches, b->y, p * width);
@@ -907,8 +927,8 @@ INLINE void forward(stlm_batch *b, int n, const Kernels *k) {
     else product_of_floats(sums_of, m->weights, step, step * in, m->in, m->out, x, in, n, y, out);              \
   }                                                                                                             \
   TARGET static void attend_##isa(stlm_batch *b, const Attention *a, int i, float *projected, float *keys,      \
-                                  float *values, int slot, int count, float *to) {                              \
-    attend(sums_f32_##isa, b, a, i, projected, keys, values, slot, count, to);                                  \
+                                  float *values, int room, int slot, int count, float *to) {                    \
+    attend(sums_f32_##isa, b, a, i, projected, keys, values, room, slot, count, to);                            \
   }                                                                                                             \
   static void forward_##isa(stlm_batch *b, int n);                                                              \
   static const Kernels isa = {#isa, forward_##isa, product_##isa, attend_##isa};                                \
@@ -1317,7 +1337,7 @@ static void read_byte_layers(File *f, stlm_model *m, const int32_t *mixers) {
       layer->attention = read_attention(f, heads, groups, width, m->width);
       layer->attention.periods = periods = periods ? periods : read_periods(f, "stlm.byte_periods", width);
       m->state_floats += ring_of_keys(m, &layer->attention);
-      m->state_floats += (size_t)m->window * (size_t)groups * (size_t)round_up(width, LANES);
+      m->state_floats += (size_t)(round_up(m->window, LANES) * groups) * (size_t)round_up(width, LANES);
     } else {
       layer->in_proj = read_matrix(f, "in_proj.weight", 3 * m->width, m->width);
       layer->out_proj = read_matrix(f, "out_proj.weight", m->width, m->width);
@@ -1497,7 +1517,7 @@ stlm_batch *stlm_open(const stlm_model *m, int num_rows) {
   b->model = m;
   b->num_rows = num_rows;
   b->rows = calloc((size_t)num_rows, sizeof(Row));
-  b->hidden = calloc(n * (3 * width + (size_t)m->trunk_width + 2 * widest + (size_t)m->widest_head), sizeof(float));
+  b->hidden = calloc(n * (3 * width + (size_t)m->trunk_width + 2 * widest + (size_t)m->widest_head) + widest, sizeof(float));
   b->quantized = malloc(n * (widest + 4));
   b->block_sums = malloc(sizeof(int32_t) * n * (widest / Q4_BLOCK + 1));
   b->chosen = malloc(sizeof(int32_t) * (size_t)m->vocab);
@@ -1506,9 +1526,7 @@ stlm_batch *stlm_open(const stlm_model *m, int num_rows) {
   for (int r = 0; r < num_rows && is_complete; r++) {
     Row *row = b->rows + r;
     row->state = malloc(sizeof(float) * m->state_floats);
-    row->keys = calloc((size_t)m->num_passes, sizeof *row->keys);
-    row->values = calloc((size_t)m->num_passes, sizeof *row->values);
-    is_complete = row->state && row->keys && row->values;
+    is_complete = row->state != NULL;
     if (is_complete) clear_row(m, row);
   }
   if (!is_complete) {
@@ -1522,6 +1540,7 @@ stlm_batch *stlm_open(const stlm_model *m, int num_rows) {
   b->y = b->x + n * widest;
   b->cosines = b->y + n * widest;
   b->sines = b->cosines + n * (size_t)(m->widest_head / 2);
+  b->part = b->sines + n * (size_t)(m->widest_head / 2);
   return b;
 }
 
@@ -1529,10 +1548,6 @@ void stlm_close(stlm_batch *b) {
   if (!b) return;
   for (int r = 0; b->rows && r < b->num_rows; r++) {
     Row *row = b->rows + r;
-    for (int pass = 0; pass < b->model->num_passes; pass++) {
-      if (row->keys) free(row->keys[pass]);
-      if (row->values) free(row->values[pass]);
-    }
     free(row->keys), free(row->values), free(row->state);
     free(row->ids), free(row->digests), free(row->earlier), free(row->slots);
   }
@@ -1562,6 +1577,13 @@ static int resize(void *memory, size_t used, size_t count, size_t size) {
   return 1;
 }
 
+// `count` parts of `old` bytes with room for `new` bytes each, zeroed; NULL without memory.
+static float *widened(const float *parts, size_t count, size_t old, size_t new) {
+  char *wider = calloc(count, new);
+  for (size_t i = 0; i < count && wider && parts; i++) memcpy(wider + i * new, (const char *)parts + i * old, old);
+  return (float *)(void *)wider;
+}
+
 // Room for `more` bytes, which may all end patches.
 static int reserve(stlm_batch *b, Row *row, int more) {
   const stlm_model *m = b->model;
@@ -1576,13 +1598,17 @@ static int reserve(stlm_batch *b, Row *row, int more) {
     row->byte_room = (int)room;
   }
   if (patches > row->patch_room) {
-    const size_t room = (size_t)round_up(patches + patches / 4, LANES), used = (size_t)row->patch_room;
-    const size_t value = (size_t)round_up(a->width, LANES);
-    for (int pass = 0; pass < m->num_passes; pass++)
-      if (!resize(&row->keys[pass], used, room, sizeof(float) * (size_t)(a->groups * a->width)) ||
-          !resize(&row->values[pass], used, room, sizeof(float) * (size_t)a->groups * value))
-        return refuse(b, "not enough memory for %d patches", patches);
-    row->patch_room = (int)room;
+    const size_t old = (size_t)row->patch_room, room = (size_t)round_up(patches + patches / 4, LANES);
+    const size_t parts = (size_t)(m->num_passes * a->groups);
+    const size_t key = sizeof(float) * (size_t)a->width, value = sizeof(float) * (size_t)round_up(a->width, LANES);
+    float *keys = widened(row->keys, parts, old * key, room * key);
+    float *values = widened(row->values, parts, old * value, room * value);
+    if (!keys || !values) {
+      free(keys), free(values);
+      return refuse(b, "not enough memory for %d patches", patches);
+    }
+    free(row->keys), free(row->values);
+    row->keys = keys, row->values = values, row->patch_room = (int)room;
   }
   const int scores = max_int(row->patch_room, round_up(m->window, LANES));
   if (scores > b->score_room) {
