@@ -29,17 +29,20 @@ class STLMBatch(NamedTuple):
     def of(
         cls,
         input_ids: torch.Tensor,
-        valid: torch.Tensor | None,
-        position_ids: torch.Tensor | None,
-        is_causal: bool,
+        attention_mask: torch.Tensor | None = None,
+        num_past: int | None = 0,
+        position_ids: torch.Tensor | None = None,
+        is_causal: bool = True,
     ) -> "STLMBatch":
         """
         Args:
             input_ids (`torch.LongTensor` of shape `(B, T)`).
-            valid (`torch.BoolTensor` of shape `(B, T)`, *optional*): False at padding.
+            attention_mask (`torch.Tensor` of shape `(B, num_past + T)`, *optional*): 0 at padding.
+            num_past (`int`, *optional*): positions before this call; `None` if the mask leaves them out.
             position_ids (`torch.LongTensor` of shape `(B, T)` or `(1, T)`, *optional*): to find packed documents.
         """
         lengths = order = num_seen = None
+        valid = _valid_bytes(attention_mask, num_past, input_ids)
         if valid is not None and (_is_static(valid) or not valid.all()):
             lengths, num_seen = valid.sum(1), valid.cumsum(1)
             time = torch.arange(valid.shape[1], device=valid.device).expand_as(num_seen)
@@ -104,6 +107,10 @@ class STLMBatch(NamedTuple):
         """(B, T) False at padding, at the given positions of rows with padding."""
         return torch.diff(self.num_seen, dim=1, prepend=torch.zeros_like(self.num_seen[:, :1])) > 0
 
+    def hide_padding(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """`input_ids` (B, T) as given, -1 at padding."""
+        return input_ids if self.num_seen is None else input_ids.masked_fill(~self.is_given, -1)
+
     def compact(self, states: torch.Tensor) -> torch.Tensor:
         """`states` (B, T) or (B, T, D) of the given positions, valid bytes first."""
         return states if self.order is None else _gather_bytes(states, self.order)
@@ -112,7 +119,7 @@ class STLMBatch(NamedTuple):
         """`states` (B, T, ...) at the last valid byte of each row, `before` (B, ...) in rows without any."""
         if self.lengths is None:
             return states[:, -1].clone(memory_format=torch.contiguous_format)  # a view would keep all bytes in memory
-        return _gather_bytes(torch.cat([before[:, None], states], 1), self.lengths[:, None])[:, 0]
+        return _gather_bytes(torch.cat([before[:, None].to(states.dtype), states], 1), self.lengths[:, None])[:, 0]
 
     def restore(self, states: torch.Tensor, before: torch.Tensor | None = None) -> torch.Tensor:
         """Compact `states` (B, T, ...) at the given positions; padding gets the last valid byte before it.
@@ -152,7 +159,7 @@ class STLMBatch(NamedTuple):
             outputs.attentions = tuple(self.restore_attention(weights) for weights in outputs.attentions)
 
 
-def valid_bytes(
+def _valid_bytes(
     attention_mask: torch.Tensor | None, num_past: int | None, input_ids: torch.Tensor
 ) -> torch.Tensor | None:
     """False at padding among the new bytes (B, T), or `None` without a mask."""

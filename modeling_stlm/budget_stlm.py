@@ -17,6 +17,7 @@ class BudgetMixin:
         groups = {
             "byte embedding": [base.embed_tokens],
             "n-gram embedding": [*filter(None, [base.ngram_embedding])],
+            "match embedding": [*filter(None, [base.match_embedding])],
             "local encoder": [base.local_encoder],
             "patching": [base.patcher],
             "trunk": [base.trunk],

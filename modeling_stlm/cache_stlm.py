@@ -190,16 +190,18 @@ class STLMByteSlot(STLMSlot):
 class STLMPatchStateSlot(STLMSlot):
     """The state of patching, a tuple `state` of tensors (exporters cannot map a NamedTuple), and the byte history.
 
-    `history` (B, seen) holds the id at every position, negative where there is none. While recording, `recent` holds
+    `history` (B, seen) holds the id at every position, negative where there is none; `grams` (B, S) the gram that ends
+    at each valid byte, from the left, entries past a row's count being stale (`STLMMatchEmbedding`). While recording, `recent` holds
     the state before the last call, and `recent_bytes` what it did at each byte, a tuple of (B, T, ...).
     """
 
     _layer_type = PATCH_STATE_SLOT
-    row_states = ("state", "recent", "recent_bytes", "history")
+    initial_room = 0
+    row_states = ("state", "recent", "recent_bytes", "history", "grams")
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
-        self.state = self.recent = self.recent_bytes = self.history = None
+        self.state = self.recent = self.recent_bytes = self.history = self.grams = None
         self.is_cropped = False
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor | None = None, *args, **kwargs):
@@ -218,6 +220,14 @@ class STLMPatchStateSlot(STLMSlot):
         """Drop the states, which the next call recovers from the history: a call was interrupted."""
         self.recent = self.recent_bytes = None
         self.is_cropped = True
+
+    def append_grams(self, grams: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        """Store the `grams` (B, T) of new bytes at their `index` (B, T) in the row, and return those of all bytes (B, S)."""
+        if self.grams is None:
+            self.grams = grams.new_zeros(grams.shape[0], self.initial_room)
+        end = self.initial_room or self.seen_bytes + grams.shape[1]
+        self.grams = writable(grow(self.grams, end, dim=1)).scatter_(1, index, grams)
+        return self.grams[:, :end]
 
     def append_history(self, ids: torch.Tensor) -> None:
         """Note the ids (B, T) of the new positions; before `end_call` counts them."""
@@ -302,6 +312,10 @@ class STLMStaticMixin:
     is_compileable = True
     is_croppable = False
 
+    @property
+    def initial_room(self) -> int:
+        return self.max_cache_len
+
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor | None = None) -> None:
         super().lazy_initialization(key_states, value_states)
         self.cumulative_length = self.cumulative_length.to(self.device)
@@ -345,10 +359,6 @@ class STLMStaticPatchStateSlot(STLMStaticMixin, STLMPatchStateSlot, StaticLayer)
 
 class STLMStaticTrunkSlot(STLMStaticMixin, STLMTrunkSlot, StaticLayer):
     _layer_type = TRUNK_SLOT
-
-    @property
-    def initial_room(self) -> int:
-        return self.max_cache_len
 
     def room(self, num_new: int) -> int:
         return self.max_cache_len

@@ -40,18 +40,17 @@ class STLMConfig(PreTrainedConfig):
             One more n-gram: the current word so far, at most its last so many bytes; 0 for none.
         ngram_rows (`int`, defaults to 39400): rows of the table of each n-gram length and of the words.
         ngram_embedding_size (`int`, *optional*, defaults to 32):
-            Width of the n-gram embeddings, which one matrix projects to `hidden_size` together. With `None` they are
-            as wide as `hidden_size` and summed, as in BLT.
+            Their width; one matrix projects them to `hidden_size`. `None`: as wide as that and summed, as in BLT.
+        match_bytes (`int`, defaults to 0):
+            Tell each byte what followed the last time that the same so many bytes stood in its document; 0 for none.
         patching (`str`, defaults to `"spacelike"`):
             Where patches end. `"spacelike"`: at the first byte after a word that is neither letter, digit nor part of
             a multi-byte character (SpaceByte, arXiv:2404.14408). `"fixed"`: every `patch_bytes` (MegaByte).
-            `"vocabulary"`: at the byte that proves that a piece of `patch_vocabulary` has ended (the BPE pooling of
-            arXiv:2405.14159, made causal). `"learned"`: where a router finds a byte unlike the one before it (H-Net,
-            arXiv:2507.07955).
+            `"vocabulary"`: where a piece of `patch_vocabulary` has ended (the BPE pooling of arXiv:2405.14159, made
+            causal). `"learned"`: where a router finds a byte unlike the one before it (H-Net, arXiv:2507.07955).
         patch_bytes (`int`, defaults to 6):
             Length of a patch under `"fixed"`, target for the average length under `"learned"` (2 or more).
-        max_patch_bytes (`int`, defaults to 16):
-            Longest patch of the other rules; longer pieces of a vocabulary are cut to one byte less.
+        max_patch_bytes (`int`, defaults to 16): of the other rules; pieces of a vocabulary are cut to one byte less.
         max_patch_characters (`int`, defaults to 3):
             Longest patch under `"spacelike"` in UTF-8 characters of three or more bytes, for scripts without spaces.
         patch_vocabulary (`str`, *optional*):
@@ -69,7 +68,7 @@ class STLMConfig(PreTrainedConfig):
         hidden_act (`str`, defaults to `"relu2"`): activation of the feed-forward layers.
         rope_theta (`float`, defaults to 10000.0): base of the rotary embedding over patches and `"attention"` bytes.
         norm_eps (`float`, defaults to 1e-06): added to the variance in every LayerNorm.
-        initializer_range (`float`, defaults to 0.02): of fresh embeddings and convolutions; see `_init_weights`.
+        initializer_range (`float`, defaults to 0.02): of fresh embeddings and convolutions.
         hidden_dropout, attention_dropout (`float`, default to 0.0):
             Dropout on the output of every mixer, attention and feed-forward layer, and on attention probabilities.
         is_causal (`bool`, defaults to `True`):
@@ -87,6 +86,7 @@ class STLMConfig(PreTrainedConfig):
     base_model_fsdp_plan = {
         "embed_tokens": "free_full_weight",
         "ngram_embedding": "free_full_weight",
+        "match_embedding": "free_full_weight",
         "local_encoder.*": "free_full_weight",
         "trunk.attention_blocks.*": "free_full_weight",
         "trunk.feed_forward_blocks.*": "free_full_weight",
@@ -109,6 +109,7 @@ class STLMConfig(PreTrainedConfig):
     ngram_word_bytes: int = 12
     ngram_rows: int = 39400
     ngram_embedding_size: int | None = 32
+    match_bytes: Literal[0, 2, 3, 4, 5, 6] = 0
     patching: Literal["spacelike", "fixed", "vocabulary", "learned"] = "spacelike"
     patch_bytes: int = 6
     max_patch_bytes: int = 16

@@ -111,6 +111,17 @@ def ngrams(model, ids: list[int], t: int) -> torch.Tensor:
     return found.sum(0) if embedding.ngram_proj is None else embedding.ngram_proj.weight @ found.flatten()
 
 
+def matches(model, ids: list[int], t: int) -> torch.Tensor:
+    """What the last earlier place with the same n bytes adds to the embedding of byte t: (D,)."""
+    n, embedding = model.config.match_bytes, model.match_embedding
+    ids = [min(id, 256) for id in ids]
+    for last in range(t - 1, n - 2, -1):
+        if ids[last - n + 1 : last + 1] == ids[t - n + 1 : t + 1]:
+            length = next((m for m in range(last + 2) if ids[last - m] != ids[t - m] or m > last), None)
+            return embedding.following.weight[ids[last + 1] + 1] + embedding.length.weight[min(6, length // n)]
+    return embedding.following.weight[0] + embedding.length.weight[0]
+
+
 def rotate(x: torch.Tensor, position: int, theta: float) -> torch.Tensor:
     """Rotary embedding of one head (K,) at one position."""
     half = x.shape[-1] // 2
@@ -201,6 +212,8 @@ def hidden_states(model, ids: list[int]) -> torch.Tensor:
     x = model.embed_tokens.weight[ids]
     if model.ngram_embedding is not None:
         x = torch.stack([row + ngrams(model, ids, t) for t, row in enumerate(x)])
+    if model.match_embedding is not None:
+        x = torch.stack([row + matches(model, ids, t) for t, row in enumerate(x)])
     for layer in model.local_encoder:
         x = byte_layer(layer, x, config)
     patcher = model.patcher

@@ -7,8 +7,9 @@ from transformers import Trainer
 
 from modeling_stlm import STLMForCausalLM, STLMForMaskedLM
 from modeling_stlm.batching_stlm import STLMBatch
-from modeling_stlm.patching_stlm import PatchEnds, smooth_patches
+from modeling_stlm.patching_stlm import PatchEnds
 from modeling_stlm.training.patch_curriculum import PatchLengthCurriculum
+from modeling_stlm.trunk_stlm import smooth_patches
 
 from .tiny import TEXT, ids_of, randomize, tiny_config, tiny_model
 from .trainers import arguments

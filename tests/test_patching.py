@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from modeling_stlm.batching_stlm import STLMBatch
-from modeling_stlm.modeling_stlm import STLMPatcher
-from modeling_stlm.patching_stlm import PatchState, byte_pieces, pool_patches, unpool_patches
+from modeling_stlm.patching_stlm import PatchState, byte_pieces
+from modeling_stlm.trunk_stlm import STLMPatcher, pool_patches, unpool_patches
 
 from . import reference
 from .tiny import TEXT, ids_of, tiny_config
@@ -54,7 +54,7 @@ class Piecewise:
         ids = torch.tensor(ids)
         time = torch.arange(ids.shape[1])
         valid = None if lengths is None else time < torch.tensor(lengths)[:, None]
-        batch = STLMBatch.of(ids, valid, position_ids, True)
+        batch = STLMBatch.of(ids, valid, position_ids=position_ids)
         if hidden_states is None:
             hidden_states = torch.zeros(*ids.shape, WIDTH)
         context = torch.cat([self.state.last_ids, ids], 1)
@@ -169,7 +169,7 @@ def test_unpooling_gives_each_byte_its_last_complete_patch_or_the_start(packed):
     if not packed:
         rows = [ids]
     fed = Piecewise(config).feed([ids], position_ids=positions_of(rows))
-    batch = STLMBatch.of(torch.tensor([ids]), None, positions_of(rows), True)
+    batch = STLMBatch.of(torch.tensor([ids]), position_ids=positions_of(rows))
     fresh = fed.patcher.fresh_state(1)
     new = torch.randn(1, fed.patches.pooled.shape[1], WIDTH)
     seen, visible = unpool_patches(new, fed.ends[0], batch, fresh)

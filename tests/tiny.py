@@ -57,6 +57,7 @@ def tiny_config(**overrides) -> STLMConfig:
         "num_key_value_heads": 1,
         "ngram_rows": 32,
         "ngram_embedding_size": 6,
+        "match_bytes": 2,
         "max_patch_bytes": 12,
         "trunk_hidden_size": 24,
         "trunk_intermediate_size": 32,

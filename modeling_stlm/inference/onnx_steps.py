@@ -25,7 +25,8 @@ from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria
 from transformers.generation import BaseStreamer
 
 from modeling_stlm.batching_stlm import STLMBatch
-from modeling_stlm.modeling_stlm import ByteRows, STLMForCausalLM, rotary_embedding
+from modeling_stlm.layers_stlm import ByteRows, rotary_embedding
+from modeling_stlm.modeling_stlm import STLMForCausalLM
 from modeling_stlm.patching_stlm import PatchState
 
 
@@ -120,6 +121,8 @@ class _Decoder(nn.Module):
 def _check(model: STLMForCausalLM) -> None:
     if not isinstance(model, STLMForCausalLM):
         raise ValueError(f"steps are those of a STLMForCausalLM, got a {type(model).__name__}")
+    if model.model.match_embedding is not None:
+        raise ValueError(f"steps in ONNX have no match embeddings, but match_bytes={model.config.match_bytes}")
     if model.model.has_attention or model.config.patching not in RULES:
         raise ValueError(f"steps in ONNX need convolutions at the byte level and patching of {', '.join(RULES)}")
 

@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is added to the embedding of a byte: the n-grams that end at it, and what followed them the last time.
+
+Shapes: B rows, T bytes of this call, C ids of context before it, S bytes of a row so far, D byte width.
+"""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers.utils.import_utils import is_torchdynamo_compiling, is_torchdynamo_exporting
+
+from .batching_stlm import STLMBatch
+from .cache_stlm import STLMPatchStateSlot
+from .configuration_stlm import STLMConfig
+from .patching_stlm import LEAD4, MISSING, NUM_KINDS, SPACE, SPECIAL, WORD, Constants, byte_kinds
+
+
+HASH_BASE, HASH_PRIME = 65599, 2**31 - 1
+DIGITS, COMPLETE = 512, 2**62  # a gram is a number in this base, plus `COMPLETE` if all its bytes are there
+MATCH_LENGTHS = 6  # classes: a match of at least n, 2 n, ... bytes
+SHORT_CALL_BYTES = 16  # up to which comparing with all earlier bytes is faster than sorting them
+
+
+class STLMNgramEmbedding(nn.Module):
+    """Embeddings of the hashed n-grams that end at each byte, and of the word so far (BLT, arXiv:2412.09871, 3.2.1).
+
+    An n-gram hashes to the sum of `(byte + 1) * HASH_BASE**i`, i = 0 for its oldest byte, modulo the prime. A word ends
+    with the first space-like byte after it; special tokens end one, too.
+    """
+
+    def __init__(self, config: STLMConfig):
+        super().__init__()
+        lengths = [*config.ngram_orders, *([config.ngram_word_bytes] if config.ngram_word_bytes else [])]
+        width, size = config.hidden_size, config.ngram_embedding_size
+        self.num_rows, self.longest, self.has_words = config.ngram_rows, max(lengths), config.ngram_word_bytes > 0
+        self.ngram_tables = nn.Embedding(len(lengths) * config.ngram_rows, size or width)
+        self.ngram_proj = nn.Linear(len(lengths) * size, width, bias=False) if size else None
+        # Columns of the weights: oldest byte first, zero for bytes that a shorter n-gram does not look at.
+        weights = [[0] * (self.longest - n) + [pow(HASH_BASE, i, HASH_PRIME) for i in range(n)] for n in lengths]
+        before, kind = torch.arange(NUM_KINDS, device="cpu")[:, None], torch.arange(NUM_KINDS, device="cpu")
+        self.constants = Constants(
+            weights=torch.tensor(weights, device="cpu"),
+            offsets=torch.arange(len(lengths), device="cpu") * config.ngram_rows,
+            kinds=byte_kinds(),
+            word_ends=((kind == SPACE) & (before >= WORD) & (before <= LEAD4)) | (kind == SPECIAL),
+        )
+
+    def forward(self, context: torch.Tensor, batch: STLMBatch) -> torch.Tensor:
+        """Embeddings (B, T, D) at the last T of `context (B, C + T)`, C at least the longest n-gram."""
+        tables = self.constants.on(context.device)
+        context = context[:, context.shape[1] - batch.num_bytes - self.longest :]
+        grams = (
+            context[:, 1:].unfold(1, self.longest, 1) + 1
+        )  # (B, T, n): oldest first, 0 for bytes that are not there
+        if batch.positions is not None:
+            back = torch.arange(self.longest - 1, -1, -1, device=context.device)
+            grams = grams.masked_fill(batch.positions[..., None] < back, 0)
+        terms = grams[:, :, None] * tables["weights"]  # (B, T, tables, n)
+        if self.has_words:  # the last table
+            terms[:, :, -1] *= self._word_so_far(context, batch, tables)
+        # ExecuTorch sums integers in float32, so exported graphs add them up in pairs.
+        digest = (_sum_by_pairs(terms) if is_torchdynamo_exporting() else terms.sum(-1)) % HASH_PRIME
+        ngrams = self.ngram_tables(digest % self.num_rows + tables["offsets"])  # (B, T, tables, size)
+        return ngrams.sum(-2) if self.ngram_proj is None else self.ngram_proj(ngrams.flatten(-2))
+
+    def _word_so_far(self, context, batch: STLMBatch, tables) -> torch.Tensor:
+        """Which of the last n bytes up to each byte, oldest first, belong to its word: (B, T, n) bool."""
+        kind = tables["kinds"][context.clamp(max=256)]
+        kind_before, kind = kind[:, :-1], kind[:, 1:]
+        if batch.positions is not None:  # there is no byte before the start of a document
+            starts = F.pad(batch.positions == 0, (self.longest - 1, 0))
+            kind_before = kind_before.masked_fill(starts, MISSING)
+        ended = tables["word_ends"][kind_before, kind]
+        before = (ended.cumsum(1) - ended.long()).unfold(1, self.longest, 1)  # word ends up to the byte before each
+        return before == before[..., -1:]
+
+
+def _sum_by_pairs(terms: torch.Tensor) -> torch.Tensor:
+    """`terms.sum(-1)` by additions alone."""
+    while terms.shape[-1] > 1:
+        half = terms.shape[-1] // 2
+        rest = terms[..., 2 * half :]
+        terms = terms[..., :half] + terms[..., half : 2 * half]
+        if rest.shape[-1]:
+            terms = torch.cat([terms, rest], dim=-1)
+    return terms[..., 0]
+
+
+class STLMMatchEmbedding(nn.Module):
+    """Embeddings of the byte that followed the last place where the same bytes stood, and of how long the match is.
+
+    For each byte, the last earlier place of its document where the same `match_bytes` bytes ended, as in the match models
+    of data compression (Mahoney, "Adaptive weighing of context models for lossless data compression", 2005, section
+    2.3). It needs no arithmetic and lets a model copy.
+
+    Grams of n bytes are compared as one number: its digits are 0 for a byte that is not there, and the id plus one, 257
+    for every special token. A gram in which a byte is not there matches nothing: it is made of its place instead.
+    """
+
+    def __init__(self, config: STLMConfig):
+        super().__init__()
+        self.num_bytes = config.match_bytes
+        self.following = nn.Embedding(258, config.hidden_size)  # 0: no match, or no byte
+        self.length = nn.Embedding(1 + MATCH_LENGTHS, config.hidden_size)
+        self.constants = Constants(
+            weights=DIGITS ** torch.arange(self.num_bytes - 1, -1, -1, device="cpu"),
+            back=self.num_bytes * torch.arange(1, MATCH_LENGTHS, device="cpu"),
+        )
+
+    def forward(
+        self, context: torch.Tensor, batch: STLMBatch, num_past: torch.Tensor, slot: STLMPatchStateSlot | None
+    ) -> torch.Tensor:
+        """Embeddings (B, T, D).
+
+        Args:
+            context (`torch.LongTensor` of shape `(B, C + T)`): C at least n - 1.
+            num_past (`torch.LongTensor` of shape `(B,)`): valid bytes of each row before this call.
+            slot (`STLMPatchStateSlot`, *optional*): keeps the grams of earlier calls.
+        """
+        index = num_past[:, None] + torch.arange(batch.num_bytes, device=context.device)  # (B, T) place in the row
+        grams = known = self._grams(context, batch, index)
+        if slot is not None:
+            known = slot.append_grams(grams, index)  # (B, S)
+        if known.shape[1] == 1:  # a first byte, which nothing follows
+            known = F.pad(known, (0, 1))
+        last = last_equal(known, grams, index)
+        start = 0 if batch.positions is None else index - batch.positions  # of the document
+        found = last >= start
+        last = last.clamp(min=0)
+        following = known.gather(1, last + 1) % DIGITS
+        length = self._length(known, index, last, batch.positions)
+        return self.following(following * found) + self.length(length * found)
+
+    def _grams(self, context: torch.Tensor, batch: STLMBatch, index: torch.Tensor) -> torch.Tensor:
+        """The gram that ends at each byte (B, T); the last digit is always that of the byte."""
+        n, tables = self.num_bytes, self.constants.on(context.device)
+        digits = context[:, context.shape[1] - batch.num_bytes - n + 1 :].clamp(-1, 256) + 1
+        digits = digits.unfold(1, n, 1)  # (B, T, n) oldest byte first
+        if batch.positions is not None:
+            back = torch.arange(n - 1, -1, -1, device=context.device)
+            digits = digits.masked_fill(batch.positions[..., None] < back, 0)
+        terms = digits * tables["weights"]
+        gram = _sum_by_pairs(terms) if is_torchdynamo_exporting() else terms.sum(-1)
+        return torch.where(digits.amin(-1) > 0, gram + COMPLETE, index * DIGITS + digits[..., -1])
+
+    def _length(self, known: torch.Tensor, index: torch.Tensor, last: torch.Tensor, positions) -> torch.Tensor:
+        """Class of length, 1 to `MATCH_LENGTHS`, of the matches between `index` and `last` (B, T)."""
+        back = self.constants.on(known.device)["back"]  # where the grams before end
+        # No gram before the start of a row is complete: what is cut off here is not equal.
+        here, there = (index[..., None] - back).clamp(min=1), (last[..., None] - back).clamp(min=0)
+        same = known.gather(1, here.flatten(1)) == known.gather(1, there.flatten(1))
+        same = same.view_as(here)  # (B, T, classes - 1)
+        if positions is not None:
+            same = same & (there >= (index - positions)[..., None])
+        return 1 + same.cumprod(-1).sum(-1)
+
+
+def last_equal(known: torch.Tensor, values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """The last place before `index (B, T)` where `known (B, S)` is `values (B, T)`, which it is at `index`; -1 if none."""
+    if values.shape[1] == 1 or (values.shape[1] <= SHORT_CALL_BYTES and not is_torchdynamo_compiling()):
+        place = torch.arange(known.shape[1], device=known.device)
+        is_equal = (known[:, None] == values[..., None]) & (place < index[..., None])  # (B, T, S)
+        return torch.where(is_equal, place, -1).amax(-1)
+    ordered, order = known.sort(dim=1, stable=True)
+    before = torch.where(ordered[:, 1:] == ordered[:, :-1], order[:, :-1], -1)
+    last = torch.zeros_like(order).scatter(1, order, F.pad(before, (1, 0), value=-1))
+    return last if values.shape == known.shape else last.gather(1, index)

@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Match embeddings: for each byte, what followed the last time that the same bytes stood in its document."""
+
+import random
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from modeling_stlm.embedding_stlm import last_equal
+
+from .tiny import batch, tiny_model
+
+
+def slow_match(ids: list[int], t: int, n: int) -> tuple[int, int]:
+    """Id that followed the last match plus one, and class of its length; zeros if there is none."""
+    for last in range(t - 1, n - 2, -1):
+        length = 0
+        while length <= last and ids[last - length] == ids[t - length]:
+            length += 1
+        if length >= n:
+            return ids[last + 1] + 1, min(6, length // n)
+    return 0, 0
+
+
+def telling_model(n: int):
+    """A model whose match embedding is what was found, in two channels."""
+    model = tiny_model(match_bytes=n)
+    for channel, table in enumerate((model.model.match_embedding.following, model.model.match_embedding.length)):
+        table.weight.data.zero_()
+        table.weight.data[:, channel] = torch.arange(len(table.weight))
+    return model
+
+
+def told(model, *calls: dict) -> list[list[tuple[int, int]]]:
+    """For each row, what each byte is told, over several calls with one cache."""
+    found = []
+    handle = model.model.match_embedding.register_forward_hook(lambda module, inputs, output: found.append(output))
+    with torch.no_grad():
+        for inputs in calls:
+            model(**inputs)
+    handle.remove()
+    return [[(int(byte), int(length)) for byte, length, *_ in row] for row in torch.cat(found, 1)]
+
+
+def repetitive(num_bytes: int, seed: int = 0) -> list[int]:
+    """Ids among four, a special token among them, with a long copy at the end."""
+    choice = random.Random(seed)
+    ids = [choice.choice([97, 97, 98, 256]) for _ in range(num_bytes * 3 // 5)]
+    return ids + ids[: num_bytes - len(ids)]
+
+
+@pytest.mark.parametrize("n", range(2, 7))
+def test_bytes_are_told_what_followed_the_last_match_and_its_length(n):
+    ids = repetitive(150)
+    expected = [slow_match(ids, t, n) for t in range(len(ids))]
+    assert {length for _, length in expected} >= {0, 1, 6}
+    assert told(telling_model(n), {"input_ids": torch.tensor([ids])}) == [expected]
+
+
+def test_all_special_tokens_are_alike_and_match():
+    model = telling_model(2)
+    assert told(model, {"input_ids": torch.tensor([[258, 97, 98, 259, 97]])}) == [[(0, 0)] * 4 + [(99, 1)]]
+
+
+@pytest.mark.parametrize("sizes", [[1] * 60, [40, 1, 1, 18], [3, 5, 20, 1, 31]])
+def test_matches_reach_back_into_earlier_calls(sizes):
+    ids, model = repetitive(60), telling_model(2)
+    cache, calls = DynamicCache(config=model.config), torch.tensor([ids]).split(sizes, dim=1)
+    expected = [slow_match(ids, t, 2) for t in range(len(ids))]
+    assert told(model, *({"input_ids": call, "cache": cache} for call in calls)) == [expected]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_is_not_there(side):
+    texts, model = [repetitive(60), repetitive(35, seed=1)], telling_model(3)
+    inputs = batch(texts, side)
+    rows = told(model, inputs | {"cache": DynamicCache(config=model.config)})  # compact: valid bytes first
+    for text, row in zip(texts, rows):
+        assert row[: len(text)] == [slow_match(text, t, 3) for t in range(len(text))]
+
+
+def test_matches_stay_in_their_document():
+    documents, model = [repetitive(30), repetitive(25), repetitive(40)], telling_model(3)
+    inputs = {
+        "input_ids": torch.cat([torch.tensor(ids) for ids in documents])[None],
+        "position_ids": torch.cat([torch.arange(len(ids)) for ids in documents])[None],
+    }
+    assert told(model, inputs) == [[slow_match(ids, t, 3) for ids in documents for t in range(len(ids))]]
+
+
+def test_embeddings_of_no_byte_match_nothing():
+    model = telling_model(2)
+    ids = torch.tensor([[97, 98, 97, 98, 97, 98, 97, 98]])
+    embeds = model.model.embed_tokens(ids).detach()
+    embeds[:, 4] += 1
+    # The last byte matches the fourth, which the vector followed.
+    nothing = (0, 0)
+    assert told(model, {"inputs_embeds": embeds})[0] == [*[nothing] * 3, (98, 1), nothing, nothing, (99, 1), (0, 1)]
+
+
+@pytest.mark.parametrize("num_new", [1, 2, 16, 17, 60])
+def test_comparing_and_sorting_find_the_same_place(num_new):
+    known = torch.randint(0, 4, (3, 60), generator=torch.Generator().manual_seed(0))
+    index = torch.arange(60 - num_new, 60).expand(3, -1)
+    expected = [
+        [max((s for s in range(t) if row[s] == row[t]), default=-1) for t in range(60 - num_new, 60)] for row in known
+    ]
+    assert last_equal(known, known.gather(1, index), index).tolist() == expected
