@@ -36,8 +36,8 @@ ACTIVATIONS = ("relu2", "relu", "silu")
 SIZES = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_local_encoder_layers", "num_local_decoder_layers"),
     *("conv_kernel_size", "attention_window_bytes", "num_attention_heads", "num_key_value_heads", "head_dim"),
-    *("ngram_word_bytes", "ngram_rows", "ngram_embedding_size", "patch_bytes", "max_patch_bytes"),
-    *("max_patch_characters", "trunk_hidden_size", "trunk_intermediate_size", "trunk_num_attention_heads"),
+    *("ngram_word_bytes", "ngram_rows", "ngram_embedding_size", "match_bytes", "patch_bytes"),
+    *("max_patch_bytes", "max_patch_characters", "trunk_hidden_size", "trunk_intermediate_size", "trunk_num_attention_heads"),
     *("trunk_num_key_value_heads", "trunk_head_dim", "bos_token_id"),
 )
 CHECKSUM = b"stlm.checksum"
@@ -103,7 +103,6 @@ def export_gguf(model: STLMForCausalLM, path: str | Path, type: str = "f32", tok
         writer.add_license(license)
     for name in SIZES:
         writer.add_uint32(f"stlm.{name}", getattr(config, name) or 0)
-    writer.add_uint32("stlm.match_bytes", getattr(config, "match_bytes", 0))
     writer.add_float32("stlm.norm_eps", config.norm_eps)
     writer.add_string("stlm.patching", config.patching)
     writer.add_string("stlm.hidden_act", config.hidden_act)
@@ -120,14 +119,12 @@ def export_gguf(model: STLMForCausalLM, path: str | Path, type: str = "f32", tok
         if tokenizer.chat_template:
             writer.add_chat_template(tokenizer.chat_template)
 
-    writer.add_tensor("stlm.trunk_periods", rotary_periods(config.trunk_head_dim, config.rope_theta))
-    if "attention" in config.byte_mixers:
-        writer.add_tensor("stlm.byte_periods", rotary_periods(config.head_dim, config.rope_theta))
+    writer.add_tensor("stlm.rotary_periods", rotary_periods(config.head_dim, config.rope_theta))
+    writer.add_tensor("stlm.trunk_rotary_periods", rotary_periods(config.trunk_head_dim, config.rope_theta))
     rule = model.model.patcher.rule
     if isinstance(rule, VocabularyRule):
         edges = rule.constants.on(torch.device("cpu"))["edges"].numpy()
-        writer.add_uint32("stlm.num_patching_edges", len(edges))
-        writer.add_tensor("stlm.patching_edges", edges.astype(np.int32))
+        writer.add_array("stlm.patching_edges", edges.tolist())
     for name, tensor in model.model.state_dict(prefix="model.").items():
         array = tensor.detach().float().cpu().numpy()
         is_table = array.ndim == 2 and type != "f32"

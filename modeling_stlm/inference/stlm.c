@@ -952,50 +952,40 @@ static const Kernels *find_kernels(const char *isa) {
 
 // ---- The file: GGUF, version 3. Every number in it is checked before it is used ----
 
-enum { UINT32 = 4, INT32 = 5, FLOAT32 = 6, STRING = 8, ARRAY = 9 };
+enum { UINT32 = 4, INT32 = 5, FLOAT32 = 6, STRING = 8, ARRAY = 9, INT32_ARRAY = ARRAY << 8 | INT32 };
 
-typedef struct {
-  const char *text;
-  uint64_t length;
-} Text;
-
-typedef struct {
-  Text name;
-  uint32_t type, item_type;  // item_type: of an array
-  uint64_t count;
-  size_t at;  // of the value, or the first item, in the file
-} Entry;
-
-typedef struct {
-  Text name;
-  uint32_t dims;
-  uint64_t shape[4];  // innermost first
-  uint32_t type;
-  uint64_t offset;
-  int is_used;
-} Tensor;
+typedef struct { const char *text; uint64_t length; } Text;
+typedef struct { Text name; uint32_t type; uint64_t count; size_t at; } Entry;  // of the header; `at`: the first item
+typedef struct { Text name; uint32_t dims, type; uint64_t shape[4], offset; int is_used; } Tensor;  // innermost size first
 
 typedef struct {
   const uint8_t *bytes;
-  size_t size, at, data_at;  // data_at: where the tensors start
+  size_t size, at, data_at;  // the file, where it is read, where the tensors start
   char *error;
   uint64_t num_entries, num_tensors;
   Entry *entries;
   Tensor *tensors;
   stlm_model *model;
-  char prefix[96];
+  char prefix[80];  // of the names of tensors
 } File;
 
-// The first fault is the one that is reported; all that is read after it is zero.
+// The first fault is the one that is reported. After it there are no entries and tensors, and all numbers are zero.
 static void fail(File *f, const char *format, ...) {
   va_list arguments;
-  if (*f->error) return;
   va_start(arguments, format);
-  vsnprintf(f->error, STLM_ERROR_SIZE, format, arguments);
+  if (!*f->error) vsnprintf(f->error, STLM_ERROR_SIZE, format, arguments);
+  va_end(arguments);
+  f->num_entries = f->num_tensors = 0;
+}
+
+static void set_prefix(File *f, const char *format, ...) {
+  va_list arguments;
+  va_start(arguments, format);
+  vsnprintf(f->prefix, sizeof f->prefix, format, arguments);
   va_end(arguments);
 }
 
-// Zeroed, and aligned to 64 bytes. Freed with the model.
+// Zeroed, aligned to 64 bytes, and freed with the model.
 static void *take(File *f, size_t size) {
   Block *block = *f->error ? NULL : calloc(1, sizeof *block + size + 64);
   if (!block) {
@@ -1007,34 +997,24 @@ static void *take(File *f, size_t size) {
   return (void *)(((uintptr_t)(block + 1) + 63) & ~(uintptr_t)63);
 }
 
+static const uint8_t *skip(File *f, uint64_t bytes) {
+  if (!*f->error && f->size - f->at < bytes) fail(f, "the file is truncated: its header does not end within %zu bytes", f->size);
+  if (*f->error) return NULL;
+  f->at += (size_t)bytes;
+  return f->bytes + f->at - bytes;
+}
+
 static uint64_t read_number(File *f, int bytes) {
+  const uint8_t *from = skip(f, (uint64_t)bytes);
   uint64_t number = 0;
-  if (*f->error || f->size - f->at < (size_t)bytes) {
-    fail(f, "the file is truncated: its header does not end within %zu bytes", f->size);
-    return 0;
-  }
-  for (int i = 0; i < bytes; i++) number |= (uint64_t)f->bytes[f->at++] << (8 * i);
+  for (int i = 0; from && i < bytes; i++) number |= (uint64_t)from[i] << (8 * i);
   return number;
 }
 
-static void skip(File *f, uint64_t bytes) {
-  if (*f->error || f->size - f->at < bytes) fail(f, "the file is truncated: its header does not end within %zu bytes", f->size);
-  else f->at += (size_t)bytes;
-}
-
 static Text read_text(File *f) {
-  Text text = {NULL, read_number(f, 8)};
-  text.text = (const char *)f->bytes + f->at;
-  skip(f, text.length);
-  return *f->error ? (Text){"", 0} : text;
-}
-
-static void skip_values(File *f, uint32_t type, uint64_t count) {
-  static const uint8_t sizes[] = {1, 1, 2, 2, 4, 4, 4, 1, 0, 0, 8, 8, 8};
-  if (type >= sizeof sizes || type == ARRAY) fail(f, "the header has a value of the unknown type %u", type);
-  else if (type != STRING) skip(f, count > f->size ? UINT64_MAX : count * sizes[type]);
-  else
-    for (uint64_t i = 0; i < count && !*f->error; i++) read_text(f);
+  const uint64_t length = read_number(f, 8);
+  const char *text = (const char *)skip(f, length);
+  return text ? (Text){text, length} : (Text){"", 0};
 }
 
 static int is_text(Text text, const char *other) {
@@ -1042,165 +1022,131 @@ static int is_text(Text text, const char *other) {
 }
 
 static void read_header(File *f) {
-  if (f->size < 4 || memcmp(f->bytes, "GGUF", 4)) {
-    fail(f, "this is not a GGUF file");
-    return;
-  }
-  f->at = 4;
-  uint64_t version = read_number(f, 4);
-  if (version != 3) fail(f, "the file has version %u of GGUF, expected 3", (unsigned)version);
-  f->num_tensors = read_number(f, 8);
-  f->num_entries = read_number(f, 8);
-  // Each of them has at least 12 bytes in the header.
-  if (f->num_tensors > f->size / 12 || f->num_entries > f->size / 12) fail(f, "the file is truncated");
-  f->entries = take(f, sizeof(Entry) * (size_t)f->num_entries);
-  f->tensors = take(f, sizeof(Tensor) * (size_t)f->num_tensors);
-  for (uint64_t i = 0; i < f->num_entries && !*f->error; i++) {
+  static const uint8_t sizes[] = {1, 1, 2, 2, 4, 4, 4, 1, 0, 0, 8, 8, 8};  // by type
+  if (f->size < 4 || memcmp(skip(f, 4), "GGUF", 4)) fail(f, "this is not a GGUF file");
+  const unsigned version = (unsigned)read_number(f, 4);
+  if (version != 3) fail(f, "the file has version %u of GGUF, expected 3", version);
+  const uint64_t num_tensors = read_number(f, 8), num_entries = read_number(f, 8);
+  if (num_tensors > f->size / 12 || num_entries > f->size / 12) fail(f, "the file is truncated");  // 12 bytes each, or more
+  f->entries = take(f, sizeof(Entry) * (size_t)num_entries);
+  f->tensors = take(f, sizeof(Tensor) * (size_t)num_tensors);
+  for (uint64_t i = 0; i < num_entries && !*f->error; i++) {
     Entry *entry = f->entries + i;
     entry->name = read_text(f);
-    entry->type = entry->item_type = (uint32_t)read_number(f, 4);
+    uint32_t type = entry->type = (uint32_t)read_number(f, 4);
     entry->count = 1;
-    if (entry->type == ARRAY) {
-      entry->item_type = (uint32_t)read_number(f, 4);
+    if (type == ARRAY) {
+      type = (uint32_t)read_number(f, 4);
+      entry->type = ARRAY << 8 | (type & 255);
       entry->count = read_number(f, 8);
     }
     entry->at = f->at;
-    skip_values(f, entry->item_type, entry->count);
+    if (type >= sizeof sizes || type == ARRAY) fail(f, "the header has a value of the unknown type %u", (unsigned)type);
+    else if (type != STRING) skip(f, entry->count > f->size ? UINT64_MAX : entry->count * sizes[type]);
+    else
+      for (uint64_t j = 0; j < entry->count && !*f->error; j++) read_text(f);
   }
-  for (uint64_t i = 0; i < f->num_tensors && !*f->error; i++) {
+  for (uint64_t i = 0; i < num_tensors && !*f->error; i++) {
     Tensor *tensor = f->tensors + i;
     tensor->name = read_text(f);
     tensor->dims = (uint32_t)read_number(f, 4);
-    if (tensor->dims > 4) fail(f, "a tensor has %u dimensions", tensor->dims);
-    for (uint32_t d = 0; d < tensor->dims && d < 4; d++) tensor->shape[d] = read_number(f, 8);
+    if (tensor->dims > 4) fail(f, "a tensor has %u dimensions", (unsigned)tensor->dims);
+    for (uint32_t d = 0; d < tensor->dims && !*f->error; d++) tensor->shape[d] = read_number(f, 8);
     tensor->type = (uint32_t)read_number(f, 4);
     tensor->offset = read_number(f, 8);
   }
   f->data_at = (f->at + 31) / 32 * 32;
   if (f->data_at > f->size) fail(f, "the file is truncated: it ends with its header");
+  if (*f->error) return;
+  f->num_entries = num_entries;
+  f->num_tensors = num_tensors;
 }
 
-static int has_entry(const File *f, const char *name) {
-  for (uint64_t i = 0; i < f->num_entries && !*f->error; i++)
-    if (is_text(f->entries[i].name, name)) return 1;
-  return 0;
-}
-
-// The entry `stlm.name`, NULL after a fault. `type` and `item_type` are equal unless an array is expected.
-static const Entry *find_entry(File *f, const char *name, uint32_t type, uint32_t item_type) {
-  char full[64];
-  snprintf(full, sizeof full, "stlm.%s", name);
-  for (uint64_t i = 0; i < f->num_entries && !*f->error; i++) {
+// Items of an entry, at which the file is then read; 0 if there is none, which is a fault unless `least` is 0.
+static int seek(File *f, const char *name, uint32_t type, int least, int most) {
+  for (uint64_t i = 0; i < f->num_entries; i++) {
     const Entry *entry = f->entries + i;
-    if (!is_text(entry->name, strchr(name, '.') ? name : full)) continue;
-    if (entry->type != type || (entry->item_type != item_type && entry->count))
-      fail(f, "%s in the header has type %u, expected %u", name, entry->type, type);
-    return *f->error ? NULL : entry;
+    if (!is_text(entry->name, name)) continue;
+    f->at = entry->at;
+    if (entry->type == type && entry->count >= (uint64_t)least && entry->count <= (uint64_t)most) return (int)entry->count;
+    fail(f, "%s has type %u and %llu items, expected type %u and %d to %d", name, (unsigned)entry->type,
+         (unsigned long long)entry->count, (unsigned)type, least, most);
   }
-  fail(f, "the header has no %s", name);
-  return NULL;
+  if (least) fail(f, "the header has no %s", name);
+  return 0;
 }
 
 static int read_int(File *f, const char *name, int64_t low, int64_t high) {
-  const Entry *entry = find_entry(f, name, UINT32, UINT32);
-  if (!entry) return (int)low;
-  f->at = entry->at;
-  int64_t number = (int64_t)read_number(f, 4);
+  const int64_t number = seek(f, name, UINT32, 1, 1) ? (int64_t)read_number(f, 4) : low;
   if (number < low || number > high)
-    fail(f, "%s is %lld in the header, expected %lld to %lld", name, (long long)number, (long long)low, (long long)high);
-  return *f->error ? (int)low : (int)number;
+    fail(f, "%s is %lld, expected %lld to %lld", name, (long long)number, (long long)low, (long long)high);
+  return (int)(*f->error ? low : number);
 }
 
-static const int32_t *read_ints(File *f, const char *name, int64_t low, int64_t high, int least, int most, int *count) {
-  char full[64];
-  snprintf(full, sizeof full, "stlm.%s", name);
-  *count = 0;
-  if (!least && !has_entry(f, full)) return NULL;  // GGUF has no empty arrays
-  const Entry *entry = find_entry(f, name, ARRAY, INT32);
-  if (!entry) return NULL;
-  if (entry->count < (uint64_t)least || entry->count > (uint64_t)most) {
-    fail(f, "%s has %llu numbers, expected %d to %d", name, (unsigned long long)entry->count, least, most);
-    return NULL;
-  }
-  int32_t *numbers = take(f, 4 * (size_t)entry->count);
-  f->at = entry->at;
-  for (uint64_t i = 0; i < entry->count && !*f->error; i++) {
+static const int32_t *read_ints(File *f, const char *name, int high, int least, int most, int *count) {
+  const int found = seek(f, name, INT32_ARRAY, least, most);
+  int32_t *numbers = take(f, sizeof(int32_t) * (size_t)found);
+  for (int i = 0; i < found && !*f->error; i++) {
     numbers[i] = (int32_t)(uint32_t)read_number(f, 4);
-    if (numbers[i] < low || numbers[i] > high) fail(f, "%s has the number %d", name, (int)numbers[i]);
+    if (numbers[i] < 0 || numbers[i] > high) fail(f, "%s has the item %d, expected 0 to %d", name, (int)numbers[i], high);
   }
-  *count = *f->error ? 0 : (int)entry->count;
+  *count = *f->error ? 0 : found;
   return numbers;
 }
 
+static const char *read_string(File *f, const char *name) {
+  const Text text = seek(f, name, STRING, 1, 1) ? read_text(f) : (Text){"", 0};
+  char *copy = take(f, (size_t)text.length + 1);
+  return copy ? memcpy(copy, text.text, (size_t)text.length) : "";
+}
+
 static int read_choice(File *f, const char *name, const char *const *choices, int count) {
-  const Entry *entry = find_entry(f, name, STRING, STRING);
-  if (!entry) return 0;
-  f->at = entry->at;
-  Text text = read_text(f);
+  const char *text = read_string(f, name);
   for (int i = 0; i < count; i++)
-    if (is_text(text, choices[i])) return i;
-  fail(f, "this engine does not know %s '%.*s'", name, (int)(text.length < 40 ? text.length : 40), text.text);
+    if (!strcmp(text, choices[i])) return i;
+  fail(f, "this engine does not know %s '%.40s'", name, text);
   return 0;
 }
 
-static const char *read_string(File *f, const char *name) {
-  const Entry *entry = find_entry(f, name, STRING, STRING);
-  if (!entry) return NULL;
-  f->at = entry->at;
-  Text text = read_text(f);
-  char *copy = take(f, (size_t)text.length + 1);
-  if (copy) memcpy(copy, text.text, (size_t)text.length);
-  return copy;
-}
-
-static float read_float(File *f, const char *name) {
-  const Entry *entry = find_entry(f, name, FLOAT32, FLOAT32);
-  if (!entry) return 0;
-  f->at = entry->at;
-  return float_of((int32_t)(uint32_t)read_number(f, 4));
-}
-
 // Adler-32 (RFC 1950) of the whole file, with its own value in the header taken as zero.
-static void check_sum(File *f) {
-  const Entry *entry = find_entry(f, "checksum", UINT32, UINT32);
-  if (!entry) return;
-  f->at = entry->at;
-  uint32_t expected = (uint32_t)read_number(f, 4), a = 1, b = 0;
-  for (size_t i = 0; i < f->size;) {
-    size_t end = f->size - i < 5552 ? f->size : i + 5552;  // no overflow of b before
-    for (; i < end; i++) {
-      a += i - entry->at < 4 ? 0 : f->bytes[i];
-      b += a;
-    }
+static void verify(File *f) {
+  const uint32_t expected = (uint32_t)read_int(f, "stlm.checksum", 0, UINT32_MAX);
+  const size_t own = f->at - 4;
+  uint32_t a = 1, b = 0;
+  for (size_t i = 0; i < f->size && !*f->error;) {
+    const size_t end = f->size - i < 5552 ? f->size : i + 5552;  // before which b cannot overflow
+    for (; i < end; i++) b += a += i - own < 4 ? 0 : f->bytes[i];
     a %= 65521;
     b %= 65521;
   }
   if ((b << 16 | a) != expected) fail(f, "the file is damaged or truncated: its checksum is %08x, expected %08x", b << 16 | a, expected);
 }
 
-// Data of the tensor prefix + name of shape (outer, middle, inner), middle 0 if it has two dimensions, outer 0 if one.
-static const uint8_t *find_data(File *f, const char *name, int outer, int middle, int inner, uint32_t *type) {
-  char full[128];
+static size_t size_of(uint32_t type, size_t count) {
+  return type == Q4 ? count / Q4_BLOCK * Q4_BLOCK_BYTES : type == Q8 ? count : type == BF16 ? 2 * count : 4 * count;
+}
+
+// Data of the tensor prefix + name of shape (outer, inner), or (inner) if outer is 0; NULL after a fault. If `type` is given,
+// any type of weights will do, else float32. A size of 1 in between, as in convolutions, makes no difference.
+static const uint8_t *find(File *f, const char *name, int outer, int inner, uint32_t *type) {
+  char full[160];
   snprintf(full, sizeof full, "%s%s", f->prefix, name);
-  for (uint64_t i = 0; i < f->num_tensors && !*f->error; i++) {
+  for (uint64_t i = 0; i < f->num_tensors; i++) {
     Tensor *t = f->tensors + i;
     if (!is_text(t->name, full)) continue;
-    const uint64_t expected[3] = {(uint64_t)inner, (uint64_t)(middle ? middle : outer), (uint64_t)outer};
-    uint32_t dims = !outer ? 1 : middle ? 3 : 2;
-    if (t->dims != dims || memcmp(t->shape, expected, dims * sizeof *expected))
-      fail(f, "%s has not the shape (%d, %d, %d)", full, outer, middle, inner);
-    uint64_t count = (uint64_t)inner * (uint64_t)(outer ? outer : 1) * (uint64_t)(middle ? middle : 1), size = 0;
-    if (t->type == F32 || t->type == I32) size = 4 * count;
-    else if (t->type == BF16) size = 2 * count;
-    else if (t->type == Q8) size = count;
-    else if (t->type == Q4 && inner % Q4_BLOCK == 0) size = count / Q4_BLOCK * Q4_BLOCK_BYTES;
-    else fail(f, "%s has the unknown type %u", full, t->type);
-    if (t->offset > f->size - f->data_at || f->size - f->data_at - t->offset < size)
-      fail(f, "the file is truncated: %s lies behind its end", full);
-    if (type) *type = t->type;
-    else if (t->type != F32) fail(f, "%s has type %u, expected float32", full, t->type);
-    t->is_used = 1;
-    return *f->error ? NULL : f->bytes + f->data_at + t->offset;
+    const uint64_t last = t->dims == 3 ? t->shape[1] == 1 ? t->shape[2] : 0 : t->dims == 2 ? t->shape[1] : 0;
+    if (t->shape[0] != (uint64_t)inner || last != (uint64_t)outer || t->dims < 1 || t->dims > 3) {
+      fail(f, "the tensor %s has not the shape (%d, %d)", full, outer, inner);
+    } else if (!(t->type == F32 || (type && (t->type == BF16 || t->type == Q8 || (t->type == Q4 && inner % Q4_BLOCK == 0))))) {
+      fail(f, "the tensor %s has the unknown type %u", full, (unsigned)t->type);
+    } else {
+      const size_t size = size_of(t->type, (size_t)inner * (size_t)max_int(outer, 1));
+      if (t->offset > f->size - f->data_at || f->size - f->data_at - t->offset < size)
+        fail(f, "the file is truncated: %s lies behind its end", full);
+      if (type) *type = t->type;
+      t->is_used = 1;
+      return *f->error ? NULL : f->bytes + f->data_at + t->offset;
+    }
   }
   fail(f, "the file has no tensor %s", full);
   return NULL;
@@ -1208,79 +1154,70 @@ static const uint8_t *find_data(File *f, const char *name, int outer, int middle
 
 static const void *copy_of(File *f, const uint8_t *data, size_t size) {
   void *copy = data ? take(f, size) : NULL;
-  if (copy) memcpy(copy, data, size);
-  return copy;
+  return copy ? memcpy(copy, data, size) : NULL;
 }
 
 static const float *read_vector(File *f, const char *name, int n) {
-  return copy_of(f, find_data(f, name, 0, 0, n, NULL), sizeof(float) * (size_t)n);
+  return copy_of(f, find(f, name, 0, n, NULL), sizeof(float) * (size_t)n);
 }
 
 // The scales of an int8 tensor `x.weight` are the tensor `x.scale`.
 static const uint8_t *find_scales(File *f, const char *name, int rows) {
-  char scales[96];
+  char scales[80];
   snprintf(scales, sizeof scales, "%.*sscale", (int)(strlen(name) - strlen("weight")), name);
-  return find_data(f, scales, 0, 0, rows, NULL);
+  return find(f, scales, 0, rows, NULL);
 }
 
 static Table read_table(File *f, const char *name, int rows, int width) {
-  Table table = {F32, width, NULL, NULL};
   uint32_t type = F32;
-  const uint8_t *data = find_data(f, name, rows, 0, width, &type);
-  size_t size = (size_t)rows * (size_t)width;
-  table.type = (Type)type;
-  if (type == Q8) table.scales = copy_of(f, find_scales(f, name, rows), 4 * (size_t)rows);
-  if (type == I32) fail(f, "%s holds integers", name);
-  size = type == F32 ? 4 * size : type == BF16 ? 2 * size : type == Q8 ? size : size / Q4_BLOCK * Q4_BLOCK_BYTES;
-  table.rows = copy_of(f, data, size);
+  const uint8_t *data = find(f, name, rows, width, &type);
+  Table table = {(Type)type, width, copy_of(f, data, size_of(type, (size_t)rows * (size_t)width)), NULL};
+  if (type == Q8) table.scales = copy_of(f, find_scales(f, name, rows), sizeof(float) * (size_t)rows);
   return table;
 }
 
-// Packs row r of `data`, a tensor of m->type.
+// Row `from` of `data` becomes row r of the matrix.
 static void pack_row(Matrix *m, int r, const uint8_t *data, int from, const uint8_t *scales) {
   const size_t in = (size_t)m->in, row = (size_t)from, pack = (size_t)(r / LANES), lane = (size_t)(r % LANES);
-  if (m->type == F32)
-    for (size_t i = 0; i < in; i++) memcpy((float *)m->weights + (pack * in + i) * LANES + lane, data + (row * in + i) * 4, 4);
-  if (m->type == BF16)
-    for (size_t i = 0; i < in; i++) memcpy((uint16_t *)m->weights + (pack * in + i) * LANES + lane, data + (row * in + i) * 2, 2);
+  const size_t blocks = in / Q4_BLOCK, item = m->type == BF16 ? 2 : 4;
   if (m->type == Q8) {
     int8_t *to = (int8_t *)m->weights + pack * (size_t)round_up(m->in, 4) * LANES + lane * 4;
     for (size_t i = 0; i < in; i++) {
-      int number = max_int(-127, (int8_t)data[row * in + i]);
+      const int number = max_int(-127, (int8_t)data[row * in + i]);
       to[i / 4 * 64 + i % 4] = (int8_t)number;
       m->sums[r] += 128 * number;
     }
     memcpy(m->scales + r, scales + row * 4, 4);
-  }
-  if (m->type == Q4) {
-    const size_t blocks = in / Q4_BLOCK;
+  } else if (m->type == Q4) {
     for (size_t b = 0; b < blocks; b++) {
       const uint8_t *block = data + (row * blocks + b) * Q4_BLOCK_BYTES;
       uint8_t *to = (uint8_t *)m->weights + (pack * blocks + b) * 256 + lane * 4;
       for (size_t i = 0; i < 16; i++) to[i / 4 * 64 + i % 4] = block[2 + i];
       m->scales[(pack * blocks + b) * LANES + lane] = half_of(uint16_at(block));
     }
+  } else {
+    char *to = (char *)m->weights + (pack * in * LANES + lane) * item;
+    for (size_t i = 0; i < in; i++) memcpy(to + i * LANES * item, data + (row * in + i) * item, item);
   }
 }
 
-// The matrices `names` (out, in), below each other.
+// The matrices `names` (outs, in), below each other.
 static Matrix read_matrices(File *f, const char *const *names, const int *outs, int count, int in) {
   Matrix m = {F32, 0, in, NULL, NULL, NULL};
   for (int i = 0; i < count; i++) m.out += outs[i];
-  const size_t packs = (size_t)round_up(m.out, LANES) / LANES;
-  if (in > 65536) fail(f, "%s has more than 65536 inputs", names[0]);
+  const size_t rows = (size_t)round_up(m.out, LANES);
+  if (in > 32768) fail(f, "%s has more than 32768 inputs", names[0]);  // up to which integer sums fit 32 bits
   for (int i = 0, row = 0; i < count; i++) {
     uint32_t type = F32;
-    const uint8_t *data = find_data(f, names[i], outs[i], 0, in, &type);
+    const uint8_t *data = find(f, names[i], outs[i], in, &type);
     const uint8_t *scales = data && type == Q8 ? find_scales(f, names[i], outs[i]) : NULL;
     if (i == 0) {
       m.type = (Type)type;
-      size_t size = packs * LANES * (size_t)round_up(in, 4);
-      m.weights = take(f, type == F32 ? 4 * size : type == BF16 ? 2 * size : type == Q8 ? size : size / 2);
-      if (type == Q8) m.sums = take(f, sizeof(int32_t) * packs * LANES);
-      if (type == Q8 || type == Q4) m.scales = take(f, sizeof(float) * packs * LANES * (type == Q4 ? (size_t)in / Q4_BLOCK : 1));
+      m.weights = take(f, type == Q4 ? rows * (size_t)in / 2 : size_of(type, rows * (size_t)round_up(in, 4)));
+      if (type == Q8) m.sums = take(f, sizeof(int32_t) * rows);
+      if (type == Q8 || type == Q4) m.scales = take(f, sizeof(float) * rows * (type == Q4 ? (size_t)in / Q4_BLOCK : 1));
     }
-    if (type != (uint32_t)m.type || type == I32) fail(f, "%s has type %u, unlike its neighbours", names[i], type);
+    if (type != (uint32_t)m.type) fail(f, "%s has another type than its neighbours", names[i]);
     for (int r = 0; r < outs[i] && !*f->error; r++, row++) pack_row(&m, row, data, r, scales);
   }
   f->model->widest = max_int(f->model->widest, max_int(m.out, in));
@@ -1289,117 +1226,113 @@ static Matrix read_matrices(File *f, const char *const *names, const int *outs, 
 
 static Matrix read_matrix(File *f, const char *name, int out, int in) { return read_matrices(f, &name, &out, 1, in); }
 
-static Attention read_attention(File *f, int heads, int groups, int width, int in) {
-  static const char *const names[] = {"q_proj.weight", "k_proj.weight", "v_proj.weight"};
-  const int outs[] = {heads * width, groups * width, groups * width};
-  Attention a = {heads, groups, width, {0}, {0}, NULL, NULL, NULL};
-  if (heads % groups || width % 2) fail(f, "%d heads of width %d for %d groups", heads, width, groups);
-  a.qkv = read_matrices(f, names, outs, 3, in);
-  a.out = read_matrix(f, "o_proj.weight", in, heads * width);
-  a.q_norm = read_vector(f, "q_norm.weight", width);
-  a.k_norm = read_vector(f, "k_norm.weight", width);
-  f->model->widest_head = max_int(f->model->widest_head, width);
+// Heads of the byte level (level "stlm.") or of the trunk ("stlm.trunk_").
+static Attention read_heads(File *f, const char *level) {
+  Attention a = {0};
+  char name[64];
+#define NAMED(suffix) (snprintf(name, sizeof name, "%s%s", level, suffix), name)
+  a.heads = read_int(f, NAMED("num_attention_heads"), 1, 1024);
+  a.groups = read_int(f, NAMED("num_key_value_heads"), 1, a.heads);
+  a.width = read_int(f, NAMED("head_dim"), 2, 1024);
+  if (a.heads % a.groups || a.width % 2) fail(f, "%d heads of width %d for %d groups", a.heads, a.width, a.groups);
+  f->model->widest_head = max_int(f->model->widest_head, a.width);
+  set_prefix(f, "%s", level);
+  a.periods = read_vector(f, "rotary_periods", a.width / 2);
+  for (int i = 0; a.periods && i < a.width / 2; i++)
+    if (!(a.periods[i] >= 1e-6f)) fail(f, "%srotary_periods has the item %g", level, (double)a.periods[i]);
   return a;
 }
 
-static const float *read_periods(File *f, const char *name, int head_width) {
-  *f->prefix = 0;
-  const float *periods = read_vector(f, name, head_width / 2);
-  for (int i = 0; periods && i < head_width / 2; i++)
-    if (!(periods[i] >= 1e-6f)) fail(f, "%s has the number %g", name, (double)periods[i]);
-  return periods;
+static Attention read_attention(File *f, Attention a, int in) {
+  static const char *const names[] = {"q_proj.weight", "k_proj.weight", "v_proj.weight"};
+  const int outs[] = {a.heads * a.width, a.groups * a.width, a.groups * a.width};
+  a.qkv = read_matrices(f, names, outs, 3, in);
+  a.out = read_matrix(f, "o_proj.weight", in, a.heads * a.width);
+  a.q_norm = read_vector(f, "q_norm.weight", a.width);
+  a.k_norm = read_vector(f, "k_norm.weight", a.width);
+  return a;
 }
 
-static FeedForward read_feed_forward(File *f, const char *prefix, int width, int inner) {
+static FeedForward read_feed_forward(File *f, int width, int inner) {
   FeedForward layer;
-  snprintf(f->prefix, sizeof f->prefix, "%s", prefix);
   layer.norm = read_vector(f, "feed_forward_norm.weight", width);
   layer.up = read_matrix(f, "feed_forward.up_proj.weight", inner, width);
   layer.down = read_matrix(f, "feed_forward.down_proj.weight", width, inner);
   return layer;
 }
 
-static void read_byte_layers(File *f, stlm_model *m, const int32_t *mixers) {
-  const int heads = read_int(f, "num_attention_heads", 1, 1024), groups = read_int(f, "num_key_value_heads", 1, heads);
-  const int width = read_int(f, "head_dim", 2, 1024), inner = read_int(f, "intermediate_size", 1, 65536);
-  const float *periods = NULL;
+static void read_byte_layers(File *f, stlm_model *m) {
+  const Attention heads = read_heads(f, "stlm.");
+  const int inner = read_int(f, "stlm.intermediate_size", 1, 32768);
+  int count;
+  const int32_t *is_attention = read_ints(f, "stlm.byte_mixers", 1, m->num_byte_layers, m->num_byte_layers, &count);
+  m->byte_layers = take(f, sizeof(ByteLayer) * (size_t)m->num_byte_layers);
   for (int i = 0; i < m->num_byte_layers && !*f->error; i++) {
     ByteLayer *layer = m->byte_layers + i;
-    char prefix[64];
-    int is_encoder = i < m->num_encoder;
-    snprintf(prefix, sizeof prefix, "model.local_%scoder.%d.", is_encoder ? "en" : "de", is_encoder ? i : i - m->num_encoder);
-    snprintf(f->prefix, sizeof f->prefix, "%s", prefix);
-    layer->is_attention = mixers[i];
-    layer->state = m->state_floats;
+    const char *part = i < m->num_encoder ? "model.local_encoder" : "model.local_decoder";
+    const int index = i < m->num_encoder ? i : i - m->num_encoder;
+    set_prefix(f, "%s.%d.", part, index);
     layer->norm = read_vector(f, "mixer_norm.weight", m->width);
-    snprintf(f->prefix, sizeof f->prefix, "%smixer.", prefix);
+    layer->feed_forward = read_feed_forward(f, m->width, inner);
+    layer->is_attention = is_attention[i];
+    layer->state = m->state_floats;
+    set_prefix(f, "%s.%d.mixer.", part, index);
     if (layer->is_attention) {
-      layer->attention = read_attention(f, heads, groups, width, m->width);
-      layer->attention.periods = periods = periods ? periods : read_periods(f, "stlm.byte_periods", width);
-      m->state_floats += ring_of_keys(m, &layer->attention);
-      m->state_floats += (size_t)(round_up(m->window, LANES) * groups) * (size_t)round_up(width, LANES);
-    } else {
-      layer->in_proj = read_matrix(f, "in_proj.weight", 3 * m->width, m->width);
-      layer->out_proj = read_matrix(f, "out_proj.weight", m->width, m->width);
-      const uint8_t *taps = find_data(f, "conv.weight", m->width, 1, m->taps, NULL);  // (D, 1, N)
-      layer->taps = take(f, sizeof(float) * (size_t)(m->width * m->taps));
-      for (int at = 0; at < m->width * m->taps && !*f->error; at++)
-        memcpy(layer->taps + at % m->taps * m->width + at / m->taps, taps + 4 * at, 4);
-      m->state_floats += (size_t)(m->taps - 1) * (size_t)m->width;
+      layer->attention = read_attention(f, heads, m->width);
+      m->state_floats += ring_of_keys(m, &heads) + (size_t)round_up(m->window, LANES) * (size_t)(heads.groups * round_up(heads.width, LANES));
+      continue;
     }
-    layer->feed_forward = read_feed_forward(f, prefix, m->width, inner);
+    layer->in_proj = read_matrix(f, "in_proj.weight", 3 * m->width, m->width);
+    layer->out_proj = read_matrix(f, "out_proj.weight", m->width, m->width);
+    const uint8_t *taps = find(f, "conv.weight", m->width, m->taps, NULL);  // (D, 1, N)
+    layer->taps = take(f, sizeof(float) * (size_t)(m->width * m->taps));
+    for (int at = 0; at < m->width * m->taps && !*f->error; at++)
+      memcpy(layer->taps + at % m->taps * m->width + at / m->taps, taps + 4 * at, 4);
+    m->state_floats += (size_t)((m->taps - 1) * m->width);
   }
 }
 
 static void read_trunk(File *f, stlm_model *m) {
-  const int heads = read_int(f, "trunk_num_attention_heads", 1, 1024);
-  const int groups = read_int(f, "trunk_num_key_value_heads", 1, heads), width = read_int(f, "trunk_head_dim", 2, 1024);
-  const int inner = read_int(f, "trunk_intermediate_size", 1, 65536);
+  const Attention heads = read_heads(f, "stlm.trunk_");
+  const int inner = read_int(f, "stlm.trunk_intermediate_size", 1, 32768);
   int num_attention = 0, num_feed_forward = 0, count;
-  m->attention_of = read_ints(f, "trunk_attention_schedule", 0, 1023, 1, 1024, &m->num_passes);
-  m->feed_forward_of = read_ints(f, "trunk_feed_forward_schedule", 0, 1023, m->num_passes, m->num_passes, &count);
+  m->attention_of = read_ints(f, "stlm.trunk_attention_schedule", 1023, 1, 1024, &m->num_passes);
+  m->feed_forward_of = read_ints(f, "stlm.trunk_feed_forward_schedule", 1023, m->num_passes, m->num_passes, &count);
   for (int i = 0; i < m->num_passes && !*f->error; i++) {
     num_attention = max_int(num_attention, m->attention_of[i] + 1);
     num_feed_forward = max_int(num_feed_forward, m->feed_forward_of[i] + 1);
   }
   m->attention_blocks = take(f, sizeof(AttentionBlock) * (size_t)num_attention);
   m->feed_forward_blocks = take(f, sizeof(FeedForward) * (size_t)num_feed_forward);
-  const float *periods = read_periods(f, "stlm.trunk_periods", width);
-  char prefix[64];
   for (int i = 0; i < num_attention && !*f->error; i++) {
-    snprintf(prefix, sizeof prefix, "model.trunk.attention_blocks.%d.attention", i);
-    snprintf(f->prefix, sizeof f->prefix, "%s", prefix);
+    set_prefix(f, "model.trunk.attention_blocks.%d.attention", i);
     m->attention_blocks[i].norm = read_vector(f, "_norm.weight", m->trunk_width);
-    snprintf(f->prefix, sizeof f->prefix, "%s.", prefix);
-    m->attention_blocks[i].attention = read_attention(f, heads, groups, width, m->trunk_width);
-    m->attention_blocks[i].attention.periods = periods;
+    set_prefix(f, "model.trunk.attention_blocks.%d.attention.", i);
+    m->attention_blocks[i].attention = read_attention(f, heads, m->trunk_width);
   }
   for (int i = 0; i < num_feed_forward && !*f->error; i++) {
-    snprintf(prefix, sizeof prefix, "model.trunk.feed_forward_blocks.%d.", i);
-    m->feed_forward_blocks[i] = read_feed_forward(f, prefix, m->trunk_width, inner);
+    set_prefix(f, "model.trunk.feed_forward_blocks.%d.", i);
+    m->feed_forward_blocks[i] = read_feed_forward(f, m->trunk_width, inner);
   }
 }
 
 static void read_embeddings(File *f, stlm_model *m) {
   const int64_t base = 65599, prime = 2147483647;
-  const int word = read_int(f, "ngram_word_bytes", 0, MAX_CONTEXT);
-  int num_orders;
-  const int32_t *orders = read_ints(f, "ngram_orders", 2, MAX_CONTEXT, 0, 15, &num_orders);
-  for (int i = 0; i < num_orders; i++) m->orders[i] = orders[i];
+  const int word = read_int(f, "stlm.ngram_word_bytes", 0, MAX_CONTEXT);
+  const int32_t *orders = read_ints(f, "stlm.ngram_orders", MAX_CONTEXT, 0, 15, &m->num_orders);
+  for (int i = 0; i < m->num_orders; i++) m->orders[i] = orders[i];
   m->has_words = word > 0;
-  if (word) m->orders[num_orders++] = word;
-  m->num_orders = num_orders;
-  m->ngram_rows = read_int(f, "ngram_rows", 1, 1 << 26);
-  m->ngram_size = read_int(f, "ngram_embedding_size", 0, 4096);
-  m->match_bytes = read_int(f, "match_bytes", 0, 7);
+  if (word) m->orders[m->num_orders++] = word;
+  m->ngram_rows = read_int(f, "stlm.ngram_rows", 1, 1 << 26);
+  m->ngram_size = read_int(f, "stlm.ngram_embedding_size", 0, 2048);
+  m->match_bytes = read_int(f, "stlm.match_bytes", 0, 6);
   m->powers[0] = 1;
   for (int i = 1; i < MAX_CONTEXT; i++) m->powers[i] = m->powers[i - 1] * base % prime;
-  snprintf(f->prefix, sizeof f->prefix, "model.");
+  set_prefix(f, "model.");
   m->embedding = read_table(f, "embed_tokens.weight", m->vocab, m->width);
   m->head = read_matrix(f, "embed_tokens.weight", m->vocab, m->width);
   if (m->num_orders) {
-    int width = m->ngram_size ? m->ngram_size : m->width;
-    if (m->ngram_rows > INT32_MAX / 16) fail(f, "ngram_rows is %d", m->ngram_rows);
+    const int width = m->ngram_size ? m->ngram_size : m->width;
     m->ngrams = read_table(f, "ngram_embedding.ngram_tables.weight", m->num_orders * m->ngram_rows, width);
     if (m->ngram_size) m->ngram_proj = read_matrix(f, "ngram_embedding.ngram_proj.weight", m->width, m->num_orders * width);
   }
@@ -1411,18 +1344,11 @@ static void read_embeddings(File *f, stlm_model *m) {
 
 static void read_patching(File *f, stlm_model *m) {
   static const char *const rules[] = {"spacelike", "fixed", "vocabulary", "learned"};
-  m->rule = (Rule)read_choice(f, "patching", rules, 4);
-  m->cap_bytes = read_int(f, m->rule == FIXED ? "patch_bytes" : "max_patch_bytes", 1, 1 << 20);
-  m->cap_characters = read_int(f, "max_patch_characters", 1, 1 << 20);
-  if (m->rule == VOCABULARY) {
-    m->num_edges = read_int(f, "num_patching_edges", 1, (1 << 23) - 1);  // a node times 256 fits 31 bits
-    uint32_t type = I32;
-    *f->prefix = 0;
-    const uint8_t *edges = find_data(f, "stlm.patching_edges", 0, 0, m->num_edges, &type);
-    if (type != I32) fail(f, "stlm.patching_edges has type %u", type);
-    m->edges = copy_of(f, edges, 4 * (size_t)m->num_edges);
-  }
-  snprintf(f->prefix, sizeof f->prefix, "model.patcher.");
+  m->rule = (Rule)read_choice(f, "stlm.patching", rules, 4);
+  m->cap_bytes = read_int(f, m->rule == FIXED ? "stlm.patch_bytes" : "stlm.max_patch_bytes", 1, 1 << 20);
+  m->cap_characters = read_int(f, "stlm.max_patch_characters", 1, 1 << 20);
+  if (m->rule == VOCABULARY) m->edges = read_ints(f, "stlm.patching_edges", INT32_MAX, 1, INT32_MAX / 256, &m->num_edges);
+  set_prefix(f, "model.patcher.");
   if (m->rule == LEARNED) {
     m->router_q = read_matrix(f, "rule.q_proj.weight", m->width, m->width);
     m->router_k = read_matrix(f, "rule.k_proj.weight", m->width, m->width);
@@ -1436,36 +1362,33 @@ static void read_model(File *f, stlm_model *m) {
   static const char *const architectures[] = {"stlm"}, *const activations[] = {"relu2", "relu", "silu"};
   read_header(f);
   read_choice(f, "general.architecture", architectures, 1);
-  int version = read_int(f, "format_version", 0, INT32_MAX);
+  const int version = read_int(f, "stlm.format_version", 0, INT32_MAX);
   if (version > FORMAT_VERSION)
     fail(f, "the file has version %d of the format, this engine knows up to %d: update the package", version, FORMAT_VERSION);
-  check_sum(f);
-  m->vocab = m->about.vocab_size = read_int(f, "vocab_size", 1, 65535);
-  m->about.bos_id = read_int(f, "bos_token_id", 0, m->vocab - 1);
-  m->about.ends = read_ints(f, "eos_token_ids", 0, m->vocab - 1, 0, 64, &m->about.num_ends);
-  m->about.source = read_string(f, "source");
-  m->width = read_int(f, "hidden_size", 1, 16384);
-  m->trunk_width = read_int(f, "trunk_hidden_size", 1, 16384);
-  m->num_encoder = read_int(f, "num_local_encoder_layers", 0, 1024);
-  m->num_byte_layers = m->num_encoder + read_int(f, "num_local_decoder_layers", 0, 1024);
-  m->taps = read_int(f, "conv_kernel_size", 1, MAX_CONTEXT);
-  m->window = read_int(f, "attention_window_bytes", 1, 4096);
-  m->eps = read_float(f, "norm_eps");
-  m->activation = (Activation)read_choice(f, "hidden_act", activations, 3);
-  m->byte_layers = take(f, sizeof(ByteLayer) * (size_t)m->num_byte_layers);
-  int num_mixers;
-  const int32_t *mixers = read_ints(f, "byte_mixers", 0, 1, m->num_byte_layers, m->num_byte_layers, &num_mixers);
+  verify(f);
+  m->vocab = m->about.vocab_size = read_int(f, "stlm.vocab_size", 1, 65535);
+  m->about.bos_id = read_int(f, "stlm.bos_token_id", 0, m->vocab - 1);
+  m->about.ends = read_ints(f, "stlm.eos_token_ids", m->vocab - 1, 0, 64, &m->about.num_ends);
+  m->about.source = read_string(f, "stlm.source");
+  m->width = read_int(f, "stlm.hidden_size", 1, 8192);
+  m->trunk_width = read_int(f, "stlm.trunk_hidden_size", 1, 8192);
+  m->num_encoder = read_int(f, "stlm.num_local_encoder_layers", 1, 1024);
+  m->num_byte_layers = m->num_encoder + read_int(f, "stlm.num_local_decoder_layers", 1, 1024);
+  m->taps = read_int(f, "stlm.conv_kernel_size", 1, MAX_CONTEXT);
+  m->window = read_int(f, "stlm.attention_window_bytes", 1, 4096);
+  m->eps = seek(f, "stlm.norm_eps", FLOAT32, 1, 1) ? float_of((int32_t)(uint32_t)read_number(f, 4)) : 0;
+  m->activation = (Activation)read_choice(f, "stlm.hidden_act", activations, 3);
   read_embeddings(f, m);
-  read_byte_layers(f, m, mixers);
+  read_byte_layers(f, m);
   read_trunk(f, m);
   read_patching(f, m);
-  *f->prefix = 0;
-  m->final_norm = read_vector(f, "model.final_norm.weight", m->width);
-  m->trunk_norm = read_vector(f, "model.trunk.final_norm.weight", m->trunk_width);
-  for (uint64_t i = 0; i < f->num_tensors; i++)
-    if (!f->tensors[i].is_used)
-      fail(f, "this engine does not know the tensor %.*s", (int)(f->tensors[i].name.length < 80 ? f->tensors[i].name.length : 80),
-           f->tensors[i].name.text);
+  set_prefix(f, "model.");
+  m->final_norm = read_vector(f, "final_norm.weight", m->width);
+  m->trunk_norm = read_vector(f, "trunk.final_norm.weight", m->trunk_width);
+  for (uint64_t i = 0; i < f->num_tensors; i++) {
+    const Text name = f->tensors[i].name;
+    if (!f->tensors[i].is_used) fail(f, "this engine does not know the tensor %.*s", name.length < 80 ? (int)name.length : 80, name.text);
+  }
   m->widest = max_int(m->widest, 3 * m->width);
   m->open_sum = m->state_floats;
   m->visible = m->open_sum + (size_t)m->width;
