@@ -103,14 +103,19 @@ class STLMGenerationMixin(GenerationMixin):
     """
 
     def _extract_generation_mode_kwargs(self, custom_generate, kwargs, synced_gpus, assistant_model, streamer):
+        tokenizer = kwargs.get("tokenizer")
         extracted = super()._extract_generation_mode_kwargs(
             custom_generate, kwargs, synced_gpus, assistant_model, streamer
         )
-        # The library drops the streamer of a callable, whose reader would wait for ever.
-        if callable(custom_generate) and streamer is not None:
-            if "streamer" not in inspect.signature(custom_generate).parameters:
-                raise ValueError(f"custom_generate={custom_generate!r} takes no streamer")
-            extracted["streamer"] = streamer
+        # The library drops the streamer of a callable, whose reader would wait for ever, and the tokenizer of stop strings.
+        if callable(custom_generate):
+            accepted = inspect.signature(custom_generate).parameters
+            if streamer is not None:
+                if "streamer" not in accepted:
+                    raise ValueError(f"custom_generate={custom_generate!r} takes no streamer")
+                extracted["streamer"] = streamer
+            if tokenizer is not None and "tokenizer" in accepted:
+                extracted["tokenizer"] = tokenizer
         return extracted
 
     def _get_candidate_generator(self, *args, model_kwargs, **kwargs):

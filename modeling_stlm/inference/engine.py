@@ -21,12 +21,19 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+from transformers import (
+    GenerationConfig,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteriaList,
+)
 from transformers.generation import BaseStreamer, GenerateDecoderOnlyOutput, GenerationMode
 
 from modeling_stlm.inference.export import check, fingerprint
 
 
+FOLDER = Path(__file__).parent  # of the compiled library
 ERROR_SIZE = 256
 MAX_SNAPSHOTS = 256
 Text = bytes | str
@@ -55,16 +62,16 @@ class _Sampling(ctypes.Structure):
     ]
 
 
-def load_library(folder: Path = Path(__file__).parent) -> ctypes.CDLL:
-    """The compiled `stlm.c`.
+def load_library() -> ctypes.CDLL:
+    """The compiled `stlm.c` in `FOLDER`.
 
     Raises:
         ImportError: if it was not built.
     """
-    files = sorted(path for suffix in ("so", "pyd", "dylib") for path in folder.glob(f"_stlm*.{suffix}"))
+    files = sorted(path for suffix in ("so", "pyd", "dylib") for path in FOLDER.glob(f"_stlm*.{suffix}"))
     if not files:
         raise ImportError(
-            f"the engine is not built: {folder} has no _stlm library. It is compiled when the package is installed on a "
+            f"the engine is not built: {FOLDER} has no _stlm library. It is compiled when the package is installed on a "
             "machine with a C compiler (gcc, clang): install one and run `pip install --force-reinstall --no-deps stlm`, or "
             "`python setup.py build_ext --inplace` in a checkout"
         )
@@ -321,9 +328,12 @@ class Engine:
         stopping_criteria: StoppingCriteriaList,
         generation_config: GenerationConfig,
         streamer: BaseStreamer | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
         **model_kwargs,
     ) -> torch.LongTensor | GenerateDecoderOnlyOutput:
         """The sampling loop of `generate`, with the engine in place of the model.
+
+        `tokenizer` is for stop strings, of which `generate` makes stopping criteria.
 
         Raises:
             ValueError: for a model with other weights than the file, and for what the engine cannot do, by name.

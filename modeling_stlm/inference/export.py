@@ -37,7 +37,13 @@ SIZES = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_local_encoder_layers", "num_local_decoder_layers"),
     *("conv_kernel_size", "attention_window_bytes", "num_attention_heads", "num_key_value_heads", "head_dim"),
     *("ngram_word_bytes", "ngram_rows", "ngram_embedding_size", "match_bytes", "patch_bytes"),
-    *("max_patch_bytes", "max_patch_characters", "trunk_hidden_size", "trunk_intermediate_size", "trunk_num_attention_heads"),
+    *(
+        "max_patch_bytes",
+        "max_patch_characters",
+        "trunk_hidden_size",
+        "trunk_intermediate_size",
+        "trunk_num_attention_heads",
+    ),
     *("trunk_num_key_value_heads", "trunk_head_dim", "bos_token_id"),
 )
 CHECKSUM = b"stlm.checksum"
@@ -77,7 +83,9 @@ def quantize(tensor: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 @torch.no_grad()
-def export_gguf(model: STLMForCausalLM, path: str | Path, type: str = "f32", tokenizer=None, license: str = "") -> None:
+def export_gguf(
+    model: STLMForCausalLM, path: str | Path, type: str = "f32", tokenizer=None, license: str = ""
+) -> None:
     """Write `model` to `path` for the engine.
 
     Args:
@@ -178,7 +186,10 @@ def load_gguf(path: str | Path) -> STLMForCausalLM:
     if fields["format_version"] > FORMAT_VERSION:
         raise ValueError(f"{path} has version {fields['format_version']} of the format: update the package")
     model = STLMForCausalLM(STLMConfig.from_dict(json.loads(fields["config"])))
-    arrays = {t.name: gguf.quants.dequantize(t.data, t.tensor_type) if t.tensor_type.name != "I8" else t.data for t in reader.tensors}
+    arrays = {
+        t.name: gguf.quants.dequantize(t.data, t.tensor_type) if t.tensor_type.name != "I8" else t.data
+        for t in reader.tensors
+    }
     state = {}
     for name in model.model.state_dict(prefix="model."):
         array = arrays[name]

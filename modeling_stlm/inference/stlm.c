@@ -196,7 +196,7 @@ INLINE float exp_of(float x) {
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.0f;
   // The exponent goes through the bits of a float that has it as its last digits: NaN stays harmless.
-  return p * float_of((int32_t)((uint32_t)(bits_of(k + round) + 127) << 23));
+  return p * float_of((int32_t)(((uint32_t)bits_of(k + round) + 127u) << 23));
 }
 
 static void sine_and_cosine(float angle, float *sine, float *cosine) {
@@ -487,7 +487,7 @@ INLINE void quantize(const float *x, int n, int room, uint8_t *to, float *scale,
   }
   float range = float_of(largest);
   float inverse = range > 1e-30f && range < 1e30f ? 127.0f / range : 0.0f;
-  for (int i = 0; i < n; i++) to[i] = (uint8_t)(bits_of(x[i] * inverse + 12582912.0f) + 128);
+  for (int i = 0; i < n; i++) to[i] = (uint8_t)((uint32_t)bits_of(x[i] * inverse + 12582912.0f) + 128u);
   for (int i = n; i < room; i++) to[i] = 128;
   *scale = range / 127.0f;
   for (int b = 0; block_sums && b < n / Q4_BLOCK; b++) {
