@@ -374,7 +374,7 @@ def test_wrong_calls_are_refused_in_words(tiny):
         rows.read([[1], [2, 3, 320]])
     assert rows.length(0) == 0
     for call in (rows.logits, lambda: rows.read([[1]]), lambda: Rows(tiny[1], 0)):
-        with pytest.raises(ValueError, match="empty|2 rows|at least 1"):
+        with pytest.raises(ValueError, match=r"empty|2 rows|at least 1"):
             call()
     with pytest.raises(IndexError, match="row 2 of 2"):
         rows.take(2)
@@ -403,9 +403,9 @@ def test_damaged_foreign_and_newer_files_are_refused_in_words(tiny, tmp_path):
 
     def refusal(data: bytes) -> str:
         path.write_bytes(data)
-        with pytest.raises(ValueError, match="bad.gguf") as python:
+        with pytest.raises(ValueError, match=r"bad\.gguf") as python:
             load_gguf(path)
-        with pytest.raises(ValueError, match="bad.gguf") as c:
+        with pytest.raises(ValueError, match=r"bad\.gguf") as c:
             Engine(path)
         assert str(python.value) and "\n" not in str(c.value)
         return str(c.value)

@@ -25,9 +25,11 @@ enum { LANES = 16, MAX_TOKENS = 64, MAX_CONTEXT = 64, PART = 128, NO_ID = -1, FO
 
 #if defined(__GNUC__)
 #define INLINE static inline __attribute__((always_inline))
+#define OUTLINE __attribute__((noinline))
 #define UNROLL _Pragma("GCC unroll 16")
 #else
 #define INLINE static inline
+#define OUTLINE
 #define UNROLL
 #endif
 
@@ -103,6 +105,8 @@ typedef struct Kernels {
   const char *name;
   void (*forward)(stlm_batch *, int n);
   void (*product)(stlm_batch *, const Matrix *, const float *x, int n, float *y);
+  void (*norm)(const float *x, const float *weight, float eps, int n, int width, float *to);
+  void (*add_row)(const Table *, int64_t row, float *to);
   void (*attend)(stlm_batch *, const Attention *, int i, float *projected, float *keys, float *values, int room, int slot,
                  int count, float *to);
 } Kernels;
@@ -255,12 +259,14 @@ INLINE void add_to(float *x, const float *y, int n) {
   for (int i = 0; i < n; i++) x[i] += y[i];
 }
 
-// LayerNorm without a bias; `to` may be `x`.
-INLINE void norm(const float *x, const float *weight, float eps, int n, float *to) {
-  float mean = sum_of(x, n) / (float)n;
-  for (int i = 0; i < n; i++) to[i] = x[i] - mean;
-  float scale = 1.0f / sqrtf(dot(to, to, n) / (float)n + eps);
-  for (int i = 0; i < n; i++) to[i] = to[i] * scale * weight[i];
+// LayerNorm without a bias of `x` (n, width); `to` may be `x`.
+INLINE void norm(const float *x, const float *weight, float eps, int n, int width, float *to) {
+  for (; n > 0; n--, x += width, to += width) {
+    const float mean = sum_of(x, width) / (float)width;
+    for (int i = 0; i < width; i++) to[i] = x[i] - mean;
+    const float scale = 1.0f / sqrtf(dot(to, to, width) / (float)width + eps);
+    for (int i = 0; i < width; i++) to[i] = to[i] * scale * weight[i];
+  }
 }
 
 INLINE void activate(Activation kind, float *x, int n) {
@@ -316,8 +322,8 @@ typedef void (*Q4Sums)(const uint8_t *w, const float *scales, int blocks, const 
       UNROLL for (int p = 0; p < PACKS; p++)                                                                               \
         UNROLL for (int i = 0; i < PARTS; i++) ((Store *)(sums + (size_t)v * sums_step + p * LANES))[i] = total[v][p][i];  \
   }                                                                                                                        \
-  TARGET static void name(const void *w, size_t step, size_t pack_step, int in, const float *x, size_t x_step, int packs,  \
-                          int vectors, float *sums) {                                                                      \
+  TARGET OUTLINE static void name(const void *w, size_t step, size_t pack_step, int in, const float *x, size_t x_step,     \
+                                  int packs, int vectors, float *sums) {                                                   \
     const size_t sums_step = (size_t)packs * LANES;                                                                        \
     const int some = packs == 1 ? 1 : vectors == 1 ? ONE : FOUR;                                                           \
     for (int p = 0; p < packs; p += some, sums += some * LANES) {                                                          \
@@ -351,7 +357,7 @@ FLOAT_SUMS(sums_f32_scalar, float, FROM_F32)
 FLOAT_SUMS(sums_bf16_scalar, uint16_t, FROM_BF16)
 #endif
 
-static void sums_q8_scalar(const int8_t *w, size_t pack_step, int quads, const uint8_t *x, size_t x_step,
+OUTLINE static void sums_q8_scalar(const int8_t *w, size_t pack_step, int quads, const uint8_t *x, size_t x_step,
                            const int32_t *row_sums, int packs, int vectors, int32_t *sums) {
   for (int v = 0; v < vectors; v++, x += x_step)
     for (int p = 0; p < packs; p++, sums += LANES)
@@ -364,7 +370,7 @@ static void sums_q8_scalar(const int8_t *w, size_t pack_step, int quads, const u
       }
 }
 
-static void sums_q4_scalar(const uint8_t *w, const float *scales, int blocks, const uint8_t *x, const int32_t *x_sums,
+OUTLINE static void sums_q4_scalar(const uint8_t *w, const float *scales, int blocks, const uint8_t *x, const int32_t *x_sums,
                            float *sums) {
   for (int lane = 0; lane < LANES; lane++) sums[lane] = 0.0f;
   for (int b = 0; b < blocks; b++, w += 256, x += Q4_BLOCK, scales += LANES) {
@@ -391,7 +397,7 @@ FLOAT_SUMS(sums_bf16_avx512, AVX512, 64, 4, 4, uint16_t, FROM_BF16)
 INLINE int32_t quad_of(const uint8_t *x) { int32_t four; memcpy(&four, x, 4); return four; }
 
 // |x| times w with the sign of x: 16-bit sums of two products stay below 2 * 127 * 127.
-AVX2 static void sums_q8_avx2(const int8_t *w, size_t pack_step, int quads, const uint8_t *x, size_t x_step,
+AVX2 OUTLINE static void sums_q8_avx2(const int8_t *w, size_t pack_step, int quads, const uint8_t *x, size_t x_step,
                               const int32_t *row_sums, int packs, int vectors, int32_t *sums) {
   const __m256i ones = _mm256_set1_epi16(1), bias = _mm256_set1_epi8((char)128);
   (void)row_sums;
@@ -411,7 +417,7 @@ AVX2 static void sums_q8_avx2(const int8_t *w, size_t pack_step, int quads, cons
     }
 }
 
-AVX2 static void sums_q4_avx2(const uint8_t *w, const float *scales, int blocks, const uint8_t *x, const int32_t *x_sums,
+AVX2 OUTLINE static void sums_q4_avx2(const uint8_t *w, const float *scales, int blocks, const uint8_t *x, const int32_t *x_sums,
                               float *sums) {
   const __m256i ones = _mm256_set1_epi16(1), bias = _mm256_set1_epi8((char)128), mask = _mm256_set1_epi8(15);
   for (int half = 0; half < 2; half++) {
@@ -450,7 +456,7 @@ AVX512 INLINE void block_q8_avx512(const int8_t *w, size_t pack_step, int quads,
     UNROLL for (int p = 0; p < PACKS; p++) _mm512_storeu_si512(sums + (v * PACKS + p) * LANES, total[v][p]);
 }
 
-AVX512 static void sums_q8_avx512(const int8_t *w, size_t pack_step, int quads, const uint8_t *x, size_t x_step,
+AVX512 OUTLINE static void sums_q8_avx512(const int8_t *w, size_t pack_step, int quads, const uint8_t *x, size_t x_step,
                                   const int32_t *row_sums, int packs, int vectors, int32_t *sums) {
   if (packs == 4 && vectors == 4) block_q8_avx512(w, pack_step, quads, x, x_step, row_sums, sums, 4, 4);
   else if (packs == 4) block_q8_avx512(w, pack_step, quads, x, x_step, row_sums, sums, 4, 1);
@@ -458,7 +464,7 @@ AVX512 static void sums_q8_avx512(const int8_t *w, size_t pack_step, int quads, 
   else block_q8_avx512(w, pack_step, quads, x, x_step, row_sums, sums, 1, 1);
 }
 
-AVX512 static void sums_q4_avx512(const uint8_t *w, const float *scales, int blocks, const uint8_t *x,
+AVX512 OUTLINE static void sums_q4_avx512(const uint8_t *w, const float *scales, int blocks, const uint8_t *x,
                                   const int32_t *x_sums, float *sums) {
   const __m512i bias = _mm512_set1_epi8((char)128), mask = _mm512_set1_epi8(15);
   __m512 total = _mm512_setzero_ps();
@@ -593,7 +599,7 @@ INLINE int is_in_word(int kind) { return kind >= WORD && kind <= LEAD4; }
 INLINE int ends_word(const Row *row, int t) { return kind_at(row, t) == SPACE && is_in_word(kind_at(row, t - 1)); }
 
 // One vector of ngram_size for each order, or their sum if there is no projection.
-INLINE void ngram_embeddings(const stlm_model *m, const Row *row, int t, float *to) {
+INLINE void ngram_embeddings(const stlm_model *m, const Row *row, int t, float *to, const Kernels *k) {
   const int64_t prime = 2147483647;
   for (int a = 0; a < m->num_orders; a++) {
     int n = m->orders[a];
@@ -605,7 +611,7 @@ INLINE void ngram_embeddings(const stlm_model *m, const Row *row, int t, float *
         break;
       digest += (int64_t)(row->ids[t - back] + 1) * m->powers[n - 1 - back];
     }
-    add_row(&m->ngrams, digest % prime % m->ngram_rows + (int64_t)a * m->ngram_rows, to);
+    k->add_row(&m->ngrams, digest % prime % m->ngram_rows + (int64_t)a * m->ngram_rows, to);
     if (m->ngram_proj.out) to += m->ngram_size;
   }
 }
@@ -639,15 +645,15 @@ INLINE int enter_gram(Row *row, int t, int n) {
 }
 
 // What followed the last earlier place of the same n bytes, and how many times n bytes before both are the same, up to 6.
-INLINE void match_embedding(const stlm_model *m, Row *row, int t, float *to) {
+INLINE void match_embedding(const stlm_model *m, Row *row, int t, float *to, const Kernels *k) {
   int n = m->match_bytes, place = enter_gram(row, t, n), times = 0;
   if (place >= 0)
     for (times = 1; times < 6; times++) {
       uint64_t gram = gram_at(row, place - times * n, n);
       if (!gram || gram != gram_at(row, t - times * n, n)) break;
     }
-  add_row(&m->match_following, place >= 0 ? lane_of(row->ids[place + 1]) : 0, to);
-  add_row(&m->match_length, times, to);
+  k->add_row(&m->match_following, place >= 0 ? lane_of(row->ids[place + 1]) : 0, to);
+  k->add_row(&m->match_length, times, to);
 }
 
 INLINE void embed(stlm_batch *b, int n, const Kernels *k) {
@@ -660,9 +666,9 @@ INLINE void embed(stlm_batch *b, int n, const Kernels *k) {
     int t = b->at_of[i] = row->at.num_bytes++;
     row->ids[t] = (uint16_t)b->id_of[i];
     row->digests[t] = ((t ? row->digests[t - 1] : 0xcbf29ce484222325u) ^ (uint64_t)(b->id_of[i] + 1)) * 0x100000001b3u;
-    add_row(&m->embedding, b->id_of[i], b->hidden + i * m->width);
-    if (m->match_bytes) match_embedding(m, row, t, b->hidden + i * m->width);
-    if (m->num_orders) ngram_embeddings(m, row, t, m->ngram_proj.out ? b->x + i * num_ngram : b->hidden + i * m->width);
+    k->add_row(&m->embedding, b->id_of[i], b->hidden + i * m->width);
+    if (m->match_bytes) match_embedding(m, row, t, b->hidden + i * m->width, k);
+    if (m->num_orders) ngram_embeddings(m, row, t, m->ngram_proj.out ? b->x + i * num_ngram : b->hidden + i * m->width, k);
   }
   if (m->num_orders && m->ngram_proj.out) {
     k->product(b, &m->ngram_proj, b->x, n, b->y);
@@ -674,7 +680,7 @@ INLINE void embed(stlm_batch *b, int n, const Kernels *k) {
 
 INLINE void feed_forward(stlm_batch *b, const FeedForward *f, float *hidden, int n, const Kernels *k) {
   int width = f->down.out;
-  for (int i = 0; i < n; i++) norm(hidden + i * width, f->norm, b->model->eps, width, b->x + i * width);
+  k->norm(hidden, f->norm, b->model->eps, n, width, b->x);
   k->product(b, &f->up, b->x, n, b->y);
   activate(b->model->activation, b->y, n * f->up.out);
   k->product(b, &f->down, b->y, n, b->x);
@@ -723,12 +729,10 @@ INLINE void attend(FloatSums sums_of, stlm_batch *b, const Attention *a, int i, 
   const float *cosines = b->cosines + i * width / 2, *sines = b->sines + i * width / 2;
   const float scale = 1.0f / sqrtf((float)width);
   float *query = projected, *key = query + a->heads * width, *value = key + a->groups * width;
-  for (int h = 0; h < a->heads; h++) {
-    norm(query + h * width, a->q_norm, b->model->eps, width, query + h * width);
-    turn(query + h * width, cosines, sines, width, scale);
-  }
+  norm(query, a->q_norm, b->model->eps, a->heads, width, query);
+  norm(key, a->k_norm, b->model->eps, a->groups, width, key);
+  for (int h = 0; h < a->heads; h++) turn(query + h * width, cosines, sines, width, scale);
   for (int g = 0; g < a->groups; g++) {
-    norm(key, a->k_norm, b->model->eps, width, key);
     turn(key, cosines, sines, width, 1.0f);
     float *column = keys + (size_t)(slot / LANES) * heads_step * LANES + slot % LANES;
     for (int c = 0; c < width; c++) column[c * LANES] = key[c];
@@ -757,7 +761,7 @@ INLINE void byte_layer(stlm_batch *b, const ByteLayer *layer, int n, const Kerne
   const int width = m->width;
   const Matrix *in = layer->is_attention ? &layer->attention.qkv : &layer->in_proj;
   const Matrix *out = layer->is_attention ? &layer->attention.out : &layer->out_proj;
-  for (int i = 0; i < n; i++) norm(b->hidden + i * width, layer->norm, m->eps, width, b->x + i * width);
+  k->norm(b->hidden, layer->norm, m->eps, n, width, b->x);
   k->product(b, in, b->x, n, b->y);
   for (int i = 0; i < n; i++) {
     float *state = b->rows[b->row_of[i]].state + layer->state;
@@ -870,7 +874,7 @@ INLINE void run_trunk(stlm_batch *b, int p, const Kernels *k) {
   for (int pass = 0; pass < m->num_passes; pass++) {
     const AttentionBlock *block = m->attention_blocks + m->attention_of[pass];
     const Attention *a = &block->attention;
-    for (int i = 0; i < p; i++) norm(b->patches + i * width, block->norm, m->eps, width, b->x + i * width);
+    k->norm(b->patches, block->norm, m->eps, p, width, b->x);
     k->product(b, &a->qkv, b->x, p, b->y);
     for (int i = 0; i < p; i++) {
       const Row *row = b->rows + b->patch_row[i];
@@ -883,7 +887,7 @@ INLINE void run_trunk(stlm_batch *b, int p, const Kernels *k) {
     add_to(b->patches, b->y, p * width);
     feed_forward(b, m->feed_forward_blocks + m->feed_forward_of[pass], b->patches, p, k);
   }
-  for (int i = 0; i < p; i++) norm(b->patches + i * width, m->trunk_norm, m->eps, width, b->x + i * width);
+  k->norm(b->patches, m->trunk_norm, m->eps, p, width, b->x);
   k->product(b, &m->byte_proj, b->x, p, b->new_patches);
 }
 
@@ -905,16 +909,17 @@ INLINE void add_visible(stlm_batch *b, int n) {
 INLINE void forward(stlm_batch *b, int n, const Kernels *k) {
   const stlm_model *m = b->model;
   embed(b, n, k);
-  for (int layer = 0; layer < m->num_encoder; layer++) byte_layer(b, m->byte_layers + layer, n, k);
-  int num_patches = find_patches(b, n, k);
-  if (num_patches) run_trunk(b, num_patches, k);
-  add_visible(b, n);
-  for (int layer = m->num_encoder; layer < m->num_byte_layers; layer++) byte_layer(b, m->byte_layers + layer, n, k);
-  for (int i = 0; i < n; i++) {
-    float *hidden = b->hidden + i * m->width;
-    norm(hidden, m->final_norm, m->eps, m->width, hidden);
-    memcpy(b->rows[b->row_of[i]].state + m->output, hidden, sizeof(float) * (size_t)m->width);
+  for (int layer = 0; layer < m->num_byte_layers; layer++) {
+    if (layer == m->num_encoder) {
+      const int num_patches = find_patches(b, n, k);
+      if (num_patches) run_trunk(b, num_patches, k);
+      add_visible(b, n);
+    }
+    byte_layer(b, m->byte_layers + layer, n, k);
   }
+  k->norm(b->hidden, m->final_norm, m->eps, n, m->width, b->hidden);
+  for (int i = 0; i < n; i++)
+    memcpy(b->rows[b->row_of[i]].state + m->output, b->hidden + i * m->width, sizeof(float) * (size_t)m->width);
 }
 
 // Everything above is compiled once for each set of instructions.
@@ -930,8 +935,12 @@ INLINE void forward(stlm_batch *b, int n, const Kernels *k) {
                                   float *values, int room, int slot, int count, float *to) {                    \
     attend(sums_f32_##isa, b, a, i, projected, keys, values, room, slot, count, to);                            \
   }                                                                                                             \
+  TARGET static void norm_##isa(const float *x, const float *weight, float eps, int n, int width, float *to) {  \
+    norm(x, weight, eps, n, width, to);                                                                         \
+  }                                                                                                             \
+  TARGET static void add_row_##isa(const Table *t, int64_t row, float *to) { add_row(t, row, to); }             \
   static void forward_##isa(stlm_batch *b, int n);                                                              \
-  static const Kernels isa = {#isa, forward_##isa, product_##isa, attend_##isa};                                \
+  static const Kernels isa = {#isa, forward_##isa, product_##isa, norm_##isa, add_row_##isa, attend_##isa};     \
   TARGET static void forward_##isa(stlm_batch *b, int n) { forward(b, n, &isa); }
 
 KERNELS(scalar, )
