@@ -3,10 +3,10 @@
 //
 //   bytes -> embeddings -> local encoder --pool--> trunk (once per patch) --unpool--> + -> local decoder -> logits
 //
-// The equations are those of modeling_stlm.py, and the names as well. All functions work on n tokens at once: n bytes of a
-// prompt, one byte of n rows, or any mixture (`forward`). Every sum is added up in an order that depends neither on n nor
-// on the instructions in use, and products are not fused into sums, so a text has the same logits to the last bit alone or
-// in a batch, in one piece or byte by byte, and on every CPU.
+// The equations and names are those of the Python modules. All functions work on n tokens at once: n bytes of a prompt, one
+// byte of n rows, or any mixture (`forward`). Every sum is added up in an order that depends neither on n nor on the
+// instructions in use, products are not fused into sums, and what a C library rounds in its own way is computed here. So a
+// text has the same logits to the last bit alone or in a batch, in one piece or byte by byte, and on every CPU.
 //
 // Shapes: n tokens, p patches, D byte width, G trunk width, H heads, K head width, S patches of a row so far, V vocabulary.
 #include "stlm.h"
@@ -21,19 +21,16 @@
 #pragma STDC FP_CONTRACT OFF  // GCC: -std=c99 or -ffp-contract=off
 #endif
 
-enum { LANES = 16, MAX_TOKENS = 64, MAX_CONTEXT = 64, PART = 128, NO_ID = -1, FORMAT_VERSION = 1 };
+enum { LANES = 16, MAX_TOKENS = 64, MAX_CONTEXT = 64, PART = 128, MAX_BYTES = 1 << 27, FORMAT_VERSION = 1 };
 
-#if defined(__GNUC__)
+#ifndef __GNUC__
+#error "compile with GCC or Clang (clang-cl on Windows): vectors are written with their extension of C"
+#endif
 #define INLINE static inline __attribute__((always_inline))
 #define OUTLINE __attribute__((noinline))
 #define UNROLL _Pragma("GCC unroll 16")
-#else
-#define INLINE static inline
-#define OUTLINE
-#define UNROLL
-#endif
 
-#if defined(__GNUC__) && defined(__x86_64__)
+#ifdef __x86_64__
 #define HAS_X86
 #include <immintrin.h>
 #endif
@@ -46,7 +43,7 @@ INLINE float float_of(int32_t bits) { float a; memcpy(&a, &bits, 4); return a; }
 
 // ---- The model ----
 
-typedef enum { F32 = 0, Q4 = 2, Q8 = 24, I32 = 26, BF16 = 30 } Type;  // numbers of GGUF: F32, Q4_0, I8, I32, BF16
+typedef enum { F32 = 0, Q4 = 2, Q8 = 24, BF16 = 30 } Type;  // numbers of GGUF: F32, Q4_0, I8, BF16
 
 enum { Q4_BLOCK = 32, Q4_BLOCK_BYTES = 18 };  // of one Q4_0 block: a half precision scale, 32 numbers of 4 bits
 
@@ -199,7 +196,7 @@ INLINE float exp_of(float x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.0f;
-  // The exponent goes through the bits of a float that has it as its last digits: NaN stays harmless.
+  // The last digits of k + round are k, also where x is no number: no conversion to an integer, which would be undefined.
   return p * float_of((int32_t)(((uint32_t)bits_of(k + round) + 127u) << 23));
 }
 
@@ -298,7 +295,6 @@ typedef void (*Q8Sums)(const int8_t *w, size_t pack_step, int quads, const uint8
                        int packs, int vectors, int32_t *sums);
 typedef void (*Q4Sums)(const uint8_t *w, const float *scales, int blocks, const uint8_t *x, const int32_t *x_sums, float *sums);
 
-#if defined(__GNUC__)
 // Vectors of BYTES; ONE and FOUR packs at a time for one and for four vectors, so that sums stay in registers.
 #define FLOAT_SUMS(name, TARGET, BYTES, ONE, FOUR, ITEM, TO_FLOATS)                                                        \
   TARGET INLINE void block_##name(const char *w, size_t step, size_t pack_step, int in, const float *x, size_t x_step,     \
@@ -322,7 +318,7 @@ typedef void (*Q4Sums)(const uint8_t *w, const float *scales, int blocks, const 
       UNROLL for (int p = 0; p < PACKS; p++)                                                                               \
         UNROLL for (int i = 0; i < PARTS; i++) ((Store *)(sums + (size_t)v * sums_step + p * LANES))[i] = total[v][p][i];  \
   }                                                                                                                        \
-  TARGET OUTLINE static void name(const void *w, size_t step, size_t pack_step, int in, const float *x, size_t x_step,     \
+  TARGET OUTLINE void name(const void *w, size_t step, size_t pack_step, int in, const float *x, size_t x_step,     \
                                   int packs, int vectors, float *sums) {                                                   \
     const size_t sums_step = (size_t)packs * LANES;                                                                        \
     const int some = packs == 1 ? 1 : vectors == 1 ? ONE : FOUR;                                                           \
@@ -338,26 +334,8 @@ typedef void (*Q4Sums)(const uint8_t *w, const float *scales, int blocks, const 
 #define FROM_BF16(items) ((Floats)(__builtin_convertvector(items, Words) << 16))
 FLOAT_SUMS(sums_f32_scalar, , 16, 2, 1, float, FROM_F32)
 FLOAT_SUMS(sums_bf16_scalar, , 16, 2, 1, uint16_t, FROM_BF16)
-#else
-#define FLOAT_SUMS(name, ITEM, TO_FLOAT)                                                                                   \
-  static void name(const void *w, size_t step, size_t pack_step, int in, const float *x, size_t x_step, int packs,         \
-                   int vectors, float *sums) {                                                                             \
-    for (int v = 0; v < vectors; v++)                                                                                      \
-      for (int p = 0; p < packs; p++, sums += LANES) {                                                                     \
-        for (int lane = 0; lane < LANES; lane++) sums[lane] = 0.0f;                                                        \
-        for (int at = 0; at < in; at++) {                                                                                  \
-          const ITEM *from = (const ITEM *)((const char *)w + (size_t)p * pack_step + (size_t)at * step);                  \
-          for (int lane = 0; lane < LANES; lane++) sums[lane] += TO_FLOAT(from[lane]) * x[(size_t)v * x_step + (size_t)at];\
-        }                                                                                                                  \
-      }                                                                                                                    \
-  }
-#define FROM_F32(item) (item)
-#define FROM_BF16(item) float_of((int32_t)((uint32_t)(item) << 16))
-FLOAT_SUMS(sums_f32_scalar, float, FROM_F32)
-FLOAT_SUMS(sums_bf16_scalar, uint16_t, FROM_BF16)
-#endif
 
-OUTLINE static void sums_q8_scalar(const int8_t *w, size_t pack_step, int quads, const uint8_t *x, size_t x_step,
+OUTLINE void sums_q8_scalar(const int8_t *w, size_t pack_step, int quads, const uint8_t *x, size_t x_step,
                            const int32_t *row_sums, int packs, int vectors, int32_t *sums) {
   for (int v = 0; v < vectors; v++, x += x_step)
     for (int p = 0; p < packs; p++, sums += LANES)
@@ -370,7 +348,7 @@ OUTLINE static void sums_q8_scalar(const int8_t *w, size_t pack_step, int quads,
       }
 }
 
-OUTLINE static void sums_q4_scalar(const uint8_t *w, const float *scales, int blocks, const uint8_t *x, const int32_t *x_sums,
+OUTLINE void sums_q4_scalar(const uint8_t *w, const float *scales, int blocks, const uint8_t *x, const int32_t *x_sums,
                            float *sums) {
   for (int lane = 0; lane < LANES; lane++) sums[lane] = 0.0f;
   for (int b = 0; b < blocks; b++, w += 256, x += Q4_BLOCK, scales += LANES) {
@@ -397,7 +375,7 @@ FLOAT_SUMS(sums_bf16_avx512, AVX512, 64, 4, 4, uint16_t, FROM_BF16)
 INLINE int32_t quad_of(const uint8_t *x) { int32_t four; memcpy(&four, x, 4); return four; }
 
 // |x| times w with the sign of x: 16-bit sums of two products stay below 2 * 127 * 127.
-AVX2 OUTLINE static void sums_q8_avx2(const int8_t *w, size_t pack_step, int quads, const uint8_t *x, size_t x_step,
+AVX2 OUTLINE void sums_q8_avx2(const int8_t *w, size_t pack_step, int quads, const uint8_t *x, size_t x_step,
                               const int32_t *row_sums, int packs, int vectors, int32_t *sums) {
   const __m256i ones = _mm256_set1_epi16(1), bias = _mm256_set1_epi8((char)128);
   (void)row_sums;
@@ -417,7 +395,7 @@ AVX2 OUTLINE static void sums_q8_avx2(const int8_t *w, size_t pack_step, int qua
     }
 }
 
-AVX2 OUTLINE static void sums_q4_avx2(const uint8_t *w, const float *scales, int blocks, const uint8_t *x, const int32_t *x_sums,
+AVX2 OUTLINE void sums_q4_avx2(const uint8_t *w, const float *scales, int blocks, const uint8_t *x, const int32_t *x_sums,
                               float *sums) {
   const __m256i ones = _mm256_set1_epi16(1), bias = _mm256_set1_epi8((char)128), mask = _mm256_set1_epi8(15);
   for (int half = 0; half < 2; half++) {
@@ -456,7 +434,7 @@ AVX512 INLINE void block_q8_avx512(const int8_t *w, size_t pack_step, int quads,
     UNROLL for (int p = 0; p < PACKS; p++) _mm512_storeu_si512(sums + (v * PACKS + p) * LANES, total[v][p]);
 }
 
-AVX512 OUTLINE static void sums_q8_avx512(const int8_t *w, size_t pack_step, int quads, const uint8_t *x, size_t x_step,
+AVX512 OUTLINE void sums_q8_avx512(const int8_t *w, size_t pack_step, int quads, const uint8_t *x, size_t x_step,
                                   const int32_t *row_sums, int packs, int vectors, int32_t *sums) {
   if (packs == 4 && vectors == 4) block_q8_avx512(w, pack_step, quads, x, x_step, row_sums, sums, 4, 4);
   else if (packs == 4) block_q8_avx512(w, pack_step, quads, x, x_step, row_sums, sums, 4, 1);
@@ -464,7 +442,7 @@ AVX512 OUTLINE static void sums_q8_avx512(const int8_t *w, size_t pack_step, int
   else block_q8_avx512(w, pack_step, quads, x, x_step, row_sums, sums, 1, 1);
 }
 
-AVX512 OUTLINE static void sums_q4_avx512(const uint8_t *w, const float *scales, int blocks, const uint8_t *x,
+AVX512 OUTLINE void sums_q4_avx512(const uint8_t *w, const float *scales, int blocks, const uint8_t *x,
                                   const int32_t *x_sums, float *sums) {
   const __m512i bias = _mm512_set1_epi8((char)128), mask = _mm512_set1_epi8(15);
   __m512 total = _mm512_setzero_ps();
@@ -1520,7 +1498,7 @@ static float *widened(const float *parts, size_t count, size_t old, size_t new) 
 static int reserve(stlm_batch *b, Row *row, int more) {
   const stlm_model *m = b->model;
   const Attention *a = &m->attention_blocks[0].attention;
-  if (row->at.num_bytes > (1 << 30) - more) return refuse(b, "a row is limited to %d bytes", 1 << 30);
+  if (row->at.num_bytes > MAX_BYTES - more) return refuse(b, "a row is limited to %d bytes", MAX_BYTES);
   const int bytes = row->at.num_bytes + more, patches = row->at.num_patches + more;
   if (bytes > row->byte_room) {
     const size_t room = (size_t)bytes + (size_t)bytes / 4 + 64, used = (size_t)row->byte_room;
@@ -1706,7 +1684,7 @@ static int pick(stlm_batch *b, const Row *row, const stlm_sampling *s, uint64_t 
 }
 
 int stlm_write(stlm_batch *b, const stlm_sampling *s, const uint64_t *seeds, uint8_t *active, int count, int32_t *ids) {
-  for (size_t i = 0; i < (size_t)b->num_rows * (size_t)count; i++) ids[i] = NO_ID;
+  for (size_t i = 0; i < (size_t)b->num_rows * (size_t)count; i++) ids[i] = -1;
   for (int i = 0; i < count; i++) {
     for (int first = 0; first < b->num_rows;) {
       int n = logits_of(b, first, active, b->y), num_going_on = 0;
