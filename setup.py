@@ -23,13 +23,14 @@ class BuildLibrary(build_ext):
         return []
 
 
-# Sums must not be fused with products: results are the same on every CPU.
-FLAGS = [] if sys.platform == "win32" else "-std=c99 -O3 -ffp-contract=off -fvisibility=hidden -g0 -Wno-psabi".split()
+# Sums must not be fused with products: results are the same on every CPU. Python's own flags have -fwrapv, with which the
+# loops take 1.3 to 1.5 times as long.
+FLAGS = "-std=c99 -O3 -fno-wrapv -ffp-contract=off -fvisibility=hidden -g0 -Wno-psabi".split()
 ENGINE = Extension(
     "modeling_stlm.inference._stlm",
     ["modeling_stlm/inference/stlm.c"],
     depends=["modeling_stlm/inference/stlm.h"],
-    extra_compile_args=FLAGS,
+    extra_compile_args=[] if sys.platform == "win32" else FLAGS,
     py_limited_api=True,
     optional=True,  # without a C compiler, everything else is installed
 )
