@@ -192,8 +192,17 @@ def test_sampled_text_depends_on_the_seed_and_not_on_the_batch(tiny):
     assert together == [engine.generate(prompt, seed=5 + i, **options) for i, prompt in enumerate(PROMPTS)]
     assert together == [b"".join(engine.stream(prompt, seed=5 + i, **options)) for i, prompt in enumerate(PROMPTS)]
     assert together != engine.generate(PROMPTS, seed=6, **options)
-    with pytest.raises(ValueError, match="temperature=0"):
-        engine.generate(b"x", do_sample=True, temperature=0.0)
+    for option, value in (
+        ("temperature", 0.0),
+        ("top_p", 0.0),
+        ("top_k", -1),
+        ("min_p", 2.0),
+        ("repetition_penalty", 0),
+    ):
+        with pytest.raises(ValueError, match=f"{option}={value} is out of its range"):
+            engine.generate(b"x", do_sample=True, **{option: value})
+    with pytest.raises(TypeError, match="top_q"):
+        next(engine.stream(b"x", top_q=1))
 
 
 @pytest.mark.parametrize(
@@ -222,8 +231,7 @@ def test_ids_are_drawn_as_often_as_the_processors_of_the_library_say(tiny, optio
     ]
     scores = LogitsProcessorList(warpers)(torch.tensor([text]), torch.from_numpy(rows.logits()[:1]))
     expected = scores.softmax(-1)[0].numpy()
-    defaults = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
-    _, sampling, _, _ = engine._start([b"x"], True, 0, **defaults | options)
+    _, sampling, _, _ = engine._start([b"x"], do_sample=True, **options)
     drawn = rows.write(sampling, np.arange(count).astype(np.uint64), np.ones(count, np.uint8), 1)[:, 0]
     found = np.bincount(drawn, minlength=engine.vocab_size) / count
     assert (found[expected == 0] == 0).all()

@@ -213,18 +213,34 @@ class Engine:
         """The bytes of `text`; the token that begins documents if there are none."""
         return list(_bytes(text)) or [self.bos_token_id]
 
-    def _start(self, prompts, do_sample, seed, **sampling) -> tuple[Rows, _Sampling, np.ndarray, np.ndarray]:
+    def _start(
+        self,
+        prompts: Sequence[Text],
+        do_sample: bool = False,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        seed: int = 0,
+    ) -> tuple[Rows, _Sampling, np.ndarray, np.ndarray]:
         """Rows that have read the prompts, and what [`Rows.write`] takes."""
+        for name, value, is_allowed in (
+            ("temperature", temperature, temperature > 0),  # for the likeliest bytes: do_sample=False
+            ("top_k", top_k, top_k >= 0),
+            ("top_p", top_p, 0 < top_p <= 1),
+            ("min_p", min_p, 0 <= min_p <= 1),
+            ("repetition_penalty", repetition_penalty, repetition_penalty > 0),
+        ):
+            if not is_allowed:
+                raise ValueError(f"{name}={value} is out of its range")
+        ends = (ctypes.c_int32 * len(self.eos_token_ids))(*self.eos_token_ids)
+        temperature = temperature if do_sample else 0.0
+        sampling = _Sampling(temperature, top_p, min_p, repetition_penalty, top_k, len(ends), ends)
         rows = Rows(self, len(prompts))
         rows.read([self._ids(prompt) for prompt in prompts])
-        ends = (ctypes.c_int32 * len(self.eos_token_ids))(*self.eos_token_ids)
-        if not do_sample:
-            sampling["temperature"] = 0.0
-        elif sampling["temperature"] <= 0:
-            raise ValueError(f"temperature={sampling['temperature']} must be more than 0; or use do_sample=False")
-        options = _Sampling(**sampling, num_ends=len(ends), ends=ends)
         seeds = (np.arange(len(prompts)) + seed).astype(np.uint64)
-        return rows, options, seeds, np.ones(len(prompts), np.uint8)
+        return rows, sampling, seeds, np.ones(len(prompts), np.uint8)
 
     def generate(
         self,
@@ -244,9 +260,8 @@ class Engine:
         alone. Special tokens are left out of the bytes, and those that end a text end it.
         """
         prompts = [prompt] if isinstance(prompt, (bytes, str)) else prompt
-        options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
-        options["repetition_penalty"] = repetition_penalty
-        rows, sampling, seeds, active = self._start(prompts, do_sample, seed, **options)
+        options = do_sample, temperature, top_k, top_p, min_p, repetition_penalty, seed
+        rows, sampling, seeds, active = self._start(prompts, *options)
         pieces = []
         while max_new_tokens > 0 and active.any():  # in pieces, between which Python can be interrupted
             count = min(max_new_tokens, 64)
@@ -255,12 +270,9 @@ class Engine:
         written = [_written(ids) for ids in np.concatenate([np.empty((len(prompts), 0), np.int32), *pieces], axis=1)]
         return written[0] if isinstance(prompt, (bytes, str)) else written
 
-    def stream(
-        self, prompt: Text, max_new_tokens: int = 256, do_sample: bool = False, seed: int = 0, **options
-    ) -> Iterator[bytes]:
-        """As [`Engine.generate`] of one prompt, byte by byte."""
-        options = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0} | options
-        rows, sampling, seeds, active = self._start([prompt], do_sample, seed, **options)
+    def stream(self, prompt: Text, max_new_tokens: int = 256, **options) -> Iterator[bytes]:
+        """As [`Engine.generate`] of one prompt, with its `options`, byte by byte."""
+        rows, sampling, seeds, active = self._start([prompt], **options)
         for _ in range(max_new_tokens):
             byte = _written(rows.write(sampling, seeds, active, 1)[0])
             if not active[0]:
@@ -351,7 +363,9 @@ class Engine:
         unfinished = torch.ones(len(given), dtype=torch.long, device=device)
         while True:
             logits = torch.from_numpy(rows.logits()).to(device)
-            scores = logits_processor(input_ids, logits.clone() if keeps_logits else logits)
+            scores = logits.clone() if keeps_logits else logits
+            for processor in logits_processor:  # the list itself would look at the signature of each
+                scores = processor(input_ids, scores)
             if keeps_scores:
                 all_scores += (scores,)
             if keeps_logits:

@@ -51,7 +51,16 @@ CHECKSUM = b"stlm.checksum"
 
 def fingerprint(model: STLMForCausalLM) -> str:
     """The same for two models with the same configuration and weights, in any precision that holds them."""
-    names = (*SIZES, "patching", "patch_vocabulary", "rope_theta", "norm_eps", "hidden_act", "ngram_orders")
+    names = (
+        *SIZES,
+        "byte_mixers",
+        "patching",
+        "patch_vocabulary",
+        "rope_theta",
+        "norm_eps",
+        "hidden_act",
+        "ngram_orders",
+    )
     settings = [model.config.trunk_schedule, *(getattr(model.config, name) for name in names)]
     digest = hashlib.sha256(json.dumps(settings).encode())
     for name, tensor in sorted(model.state_dict().items()):
@@ -156,12 +165,8 @@ def export_gguf(
         file.write(zlib.adler32(data).to_bytes(4, "little"))
 
 
-def read_checked(path: str | Path) -> bytes:
-    """The bytes of a file that [`export_gguf`] wrote.
-
-    Raises:
-        ValueError: if it is another file, or damaged.
-    """
+def verify(path: str | Path) -> None:
+    """Raise a `ValueError` unless [`export_gguf`] wrote the file `path`, and it is as it was."""
     data = bytearray(Path(path).read_bytes())
     at = data.find(CHECKSUM, 0, 4096) + len(CHECKSUM) + 4
     if data[:4] != b"GGUF" or at < len(CHECKSUM) + 4:
@@ -169,7 +174,6 @@ def read_checked(path: str | Path) -> bytes:
     expected, data[at : at + 4] = int.from_bytes(data[at : at + 4], "little"), bytes(4)
     if (found := zlib.adler32(data)) != expected:
         raise ValueError(f"{path} is damaged or truncated: its checksum is {found:08x}, expected {expected:08x}")
-    return bytes(data)
 
 
 def load_gguf(path: str | Path) -> STLMForCausalLM:
@@ -178,7 +182,7 @@ def load_gguf(path: str | Path) -> STLMForCausalLM:
     Raises:
         ValueError: if it is another file, damaged, or of a newer format.
     """
-    read_checked(path)
+    verify(path)
     import gguf
 
     reader = gguf.GGUFReader(path)
@@ -200,6 +204,14 @@ def load_gguf(path: str | Path) -> STLMForCausalLM:
     return model.eval()
 
 
+def license_of(model: str) -> str:
+    """The licence in the model card of a folder or Hub id; nothing for a folder without one."""
+    card = Path(model) / "README.md"
+    if Path(model).is_dir() and not card.is_file():
+        return ""
+    return ModelCard.load(card if card.is_file() else model).data.license or ""
+
+
 def main():
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -210,9 +222,7 @@ def main():
     args = parser.parse_args()
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    card = Path(args.model) / "README.md"
-    license = ModelCard.load(card if card.is_file() else args.model).data.license
-    export_gguf(model, args.output, args.type, tokenizer, license or "")
+    export_gguf(model, args.output, args.type, tokenizer, license_of(args.model))
 
 
 if __name__ == "__main__":
