@@ -4,8 +4,8 @@
     python examples/pretrain.py --train 'texts/*.txt' --validation held_out.txt --max_minutes 60 --output runs/mine
 
 `--train` takes files of bytes, or what `datasets` reads as json, csv or parquet with a column `text`; they are written
-once to a memory-mapped file. The same command resumes an interrupted run. The output folder gets the checkpoint with
-tokenizer and generation config, `history.json`, `loss.png` and `results.json`.
+once to a memory-mapped file. Ctrl-C and SIGTERM save; the same command goes on, also with a larger budget. The output
+folder gets the checkpoint with tokenizer and generation config, `history.json`, `loss.png` and `results.json`.
 """
 
 import argparse
@@ -16,13 +16,14 @@ from pathlib import Path
 
 import torch
 import transformers
-from matplotlib.figure import Figure
+from run_folder import ProgressLines, last_checkpoint, save
 from scoring import documents
-from transformers import AutoModelForCausalLM, GenerationConfig, Trainer, TrainingArguments, set_seed
+from transformers import AutoModelForCausalLM, PrinterCallback, Trainer, TrainingArguments, logging, set_seed
 
 from modeling_stlm import STLMConfig, STLMTokenizer
 from modeling_stlm.training.bits_per_byte import BitsPerByteEvaluator
 from modeling_stlm.training.corpus import PackedWindows, write_corpus
+from modeling_stlm.training.long_runs import SaveByTime, StopOnSignal
 from modeling_stlm.training.optimizer import MuonRecipe
 from modeling_stlm.training.time_budget import TimeBudget
 
@@ -87,41 +88,39 @@ def training_arguments(args: argparse.Namespace, step_bytes: float, **changes) -
     batch = {"per_device_train_batch_size": args.batch_size, "per_device_eval_batch_size": args.batch_size}
     every = {"eval_strategy": "steps", "eval_steps": args.eval_steps, "save_steps": args.eval_steps}
     settings = schedule | batch | every | {"logging_steps": 50, "save_total_limit": 1, "seed": args.seed}
-    settings |= {"batch_eval_metrics": True, "restore_callback_states_from_checkpoint": True}
-    settings |= {"bf16": args.bf16 or has_gpu, "use_cpu": not has_gpu, "report_to": "none"}
+    settings |= {
+        "batch_eval_metrics": True,
+        "disable_tqdm": True,
+        "bf16": args.bf16 or has_gpu,
+        "use_cpu": not has_gpu,
+        "report_to": "none",
+    }
     return TrainingArguments(str(args.output), **settings | changes)
 
 
-def last_checkpoint(output: Path) -> str | None:
-    """The newest complete checkpoint: its trainer state is written last."""
-    states = output.glob("checkpoint-*/trainer_state.json")
-    newest = max(states, key=lambda path: int(path.parent.name.split("-")[1]), default=None)
-    return None if newest is None else str(newest.parent)
+def train(args: argparse.Namespace, trainer: Trainer, step_bytes: float) -> None:
+    """Train, or go on from the newest checkpoint; after a signal, leave."""
+    budget = [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, TimeBudget)]
 
+    def progress(state) -> str:
+        megabytes = f"{state.global_step * step_bytes / 1e6:.1f}"
+        if budget:
+            return f"{budget[0].elapsed_seconds / 60:.1f} of {args.max_minutes:g} min, {megabytes} MB"
+        return f"{megabytes} of {state.max_steps * step_bytes / 1e6:.1f} MB"
 
-def save(args: argparse.Namespace, trainer: Trainer, results: dict) -> None:
-    """Checkpoint, history, curve and results; the generation config sets no length."""
-    tokenizer, history = trainer.processing_class, trainer.state.log_history
-    trainer.model.config.use_cache = True  # Trainer turns it off
-    special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    trainer.model.generation_config = GenerationConfig(do_sample=True, temperature=0.8, top_p=0.95, **special)
-    trainer.save_model()
-    # Results are published: names of files, no folders of this machine.
-    names = {split: " ".join(Path(file).name for file in getattr(args, split)) for split in SPLITS}
-    arguments = vars(args) | names | {"output": args.output.name}
-    results["arguments"] = {name: str(value) for name, value in arguments.items()}
-    for name, value in {"history": history, "results": results}.items():
-        (args.output / f"{name}.json").write_text(json.dumps(value, indent=1) + "\n")
-    scores = ("eval_bits_per_byte", "validation_bits_per_byte")  # while training and at the end
-    curve = [(log["step"], log[score]) for log in history for score in scores if score in log]
-    figure = Figure()
-    figure.subplots(subplot_kw={"xlabel": "step", "ylabel": "bits per byte"}).plot(*zip(*curve), marker=".")
-    figure.savefig(args.output / "loss.png")
-    print(json.dumps(results, indent=1))
+    stop = StopOnSignal()
+    trainer.remove_callback(PrinterCallback)
+    for callback in (stop, SaveByTime(minutes=10), ProgressLines(progress)):
+        trainer.add_callback(callback)
+    trainer.train(resume_from_checkpoint=last_checkpoint(args.output))
+    if stop.received is not None:
+        print(f"{stop.received.name}: saved at {progress(trainer.state)}; the same command goes on from here")
+        raise SystemExit(128 + stop.received)
 
 
 def main():
     args = argument_parser()[0].parse_args()
+    logging.disable_progress_bar()
     set_seed(args.seed)
     tokenizer = STLMTokenizer()
     sets = {
@@ -145,7 +144,7 @@ def main():
     )
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    trainer.train(resume_from_checkpoint=last_checkpoint(args.output))
+    train(args, trainer, step_bytes)
     steps = trainer.state.global_step
     scores = {split: trainer.evaluate(sets[split], metric_key_prefix=split) for split in sets if split != "train"}
     results = {
@@ -160,7 +159,7 @@ def main():
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
-    save(args, trainer, results)
+    save(trainer, results, args)
 
 
 if __name__ == "__main__":

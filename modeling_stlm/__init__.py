@@ -16,6 +16,7 @@ from transformers.models.auto import modeling_auto
 
 from tokenization_stlm import STLMTokenizer
 
+from .committee_stlm import COMMITTEES, STLMCommittee, STLMCommitteeConfig
 from .configuration_stlm import STLMConfig
 from .heads_stlm import (
     STLMForMaskedLM,
@@ -48,17 +49,23 @@ _CLASSES = {
     "MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES": (AutoModelForMultipleChoice, STLMForMultipleChoice),
 }
 
-AutoConfig.register(STLMConfig.model_type, STLMConfig, exist_ok=True)
-AutoTokenizer.register(STLMConfig, STLMTokenizer, exist_ok=True)
-STLMConfig.register_for_auto_class()
+_COMMITTEES = {"STLMModel": STLMCommittee, **{f"STLMFor{head}": committee for head, committee in COMMITTEES.items()}}
+
+for _config in (STLMConfig, STLMCommitteeConfig):
+    AutoConfig.register(_config.model_type, _config, exist_ok=True)
+    AutoTokenizer.register(_config, STLMTokenizer, exist_ok=True)
+    _config.register_for_auto_class()
 for _names, (_auto, _class) in _CLASSES.items():
-    _auto.register(STLMConfig, _class, exist_ok=True)
-    _class.register_for_auto_class(_auto.__name__)
-    # Trainer (label smoothing) and pipelines look class names up in these tables.
-    getattr(modeling_auto, _names)[STLMConfig.model_type] = _class.__name__
+    for _config, _model in ((STLMConfig, _class), (STLMCommitteeConfig, _COMMITTEES[_class.__name__])):
+        _auto.register(_config, _model, exist_ok=True)
+        _model.register_for_auto_class(_auto.__name__)
+        # Trainer (label smoothing) and pipelines look class names up in these tables.
+        getattr(modeling_auto, _names)[_config.model_type] = _model.__name__
 
 __all__ = [
     "STLMCausalLMOutput",
+    "STLMCommittee",
+    "STLMCommitteeConfig",
     "STLMConfig",
     "STLMForCausalLM",
     "STLMForMaskedLM",

@@ -152,12 +152,13 @@ class STLMMatchEmbedding(nn.Module):
         same = same.view_as(here)  # (B, T, classes - 1)
         if positions is not None:
             same = same & (there >= (index - positions)[..., None])
-        return 1 + same.cumprod(-1).sum(-1)
+        return 1 + F.pad(same.long(), (0, 1)).argmin(-1)  # the first that is not
 
 
 def last_equal(known: torch.Tensor, values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """The last place before `index (B, T)` where `known (B, S)` is `values (B, T)`, which it is at `index`; -1 if none."""
-    if values.shape[1] == 1 or (values.shape[1] <= SHORT_CALL_BYTES and not is_torchdynamo_compiling()):
+    is_short = not is_torchdynamo_compiling() and values.shape[1] <= SHORT_CALL_BYTES
+    if is_torchdynamo_exporting() or values.shape[1] == 1 or is_short:  # ExecuTorch has no sort
         place = torch.arange(known.shape[1], device=known.device)
         is_equal = (known[:, None] == values[..., None]) & (place < index[..., None])  # (B, T, S)
         return torch.where(is_equal, place, -1).amax(-1)

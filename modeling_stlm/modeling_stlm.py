@@ -52,6 +52,7 @@ from .trunk_stlm import STLMPatcher, STLMStart, STLMTrunk, is_static, pool_patch
 
 
 if TYPE_CHECKING:  # `save_pretrained` copies the modules that relative imports name: the other heads travel along
+    from .committee_stlm import STLMCommittee  # noqa: F401
     from .heads_stlm import STLMForMaskedLM  # noqa: F401
 
 

@@ -3,6 +3,7 @@
 
 import importlib
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -85,14 +86,37 @@ def test_a_pretraining_that_was_cut_goes_on(small_text, tmp_path):
     process.kill()
     process.wait()
     assert not (tmp_path / "cut" / "results.json").exists()
-    (tmp_path / "cut" / "checkpoint-99").mkdir()  # half-written
-    newest = max((tmp_path / "cut").glob("checkpoint-*/trainer_state.json"))
-    assert json.loads(newest.read_text())["global_step"] in (4, 8)
+    for half_written in ("checkpoint-98", "checkpoint-99"):
+        (tmp_path / "cut" / half_written).mkdir()
+    (tmp_path / "cut" / "checkpoint-98" / "trainer_state.json").write_text('{"global_step": 9')
     resumed = pretrain(small_text, tmp_path / "cut", "--max_steps", 8)
     assert resumed["bits_per_byte"] == whole["bits_per_byte"]
     # Results are published: names of files, no folders of this machine.
     assert resumed["arguments"]["train"] == small_text.name and resumed["arguments"]["output"] == "cut"
     assert str(tmp_path) not in json.dumps(resumed) and str(small_text.parent) not in json.dumps(resumed)
+
+
+def test_ctrl_c_saves_and_a_larger_budget_is_honoured(small_text, tmp_path):
+    command = [sys.executable, str(ROOT / "examples" / "pretrain.py"), "--train", str(small_text), "--validation"]
+    command += [str(small_text), "--output", str(tmp_path / "run"), "--batch_size", "2", "--block_bytes", "128"]
+    process = subprocess.Popen(
+        [*command, "--max_bytes", "1e6", "--eval_steps", "4"], stdout=subprocess.PIPE, text=True
+    )
+    for line in process.stdout:
+        if "validation" in line:
+            process.send_signal(signal.SIGINT)
+            break
+    rest = process.stdout.read()
+    assert process.wait() == 130 and "SIGINT: saved at 0.0 of 1.0 MB; the same command goes on" in rest
+    (newest,) = (tmp_path / "run").glob("checkpoint-*/trainer_state.json")
+    steps = json.loads(newest.read_text())["global_step"]
+    assert 4 < steps < 3900 and not (tmp_path / "run" / "results.json").exists()
+
+    for more in (2, 4):  # what was cut, then what was finished
+        results = pretrain(small_text, tmp_path / "run", "--max_steps", steps + more)
+        assert results["steps"] == steps + more and results["budget"] == {"steps": steps + more}
+        assert results["bytes_seen"] == (steps + more) * 256
+    assert (tmp_path / "run" / "model.safetensors").stat().st_mode & 0o040
 
 
 def test_pretraining_names_patterns_that_match_nothing(tmp_path):

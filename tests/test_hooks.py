@@ -97,7 +97,7 @@ def test_offloaded_weights_write_the_same_bytes(kind, tmp_path):
     else:
         device_map = {"model.embed_tokens": "cpu", "model.ngram_embedding": "disk", "model.local_encoder": "disk"}
         device_map |= {"model.patcher": "disk", "model.trunk": "cpu", "model.local_decoder": "disk"}
-        device_map |= {"model.final_norm": "disk", "lm_head": "cpu"}
+        device_map |= {"model.match_embedding": "disk", "model.final_norm": "disk", "lm_head": "cpu"}
         model = dispatch_model(model, device_map, main_device="cpu", offload_dir=str(tmp_path), force_hooks=True)
     assert any(parameter.device.type == "meta" for parameter in model.parameters())
     for text in (TEXT, "x", "ab cd"):

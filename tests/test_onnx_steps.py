@@ -11,13 +11,21 @@ from transformers.generation import BaseStreamer
 from modeling_stlm import STLMForCausalLM
 from modeling_stlm.inference.onnx_steps import OnnxSteps, export_steps
 
+from . import tiny
 from .test_examples import ROOT
-from .tiny import MIXERS, PATCHING, SHARING, TEXT, batch, ids_of, tiny_model
+from .tiny import MIXERS, PATCHING, SHARING, TEXT, batch, ids_of
 
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:# The axis name")]
 
 ROWS = [ids_of(TEXT)[:40], ids_of("x"), ids_of("Zoë 東京 and more, "), ids_of(TEXT)[5:23]]
+
+
+def tiny_model(**overrides) -> STLMForCausalLM:
+    """The steps have no match embeddings."""
+    return tiny.tiny_model(**({"match_bytes": 0} | overrides))
+
+
 MODELS = {
     "words, middle": {**SHARING["middle"]},
     "fixed, cycle": {**PATCHING["fixed"], **SHARING["cycle"], "ngram_orders": []},
@@ -155,7 +163,8 @@ def test_what_steps_cannot_do_is_said(model_and_steps, tmp_path):
         both(other, steps, ROWS)
     with pytest.raises(FileNotFoundError, match="export_steps"):
         OnnxSteps(tmp_path)
-    for config in (MIXERS["both"], PATCHING["learned"], PATCHING["vocabulary"]):
-        with pytest.raises(ValueError, match="convolutions"):
+    refused = [(config, "convolutions") for config in (MIXERS["both"], PATCHING["learned"], PATCHING["vocabulary"])]
+    for config, reason in [*refused, ({"match_bytes": 3}, "match_bytes=3")]:
+        with pytest.raises(ValueError, match=reason):
             export_steps(tiny_model(**config), tmp_path)
     assert not list(tmp_path.iterdir())

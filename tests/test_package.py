@@ -25,6 +25,8 @@ ROOT = Path(__file__).parents[1]
 def test_public_names():
     assert sorted(modeling_stlm.__all__) == [
         "STLMCausalLMOutput",
+        "STLMCommittee",
+        "STLMCommitteeConfig",
         "STLMConfig",
         *(f"STLMFor{head}" for head in sorted(("CausalLM", *HEADS))),
         "STLMModel",
@@ -47,6 +49,7 @@ def test_importing_the_package_registers_every_auto_class():
 @pytest.mark.parametrize(
     "module",
     [
+        modeling_stlm.committee_stlm,
         modeling_stlm.heads_stlm,
         modeling_stlm.modeling_stlm,
         tokenization_stlm.tokenization_stlm,
@@ -110,6 +113,8 @@ def test_examples_are_indexed_and_do_not_import_research():
     assert len(scripts) >= 8 and len(research) >= 8 and not research & set(scripts)
     index = (ROOT / "examples" / "README.md").read_text(encoding="utf-8")
     for name, path in scripts.items():
-        assert f"python examples/{name}.py" in index
-        imported = re.findall(r"^\s*(?:from|import) (\w+)", path.read_text(encoding="utf-8"), re.MULTILINE)
+        text = path.read_text(encoding="utf-8")
+        is_script = '__name__ == "__main__"' in text
+        assert (f"python examples/{name}.py" if is_script else f"`{name}.py`") in index
+        imported = re.findall(r"^\s*(?:from|import) (\w+)", text, re.MULTILINE)
         assert not research & set(imported) and "research" not in imported

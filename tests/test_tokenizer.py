@@ -269,3 +269,15 @@ def test_words_that_come_split_are_joined_by_spaces_on_request(tmp_path):
     spaced = AutoTokenizer.from_pretrained(tmp_path, add_prefix_space=True)(words, is_split_into_words=True)
     assert bytes(spaced["input_ids"]) == " Hello wörld !".encode()
     assert spaced.word_ids() == [0] * 6 + [1] * 7 + [2] * 2
+
+
+def test_the_texts_of_a_pair_are_separated(tmp_path):
+    tokenizer = STLMTokenizer()
+    tokenizer.save_pretrained(tmp_path)
+    for loaded in (tokenizer, AutoTokenizer.from_pretrained(tmp_path)):
+        pair = loaded("hi", "Zoë")
+        assert pair["input_ids"] == [*b"hi", 258, *"Zoë".encode()]
+        assert pair.sequence_ids() == [0, 0, None, 1, 1, 1, 1]
+        assert loaded("hi")["input_ids"] == [*b"hi"]
+        cut = loaded("hi", "a long text", truncation="only_second", max_length=6)
+        assert cut["input_ids"] == [*b"hi", 258, *b"a l"]

@@ -104,15 +104,15 @@ def test_bf16_computes_in_bfloat16_and_keeps_the_weights_in_float32(tmp_path):
 def test_label_smoothing_smooths_the_next_byte(tmp_path):
     # The library shifts labels for the classes in its table of causal language models; importing ours adds them.
     model, inputs = tiny_model(), PAD(ROWS[: len(RAGGED)])
-    trainer = Trainer(model=model, args=arguments(tmp_path, label_smoothing_factor=0.1), train_dataset=ROWS)
+    trainer = Trainer(model=model, args=arguments(tmp_path, label_smoothing_factor=0.5), train_dataset=ROWS)
     with torch.no_grad():
         nats = -model(inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits[:, :-1].log_softmax(-1)
         targets = inputs["labels"][:, 1:]
-        smoothed = 0.9 * nats.gather(-1, targets.clamp(min=0)[..., None])[..., 0] + 0.1 * nats.mean(-1)
+        smoothed = 0.5 * nats.gather(-1, targets.clamp(min=0)[..., None])[..., 0] + 0.5 * nats.mean(-1)
         expected = smoothed[targets != -100].mean()
         torch.testing.assert_close(trainer.compute_loss(model, dict(inputs)), expected, rtol=1e-5, atol=0)
         unshifted = nats.gather(-1, inputs["labels"][:, :-1].clamp(min=0)[..., None])[..., 0]
-        for other in (model(**inputs).loss, (0.9 * unshifted + 0.1 * nats.mean(-1))[targets != -100].mean()):
+        for other in (model(**inputs).loss, (0.5 * unshifted + 0.5 * nats.mean(-1))[targets != -100].mean()):
             assert (other - expected).abs() > 1e-3
 
 

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import pickle
+import signal
 import time
 from pathlib import Path
 
@@ -31,6 +32,7 @@ from transformers import (
 from modeling_stlm import STLMForCausalLM
 from modeling_stlm.training import bits_per_byte as metric
 from modeling_stlm.training.corpus import PackedWindows, ids_are_bytes, write_corpus
+from modeling_stlm.training.long_runs import SaveByTime, StopOnSignal
 from modeling_stlm.training.optimizer import MuonRecipe, orthogonalize
 from modeling_stlm.training.patch_curriculum import PatchLengthCurriculum
 from modeling_stlm.training.time_budget import TimeBudget
@@ -390,7 +392,6 @@ def test_a_resumed_time_budget_goes_on_where_it_was_cut(tmp_path, windows):
             tmp_path,
             max_steps=10**6,
             lr_scheduler_type="constant",
-            restore_callback_states_from_checkpoint=True,
         )
         budget = TimeBudget(minutes=4 / 60)
         model = STLMForCausalLM(tiny_config())
@@ -411,6 +412,82 @@ def test_a_resumed_time_budget_goes_on_where_it_was_cut(tmp_path, windows):
     resumed.train(resume_from_checkpoint=True)
     assert used <= elapsed[0] < elapsed[-1] < 4
     assert resumed.state.global_step > 30
+
+
+def test_a_finished_run_goes_on_under_a_larger_budget(tmp_path, windows):
+    def train(minutes, **options):
+        budget = TimeBudget(minutes)
+        args = arguments(tmp_path, max_steps=10**6, lr_scheduler_type="constant")
+        model = STLMForCausalLM(tiny_config())
+        trainer = Trainer(model=model, args=args, train_dataset=windows, callbacks=[budget])
+        trainer.train(**options)
+        return budget.elapsed_seconds, trainer.state.global_step
+
+    seconds, steps = train(1 / 60)
+    assert 1 <= seconds < 3
+    more_seconds, more_steps = train(3 / 60, resume_from_checkpoint=str(tmp_path / f"checkpoint-{steps}"))
+    assert 3 <= more_seconds < 5 and more_steps > steps + 1
+
+
+class Signal(TrainerCallback):
+    """Sends a signal to this process during a step."""
+
+    def __init__(self, step: int, number: int):
+        self.step, self.number = step, number
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            os.kill(os.getpid(), self.number)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_the_run_goes_on_from_there(tmp_path, windows, number):
+    def trainer(folder, *callbacks):
+        args = arguments(folder, max_steps=8)
+        torch.manual_seed(0)
+        return Trainer(model=tiny_model(), args=args, train_dataset=windows, callbacks=[*callbacks])
+
+    whole = trainer(tmp_path / "whole")
+    whole.train()
+    stop, handler = StopOnSignal(), signal.getsignal(number)
+    cut = trainer(tmp_path / "cut", stop, Signal(3, number))
+    cut.train()
+    assert stop.received == number and signal.getsignal(number) is handler
+    assert cut.state.global_step == 4 and (tmp_path / "cut" / "checkpoint-4" / "trainer_state.json").is_file()
+    stop = StopOnSignal()
+    resumed = trainer(tmp_path / "cut", stop)
+    resumed.train(resume_from_checkpoint=True)
+    assert stop.received is None
+    torch.testing.assert_close(resumed.model.state_dict(), whole.model.state_dict(), rtol=0, atol=0)
+
+
+def test_a_second_signal_acts_at_once(tmp_path, windows):
+    class Impatient(Signal):
+        def on_step_begin(self, args, state, control, **kwargs):
+            super().on_step_begin(args, state, control)
+            super().on_step_begin(args, state, control)
+
+    trainer = Trainer(
+        model=tiny_model(),
+        args=arguments(tmp_path, max_steps=8),
+        train_dataset=windows,
+        callbacks=[StopOnSignal(), Impatient(3, signal.SIGINT)],
+    )
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert trainer.state.global_step == 3
+
+
+def test_checkpoints_come_by_the_clock(tmp_path, windows):
+    class Waiting(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            time.sleep(0.3)
+
+    args = arguments(tmp_path, max_steps=8, save_strategy="steps", save_steps=1000)
+    callbacks = [Waiting(), SaveByTime(minutes=1 / 60)]
+    Trainer(model=tiny_model(), args=args, train_dataset=windows, callbacks=callbacks).train()
+    saved = {int(path.name.split("-")[1]) for path in tmp_path.glob("checkpoint-*")}
+    assert 8 in saved and 2 <= len(saved) < 5
 
 
 def test_every_training_has_a_budget_of_its_own(tmp_path, windows):

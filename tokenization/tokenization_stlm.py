@@ -10,7 +10,7 @@ import copy
 from collections.abc import Iterable
 
 import numpy as np
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, TokenizersBackend
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
@@ -69,13 +69,15 @@ def byte_level_backend() -> Tokenizer:
     backend.pre_tokenizer = byte_level_words(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
+    separator = "<eos>", backend.token_to_id("<eos>")
+    backend.post_processor = processors.TemplateProcessing("$A", "$A <eos> $B:1", special_tokens=[separator])
     return backend
 
 
 class STLMTokenizer(TokenizersBackend):
     r"""
-    Byte tokenizer of STLM. `encode(a + b) == encode(a) + encode(b)` for all strings without special tokens inside, and
-    no special token is added by itself.
+    Byte tokenizer of STLM. `encode(a + b) == encode(a) + encode(b)` for all strings without special tokens inside. No
+    special token is added by itself, but for `<eos>` between the texts of a pair.
 
     Args:
         add_prefix_space (`bool`, *optional*): put a space before every text that does not start with one.

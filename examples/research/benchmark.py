@@ -93,6 +93,8 @@ def build(name: str, args: argparse.Namespace) -> Peer:
         stored = AutoModelForCausalLM.from_config(preset).num_parameters()
     if name.startswith("stlm"):
         config, tokenizer = preset, STLMTokenizer()
+        if "onnx" in name:
+            config.match_bytes = 0  # the steps have none
     elif name == "llama-bytes":
         config, tokenizer = flat_byte_llama(stored)
     elif name == "llama-bpe":

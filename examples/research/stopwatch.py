@@ -10,7 +10,7 @@ from transformers.trainer_callback import ExportableState
 class Stopwatch(TrainerCallback, ExportableState):
     """Seconds of training, evaluation and saving included: `wall_seconds` and `cpu_seconds` of this process.
 
-    A resumed run counts on from its checkpoint with `restore_callback_states_from_checkpoint=True`.
+    A resumed run counts on from its checkpoint.
     """
 
     def __init__(self):
@@ -25,6 +25,8 @@ class Stopwatch(TrainerCallback, ExportableState):
         self._last = now
 
     def on_train_begin(self, args, state, control, **kwargs):
+        if state.global_step:
+            vars(self).update(state.stateful_callbacks[type(self).__name__]["attributes"])
         self._last = None
         self._tick()
 

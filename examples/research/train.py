@@ -26,6 +26,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
     Trainer,
+    logging,
     set_seed,
 )
 
@@ -33,6 +34,7 @@ from transformers import (
 sys.path.append(str(Path(__file__).parents[1]))  # the examples
 
 import pretrain
+from run_folder import save
 from scoring import bytes_per_token, documents, token_bytes
 
 from modeling_stlm import STLMConfig, STLMForCausalLM, STLMTokenizer
@@ -40,6 +42,7 @@ from modeling_stlm.training.bits_per_byte import BitsPerByteEvaluator
 from modeling_stlm.training.corpus import PackedWindows
 from modeling_stlm.training.optimizer import MuonRecipe
 from modeling_stlm.training.patch_curriculum import PatchLengthCurriculum
+from modeling_stlm.training.replay import ReplayRounds, ReplayWindows
 from modeling_stlm.training.time_budget import TimeBudget
 
 
@@ -51,6 +54,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--like", default="stlm-3m", help="preset whose stored size the controls take")
     parser.add_argument("--vocab_size", type=int, default=4096, help='of llama-bpe and of patching="vocabulary"')
     parser.add_argument("--curriculum_steps", type=int, help='of patching="learned": steps to the full patch length')
+    parser.add_argument("--replay", type=int, help="after one pass, replay one in so many of the windows, the hardest")
     parser.add_argument("--eval_at_end", action="store_true", help="evaluate only the last checkpoint")
     return parser.parse_args(arguments)
 
@@ -85,6 +89,7 @@ def build_model(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) ->
 def main():
     args = parse_arguments()
     info = run_info()  # of the code that runs, not of what is committed meanwhile
+    logging.disable_progress_bar()
     set_seed(args.seed)
     tokenizer, corpora = prepare(args)
     model = build_model(args, tokenizer)
@@ -114,14 +119,19 @@ def main():
     step_bytes = args.batch_size * block_size * id_bytes
     if args.max_flops is not None:
         args.max_bytes = args.max_flops / (3 * flops)
-    callbacks = [Stopwatch(), *([TimeBudget(args.max_minutes, clock=args.clock)] if timed else [])]
+    stopwatch = Stopwatch()
+    callbacks = [stopwatch, *([TimeBudget(args.max_minutes, clock=args.clock)] if timed else [])]
     if args.curriculum_steps:
         callbacks.append(PatchLengthCurriculum(args.curriculum_steps))
+    changes, train_set = {"eval_strategy": "no"} if args.eval_at_end else {}, sets["train"]
+    if args.replay:
+        train_set, changes = ReplayWindows(train_set, args.replay), changes | ReplayRounds.arguments
+        callbacks.append(ReplayRounds(args.seed))
     evaluator = BitsPerByteEvaluator(sizes)
     trainer = Trainer(
         model=model,
-        args=pretrain.training_arguments(args, step_bytes, **({"eval_strategy": "no"} if args.eval_at_end else {})),
-        train_dataset=sets["train"],
+        args=pretrain.training_arguments(args, step_bytes, **changes),
+        train_dataset=train_set,
         eval_dataset=windows,
         processing_class=tokenizer,
         compute_metrics=evaluator,
@@ -129,9 +139,7 @@ def main():
         optimizer_cls_and_kwargs=(MuonRecipe, {"muon_lr": args.muon_lr, "adamw_lr": args.adamw_lr}),
         callbacks=callbacks,
     )
-    trainer.train(resume_from_checkpoint=pretrain.last_checkpoint(args.output))
-    # Trainer rebuilds callbacks when it resumes.
-    stopwatch = next(callback for callback in trainer.callback_handler.callbacks if isinstance(callback, Stopwatch))
+    pretrain.train(args, trainer, step_bytes)
 
     steps = trainer.state.global_step
     scores = {split: trainer.evaluate(sets[split], metric_key_prefix=split) for split in sets if split != "train"}
@@ -154,7 +162,7 @@ def main():
         "config": {name: value for name, value in model.config.to_diff_dict().items() if name != "auto_map"},
     }
     args.data = None
-    pretrain.save(args, trainer, results | info)
+    save(trainer, results | info, args)
 
 
 if __name__ == "__main__":

@@ -211,7 +211,8 @@ def _budget(model: STLMForCausalLM, budget: dict[str, dict[str, int]]) -> str:
     config = model.config
     lengths = [config.patch_bytes] if config.patching == "fixed" else [4, 6]
     flops = ", ".join(f"{model.flops_per_byte(n) / 1e6:.2f} MFLOP at {n} bytes per patch" for n in lengths)
-    rows = [f"| {group} | {count:,} | {budget['effective'][group]:,} |" for group, count in budget["stored"].items()]
+    groups = {group: (count, budget["effective"][group]) for group, count in budget["stored"].items()}
+    rows = [f"| {group} | {stored:,} | {effective:,} |" for group, (stored, effective) in groups.items() if effective]
     return "\n".join(
         [
             "| parameters | stored | effective |",

@@ -12,10 +12,10 @@ from transformers.trainer_callback import ExportableState
 class TimeBudget(TrainerCallback, ExportableState):
     """Stops after `minutes` and sets the learning rate by the share of that time that has passed.
 
-    Linear warm-up, then constant, then linear decay to zero at the end of the budget. Use with
-    `lr_scheduler_type="constant"` and, so that a resumed run goes on where it was cut and with the budget it was started
-    with, `restore_callback_states_from_checkpoint=True`. Every other run starts a new budget. Evaluation and saving do
-    not count. Among several processes, the clock of the main one decides for all.
+    Linear warm-up, then constant, then linear decay to zero at the end of the budget, with a checkpoint there. Use with
+    `lr_scheduler_type="constant"`. A resumed run goes on where it was cut, under the budget that is given now; every other
+    run starts a new one. Evaluation and saving do not count. Among several processes, the clock of the main one decides
+    for all.
 
     Args:
         minutes (`float`): length of the training.
@@ -52,8 +52,8 @@ class TimeBudget(TrainerCallback, ExportableState):
         return max(0.0, min(1.0, *(elapsed / share for elapsed, share in phases if share)))
 
     def on_train_begin(self, args, state, control, **kwargs):
-        if state.global_step == 0:
-            self.elapsed_seconds = 0.0
+        saved = state.stateful_callbacks[type(self).__name__] if state.global_step else None
+        self.elapsed_seconds = saved["attributes"]["elapsed_seconds"] if saved else 0.0
         self._last = self._now()
 
     def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
@@ -61,15 +61,15 @@ class TimeBudget(TrainerCallback, ExportableState):
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
 
-    def on_log(self, args, state, control, **kwargs):
+    def on_log(self, args, state, control, logs, **kwargs):
         # The scheduler, which is constant, logged its own rate.
-        if "learning_rate" in state.log_history[-1]:
-            fraction = self.elapsed_seconds / (60 * self.minutes)
-            state.log_history[-1]["learning_rate"] *= self.learning_rate_factor(fraction)
+        if "learning_rate" in logs:
+            logs["learning_rate"] *= self.learning_rate_factor(self.elapsed_seconds / (60 * self.minutes))
+            state.log_history[-1]["learning_rate"] = logs["learning_rate"]
 
     def on_step_end(self, args, state, control, **kwargs):
         if self._tick(args) >= 1:
-            control.should_training_stop = True
+            control.should_save = control.should_training_stop = True
 
     def on_evaluate(self, args, state, control, **kwargs):
         self._last = self._now()

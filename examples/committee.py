@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Does pre-training help a tiny classifier, and can a committee of shallow ones replace a deep one? (arXiv:2507.14871)
+
+    python examples/committee.py --text 'wiki*.jsonl.gz' --train agnews/train.csv.gz --test agnews/test.csv.gz \\
+        --articles 1000 4000 16000 --pretraining_epochs 5 --finetuning_epochs 5 --seeds 3 --output runs/agnews
+
+Masked bytes of the first articles of `--text` are predicted by a deep encoder and by shallow ones of other seeds; each is
+then fine-tuned on the labelled rows, as are the same models without pre-training. `--train` and `--test` are read by
+`datasets` as csv or json with columns `text` (or `--column`) and `label`. Prints accuracies (mean over seeds and standard
+deviation) and latencies; writes `results.json` and `accuracy.png`.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from itertools import islice
+from pathlib import Path
+
+import torch
+from datasets import Dataset, load_dataset
+from matplotlib.figure import Figure
+from scoring import documents
+from transformers import (
+    AutoModelForSequenceClassification,
+    DataCollatorForLanguageModeling,
+    Trainer,
+    TrainingArguments,
+    logging,
+    set_seed,
+)
+
+from modeling_stlm import STLMCommittee, STLMConfig, STLMForMaskedLM, STLMTokenizer
+from modeling_stlm.training.optimizer import MuonRecipe
+
+
+TOKENIZER = STLMTokenizer()
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--text", nargs="+", required=True, help="files or patterns of encyclopaedic articles")
+    parser.add_argument("--train", required=True, help="labelled rows, csv or json")
+    parser.add_argument("--test", required=True, help="labelled rows, csv or json")
+    parser.add_argument("--column", default="text", help="of the labelled files; FewRel: marked")
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--preset", default="stlm-3m", help="all sizes but the depth of the trunk")
+    parser.add_argument("--deep", type=int, default=6, help="layers of the deep trunk")
+    parser.add_argument("--shallow", type=int, default=1, help="layers of the shallow trunks")
+    parser.add_argument("--members", type=int, default=4, help="shallow models in a committee")
+    parser.add_argument("--articles", type=int, nargs="+", default=[100, 300, 1000], help="sizes of the corpus")
+    parser.add_argument(
+        "--rows", type=int, help="labelled rows to train on, the first ones of a shuffle; default: all"
+    )
+    parser.add_argument("--max_bytes", type=int, default=512, help="bytes read of each article and row")
+    parser.add_argument("--pretraining_epochs", type=float, default=1)
+    parser.add_argument("--finetuning_epochs", type=float, default=1)
+    parser.add_argument("--batch_size", type=int, default=32)
+    parser.add_argument("--seeds", type=int, default=1)
+    return parser.parse_args()
+
+
+def encode(texts: list[str], max_bytes: int) -> list[list[int]]:
+    return TOKENIZER(texts, truncation=True, max_length=max_bytes)["input_ids"]
+
+
+def labelled(file: str, args: argparse.Namespace) -> Dataset:
+    kind = "csv" if ".csv" in Path(file).name else "json"
+    rows = load_dataset(kind, data_files=file, split="train")
+    return Dataset.from_dict({"input_ids": encode(list(rows[args.column]), args.max_bytes), "labels": rows["label"]})
+
+
+def trainer_of(model, data, args: argparse.Namespace, epochs: float, seed: int, **options) -> Trainer:
+    training = TrainingArguments(
+        str(args.output / "trainer"),
+        num_train_epochs=epochs,
+        per_device_train_batch_size=args.batch_size,
+        per_device_eval_batch_size=args.batch_size,
+        warmup_steps=0.05,
+        train_sampling_strategy="group_by_length",
+        seed=seed,
+        save_strategy="no",
+        logging_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=not torch.cuda.is_available(),
+    )
+    recipe = (MuonRecipe, {"muon_lr": 0.01, "adamw_lr": 2e-3})
+    return Trainer(
+        model, training, train_dataset=data, processing_class=TOKENIZER, optimizer_cls_and_kwargs=recipe, **options
+    )
+
+
+def pretrained(layers: int, articles: list[str], args: argparse.Namespace, seed: int) -> Path:
+    """Folder of a masked language model of `articles`; without any, of random weights."""
+    set_seed(seed)
+    sizes = {"num_trunk_layers": layers, "num_unique_trunk_layers": layers, "layer_sharing": "none"}
+    model = STLMForMaskedLM(STLMConfig.from_preset(args.preset, is_causal=False, **sizes))
+    folder = args.output / f"{layers}-layers-{len(articles)}-articles-seed-{seed}"
+    if articles:
+        data = [{"input_ids": ids} for ids in encode(articles, args.max_bytes)]
+        collator = DataCollatorForLanguageModeling(TOKENIZER, mlm_probability=0.15)
+        trainer_of(model, data, args, args.pretraining_epochs, seed, data_collator=collator).train()
+    model.save_pretrained(folder)
+    return folder
+
+
+def finetuned(folder: Path, sets: dict[str, Dataset], args: argparse.Namespace, seed: int):
+    """A classifier that starts from `folder`."""
+    set_seed(seed)
+    num_labels = len(set(sets["train"]["labels"]))
+    model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=num_labels)
+    trainer_of(model, sets["train"], args, args.finetuning_epochs, seed).train()
+    return model.eval()
+
+
+def accuracy(model, sets: dict[str, Dataset], args: argparse.Namespace) -> float:
+    predicted = trainer_of(model, None, args, 1, 0).predict(sets["test"])
+    return float((predicted.predictions.argmax(-1) == predicted.label_ids).mean())
+
+
+@torch.no_grad()
+def latency(model, sets: dict[str, Dataset], batch_size: int, repeats: int = 15) -> float:
+    """Median milliseconds of a call on rows of the test set."""
+    rows = {"input_ids": sets["test"]["input_ids"][:batch_size]}
+    batch = TOKENIZER.pad(rows, return_tensors="pt").to(model.device)
+    times = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        model(**batch).logits.cpu()
+        times.append(1000 * (time.perf_counter() - start))
+    return statistics.median(times[1:])  # the first call warms up
+
+
+def spread(values: list[float]) -> str:
+    deviation = f" +- {100 * statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{100 * statistics.mean(values):.1f}{deviation}"
+
+
+def main():
+    args = parse_arguments()
+    logging.set_verbosity_error()  # every classifier starts with a fresh head: not worth a report each time
+    articles = list(islice((text for text in documents(args.text) if text), max(args.articles)))
+    if len(articles) < max(args.articles):
+        raise SystemExit(f"{args.text} hold {len(articles)} articles, expected at least {max(args.articles)}")
+    sets = {"train": labelled(args.train, args).shuffle(seed=0), "test": labelled(args.test, args)}
+    if args.rows:
+        sets["train"] = sets["train"].select(range(args.rows))
+    arms = ("deep", "shallow", "committee")
+    accuracies = {arm: {size: [] for size in (0, *args.articles)} for arm in arms}
+    for seed in range(args.seeds):
+        for size in (0, *args.articles):
+
+            def classifier(layers, number, size=size):
+                return finetuned(pretrained(layers, articles[:size], args, number), sets, args, number)
+
+            deep = classifier(args.deep, seed)
+            members = [classifier(args.shallow, seed * args.members + i) for i in range(args.members)]
+            models = {"deep": deep, "shallow": members[0], "committee": STLMCommittee.from_members(members)}
+            for arm, model in models.items():
+                accuracies[arm][size].append(accuracy(model, sets, args))
+            print(f"seed {seed}, {size} articles:", {arm: accuracies[arm][size][-1] for arm in arms}, flush=True)
+    models["committee"].save_pretrained(args.output / "committee")
+    TOKENIZER.save_pretrained(args.output / "committee")
+
+    speed = {arm: {size: latency(model, sets, size) for size in (1, 32)} for arm, model in models.items()}
+    parameters = {arm: model.num_parameters() for arm, model in models.items()}
+    print(f"\n{'accuracy in %':<16}" + "".join(f"{f'{size} articles':>18}" for size in (0, *args.articles)))
+    for arm in arms:
+        print(f"{arm:<16}" + "".join(f"{spread(values):>18}" for values in accuracies[arm].values()))
+    print(f"\n{'':<16}{'parameters':>18}{'ms at batch 1':>18}{'ms at batch 32':>18}")
+    for arm in arms:
+        print(f"{arm:<16}{parameters[arm]:>18,}{speed[arm][1]:>18.1f}{speed[arm][32]:>18.1f}")
+    results = {
+        "arguments": {name: str(value) for name, value in vars(args).items() if name != "output"},
+        "accuracy": accuracies,
+        "latency_ms": speed,
+        "parameters": parameters,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
+        "threads": torch.get_num_threads(),
+    }
+    (args.output / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    figure = Figure(figsize=(6, 4))
+    axes = figure.subplots()
+    for arm in arms:
+        means = [statistics.mean(values) for values in accuracies[arm].values()]
+        errors = [statistics.stdev(values) if len(values) > 1 else 0 for values in accuracies[arm].values()]
+        axes.errorbar(range(len(means)), means, errors, marker="o", capsize=3, label=arm)
+    axes.set_xticks(range(len(means)), (0, *args.articles))
+    axes.set(xlabel="articles of pre-training", ylabel="accuracy")
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(args.output / "accuracy.png", dpi=120)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The folder of a pretraining: checkpoints to go on from, and what is left in the end."""
+
+import argparse
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+from matplotlib.figure import Figure
+from transformers import GenerationConfig, Trainer, TrainerCallback, TrainerState
+
+
+def last_checkpoint(output: Path) -> str | None:
+    """The newest complete checkpoint: its trainer state is written last, and is whole."""
+    for path in sorted(output.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]), reverse=True):
+        try:
+            json.loads((path / "trainer_state.json").read_text())
+        except (FileNotFoundError, json.JSONDecodeError):
+            continue
+        return str(path)
+    return None
+
+
+class ProgressLines(TrainerCallback):
+    """Prints a line for every log: how far the run is, then its loss or its score.
+
+    Args:
+        progress (`Callable[[TrainerState], str]`): how far, such as `"3.0 of 60 min"`.
+    """
+
+    def __init__(self, progress: Callable[[TrainerState], str]):
+        self.progress = progress
+
+    def on_log(self, args, state, control, logs, **kwargs):
+        if not state.is_world_process_zero:
+            return
+        if "loss" in logs:
+            print(
+                f"{self.progress(state)}: loss {logs['loss']:.4f}, learning rate {logs['learning_rate']:.2e}",
+                flush=True,
+            )
+        elif "eval_bits_per_byte" in logs:
+            print(f"{self.progress(state)}: validation {logs['eval_bits_per_byte']:.4f} bits per byte", flush=True)
+
+
+def plot(history: list[dict], path: Path) -> None:
+    """Bits per byte while training and on validation."""
+    curves = {"training": [(log["step"], log["loss"] / math.log(2)) for log in history if "loss" in log]}
+    scores = ("eval_bits_per_byte", "validation_bits_per_byte")  # while training and at the end
+    curves["validation"] = [(log["step"], log[score]) for log in history for score in scores if score in log]
+    figure = Figure()
+    axes = figure.subplots(subplot_kw={"xlabel": "step", "ylabel": "bits per byte"})
+    for name, points in curves.items():
+        if points:
+            axes.plot(*zip(*points), marker="." if name == "validation" else None, label=name)
+    axes.legend()
+    figure.savefig(path)
+
+
+def save(trainer: Trainer, results: dict, args: argparse.Namespace) -> None:
+    """Checkpoint, history, curve and results, readable by the group; the generation config sets no length."""
+    tokenizer, history = trainer.processing_class, trainer.state.log_history
+    trainer.model.config.use_cache = True  # Trainer turns it off
+    special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    trainer.model.generation_config = GenerationConfig(do_sample=True, temperature=0.8, top_p=0.95, **special)
+    trainer.save_model()
+    # Results are published: names of files, no folders of this machine.
+    names = {
+        split: " ".join(Path(file).name for file in getattr(args, split)) for split in ("train", "validation", "test")
+    }
+    arguments = vars(args) | names | {"output": args.output.name}
+    results["arguments"] = {name: str(value) for name, value in arguments.items()}
+    for name, value in {"history": history, "results": results}.items():
+        (args.output / f"{name}.json").write_text(json.dumps(value, indent=1) + "\n")
+    plot(history, args.output / "loss.png")
+    (args.output / "model.safetensors").chmod(0o644)  # safetensors makes files that only their owner reads
+    scores = ", ".join(f"{split} {score:.4f}" for split, score in results["bits_per_byte"].items())
+    print(f"\nbits per byte: {scores}\ncurve: {args.output / 'loss.png'}")
+    print(f"next: python examples/generate.py --checkpoint {args.output}")
