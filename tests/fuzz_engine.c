@@ -31,7 +31,8 @@ static void set_checksum(uint8_t *data, size_t size, size_t at) {
 }
 
 static void mutate(uint8_t *data, size_t *size, size_t header) {
-  static const uint32_t special[] = {0, 1, 255, 256, 65535, 65536, 0x7fffffff, 0x80000000u, 0xffffffffu, 0x7f800000, 0x7fc00000};
+  static const uint32_t special[] = {0,          1,           255,         256,        65535,     65536,
+                                     0x7fffffff, 0x80000000u, 0xffffffffu, 0x7f800000, 0x7fc00000};
   for (uint32_t left = 1 + draw(4); left; left--) {
     uint32_t reach = (uint32_t)(draw(4) ? header : *size), at = draw(reach < 8 ? 8 : reach - 8);
     if (draw(40) == 0) *size = draw((uint32_t)*size) + 1;

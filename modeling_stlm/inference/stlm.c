@@ -50,7 +50,7 @@ enum { Q4_BLOCK = 32, Q4_BLOCK_BYTES = 18 };  // of one Q4_0 block: a half preci
 // A matrix (out, in), stored by packs of 16 outputs so that a product needs no sums across lanes:
 //   F32, BF16  [out / 16][in][16]
 //   Q8         [out / 16][in / 4][16][4]                 int8, a scale per output
-//   Q4         [out / 16][in / 32][4][16][4]             two numbers a byte: inputs i and i + 16 of 32; scale per output and 32
+//   Q4         [out / 16][in / 32][4][16][4]             inputs i and i + 16 of 32 in a byte, a scale per output and 32 inputs
 typedef struct {
   Type type;
   int out, in;
@@ -104,7 +104,7 @@ typedef struct Kernels {
   void (*product)(stlm_batch *, const Matrix *, const float *x, int n, float *y);
   void (*norm)(const float *x, const float *weight, float eps, int n, int width, float *to);
   void (*add_row)(const Table *, int64_t row, float *to);
-  void (*attend)(stlm_batch *, const Attention *, int i, float *projected, float *keys, float *values, int room, int slot,
+  void (*attend)(stlm_batch *, const Attention *, int i, float *projected, char *keys, char *values, int room, int slot,
                  int count, float *to);
 } Kernels;
 
@@ -138,6 +138,7 @@ struct stlm_model {
   FeedForward *feed_forward_blocks;
   size_t open_sum, visible, output, before, state_floats;  // offsets in the state of a row, and its size
   int widest, widest_head;
+  int item;  // bytes of a number in the keys and values that are kept: 2 (bfloat16) with integer weights, else 4
 };
 
 // What changes with every byte and has a fixed size is in `at` and `state`; the rest is only appended to.
@@ -155,7 +156,7 @@ typedef struct {
   uint64_t *digests;  // (bytes) of the text up to each byte, to know it again
   int32_t *earlier;  // (bytes) the place before of the gram that ends at a byte, for match embeddings
   int byte_room, patch_room;
-  float *keys, *values;  // (passes), each as in `attend`
+  char *keys, *values;  // (passes), each as in `attend`
   Slot *slots;
   int num_slots, num_grams;  // a power of two; slots in use
 } Row;
@@ -293,7 +294,8 @@ typedef void (*FloatSums)(const void *w, size_t step, size_t pack_step, int in, 
                           int vectors, float *sums);
 typedef void (*Q8Sums)(const int8_t *w, size_t pack_step, int quads, const uint8_t *x, size_t x_step, const int32_t *row_sums,
                        int packs, int vectors, int32_t *sums);
-typedef void (*Q4Sums)(const uint8_t *w, const float *scales, int blocks, const uint8_t *x, const int32_t *x_sums, float *sums);
+typedef void (*Q4Sums)(const uint8_t *w, const float *scales, int blocks, const uint8_t *x, const int32_t *x_sums,
+                       float *sums);
 
 // Vectors of BYTES; ONE and FOUR packs at a time for one and for four vectors, so that sums stay in registers.
 #define FLOAT_SUMS(name, TARGET, BYTES, ONE, FOUR, ITEM, TO_FLOATS)                                                        \
@@ -697,13 +699,21 @@ INLINE void set_angles(stlm_batch *b, int i, int position, const Attention *a) {
     sine_and_cosine((float)position / a->periods[k], b->sines + i * a->width / 2 + k, b->cosines + i * a->width / 2 + k);
 }
 
-// Stores key and value of token i at `slot` and attends to the slots below `count`, of `room`: keys [groups][room / 16][K][16]
+// A float, or its upper half rounded to nearest, ties to even.
+INLINE void keep(char *to, float number, int item) {
+  const uint32_t bits = (uint32_t)bits_of(number), rounded = bits + 0x7fff + (bits >> 16 & 1);
+  const uint16_t half = (uint16_t)(rounded >> 16);
+  if (item == 4) memcpy(to, &number, 4);
+  else memcpy(to, &half, 2);
+}
+
+// Keeps key and value of token i at `slot` and attends to the slots below `count`, of `room`: keys [groups][room / 16][K][16]
 // and values [groups][room][K rounded up to 16]. `projected` (H + 2 groups, K) is changed.
-INLINE void attend(FloatSums sums_of, stlm_batch *b, const Attention *a, int i, float *projected, float *keys, float *values,
+INLINE void attend(FloatSums sums_of, stlm_batch *b, const Attention *a, int i, float *projected, char *keys, char *values,
                    int room, int slot, int count, float *to) {
-  const int width = a->width, wide = round_up(width, LANES), queries = a->heads / a->groups;
-  const int padded = round_up(count, LANES);
-  const size_t step = sizeof(float) * LANES, heads_step = (size_t)width;
+  const int width = a->width, wide = round_up(width, LANES), queries = a->heads / a->groups, padded = round_up(count, LANES);
+  const int item = b->model->item;
+  const size_t step = (size_t)(item * LANES), key_step = step * (size_t)width, value_step = (size_t)(item * wide);
   const float *cosines = b->cosines + i * width / 2, *sines = b->sines + i * width / 2;
   const float scale = 1.0f / sqrtf((float)width);
   float *query = projected, *key = query + a->heads * width, *value = key + a->groups * width;
@@ -711,22 +721,22 @@ INLINE void attend(FloatSums sums_of, stlm_batch *b, const Attention *a, int i, 
   norm(key, a->k_norm, b->model->eps, a->groups, width, key);
   for (int h = 0; h < a->heads; h++) turn(query + h * width, cosines, sines, width, scale);
   for (int g = 0; g < a->groups; g++) {
+    char *column = keys + (size_t)(slot / LANES) * key_step + slot % LANES * item, *row = values + (size_t)slot * value_step;
     turn(key, cosines, sines, width, 1.0f);
-    float *column = keys + (size_t)(slot / LANES) * heads_step * LANES + slot % LANES;
-    for (int c = 0; c < width; c++) column[c * LANES] = key[c];
-    memcpy(values + (size_t)slot * (size_t)wide, value, sizeof(float) * (size_t)width);
-
-    product_of_floats(sums_of, keys, step, step * heads_step, width, padded, query, heads_step, queries, b->scores,
-                      (size_t)padded);
+    for (int c = 0; c < width; c++) {
+      keep(column + (size_t)c * step, key[c], item);
+      keep(row + c * item, value[c], item);
+    }
+    product_of_floats(sums_of, keys, step, key_step, width, padded, query, (size_t)width, queries, b->scores, (size_t)padded);
     for (int q = 0; q < queries; q++) softmax(b->scores + q * padded, count);
     memset(to, 0, sizeof(float) * (size_t)(queries * width));
     for (int at = 0; at < count; at += PART) {  // values of so many slots stay in the cache for all queries
-      product_of_floats(sums_of, values + at * wide, sizeof(float) * (size_t)wide, step, min_int(PART, count - at), width,
-                        b->scores + at, (size_t)padded, queries, b->part, heads_step);
+      product_of_floats(sums_of, values + (size_t)at * value_step, value_step, step, min_int(PART, count - at), width,
+                        b->scores + at, (size_t)padded, queries, b->part, (size_t)width);
       add_to(to, b->part, queries * width);
     }
     query += queries * width, to += queries * width, key += width, value += width;
-    keys += (size_t)room * heads_step, values += (size_t)room * (size_t)wide;
+    keys += (size_t)(room / LANES) * key_step, values += (size_t)room * value_step;
   }
 }
 
@@ -746,8 +756,9 @@ INLINE void byte_layer(stlm_batch *b, const ByteLayer *layer, int n, const Kerne
     int t = b->at_of[i];
     if (layer->is_attention) {
       set_angles(b, i, t, &layer->attention);
-      k->attend(b, &layer->attention, i, b->y + i * in->out, state, state + ring_of_keys(m, &layer->attention),
-                round_up(m->window, LANES), t % m->window, min_int(t + 1, m->window), b->x + i * out->in);
+      k->attend(b, &layer->attention, i, b->y + i * in->out, (char *)state,
+                (char *)(state + ring_of_keys(m, &layer->attention)), round_up(m->window, LANES), t % m->window,
+                min_int(t + 1, m->window), b->x + i * out->in);
     } else {
       convolve(m, layer, state, t, b->y + i * in->out, b->x + i * width);
     }
@@ -857,8 +868,8 @@ INLINE void run_trunk(stlm_batch *b, int p, const Kernels *k) {
     for (int i = 0; i < p; i++) {
       const Row *row = b->rows + b->patch_row[i];
       const size_t first = (size_t)(pass * a->groups) * (size_t)row->patch_room;
-      k->attend(b, a, i, b->y + i * a->qkv.out, row->keys + first * (size_t)a->width,
-                row->values + first * (size_t)round_up(a->width, LANES), row->patch_room, b->patch_index[i],
+      k->attend(b, a, i, b->y + i * a->qkv.out, row->keys + first * (size_t)(a->width * m->item),
+                row->values + first * (size_t)(round_up(a->width, LANES) * m->item), row->patch_room, b->patch_index[i],
                 b->patch_index[i] + 1, b->x + i * a->out.in);
     }
     k->product(b, &a->out, b->x, p, b->y);
@@ -909,9 +920,10 @@ INLINE void forward(stlm_batch *b, int n, const Kernels *k) {
     else if (m->type == Q4) product_of_q4(sums_q4_##isa, b, m, x, n, y);                                        \
     else product_of_floats(sums_of, m->weights, step, step * in, m->in, m->out, x, in, n, y, out);              \
   }                                                                                                             \
-  TARGET static void attend_##isa(stlm_batch *b, const Attention *a, int i, float *projected, float *keys,      \
-                                  float *values, int room, int slot, int count, float *to) {                    \
-    attend(sums_f32_##isa, b, a, i, projected, keys, values, room, slot, count, to);                            \
+  TARGET static void attend_##isa(stlm_batch *b, const Attention *a, int i, float *projected, char *keys,       \
+                                  char *values, int room, int slot, int count, float *to) {                     \
+    const FloatSums sums_of = b->model->item == 2 ? sums_bf16_##isa : sums_f32_##isa;                           \
+    attend(sums_of, b, a, i, projected, keys, values, room, slot, count, to);                                   \
   }                                                                                                             \
   TARGET static void norm_##isa(const float *x, const float *weight, float eps, int n, int width, float *to) {  \
     norm(x, weight, eps, n, width, to);                                                                         \
@@ -985,7 +997,8 @@ static void *take(File *f, size_t size) {
 }
 
 static const uint8_t *skip(File *f, uint64_t bytes) {
-  if (!*f->error && f->size - f->at < bytes) fail(f, "the file is truncated: its header does not end within %zu bytes", f->size);
+  if (!*f->error && f->size - f->at < bytes)
+    fail(f, "the file is truncated: its header does not end within %zu bytes", f->size);
   if (*f->error) return NULL;
   f->at += (size_t)bytes;
   return f->bytes + f->at - bytes;
@@ -1106,7 +1119,8 @@ static void verify(File *f) {
     a %= 65521;
     b %= 65521;
   }
-  if ((b << 16 | a) != expected) fail(f, "the file is damaged or truncated: its checksum is %08x, expected %08x", b << 16 | a, expected);
+  if ((b << 16 | a) != expected)
+    fail(f, "the file is damaged or truncated: its checksum is %08x, expected %08x", b << 16 | a, expected);
 }
 
 static size_t size_of(uint32_t type, size_t count) {
@@ -1266,7 +1280,8 @@ static void read_byte_layers(File *f, stlm_model *m) {
     set_prefix(f, "%s.%d.mixer.", part, index);
     if (layer->is_attention) {
       layer->attention = read_attention(f, heads, m->width);
-      m->state_floats += ring_of_keys(m, &heads) + (size_t)round_up(m->window, LANES) * (size_t)(heads.groups * round_up(heads.width, LANES));
+      m->state_floats += ring_of_keys(m, &heads);
+      m->state_floats += (size_t)round_up(m->window, LANES) * (size_t)(heads.groups * round_up(heads.width, LANES));
       continue;
     }
     layer->in_proj = read_matrix(f, "in_proj.weight", 3 * m->width, m->width);
@@ -1374,9 +1389,11 @@ static void read_model(File *f, stlm_model *m) {
   m->trunk_norm = read_vector(f, "trunk.final_norm.weight", m->trunk_width);
   for (uint64_t i = 0; i < f->num_tensors; i++) {
     const Text name = f->tensors[i].name;
-    if (!f->tensors[i].is_used) fail(f, "this engine does not know the tensor %.*s", name.length < 80 ? (int)name.length : 80, name.text);
+    if (!f->tensors[i].is_used)
+      fail(f, "this engine does not know the tensor %.*s", name.length < 80 ? (int)name.length : 80, name.text);
   }
   m->widest = max_int(m->widest, 3 * m->width);
+  m->item = m->patch_proj.type == Q8 || m->patch_proj.type == Q4 ? 2 : 4;
   m->open_sum = m->state_floats;
   m->visible = m->open_sum + (size_t)m->width;
   m->output = m->visible + (size_t)m->width;
@@ -1488,10 +1505,10 @@ static int resize(void *memory, size_t used, size_t count, size_t size) {
 }
 
 // `count` parts of `old` bytes with room for `new` bytes each, zeroed; NULL without memory.
-static float *widened(const float *parts, size_t count, size_t old, size_t new) {
+static char *widened(const char *parts, size_t count, size_t old, size_t new) {
   char *wider = calloc(count, new);
-  for (size_t i = 0; i < count && wider && parts; i++) memcpy(wider + i * new, (const char *)parts + i * old, old);
-  return (float *)(void *)wider;
+  for (size_t i = 0; i < count && wider && parts; i++) memcpy(wider + i * new, parts + i * old, old);
+  return wider;
 }
 
 // Room for `more` bytes, which may all end patches.
@@ -1508,11 +1525,11 @@ static int reserve(stlm_batch *b, Row *row, int more) {
     row->byte_room = (int)room;
   }
   if (patches > row->patch_room) {
-    const size_t old = (size_t)row->patch_room, room = (size_t)round_up(patches + patches / 4, LANES);
+    const size_t old = (size_t)row->patch_room, room = (size_t)round_up(patches + patches / 8, LANES);
     const size_t parts = (size_t)(m->num_passes * a->groups);
-    const size_t key = sizeof(float) * (size_t)a->width, value = sizeof(float) * (size_t)round_up(a->width, LANES);
-    float *keys = widened(row->keys, parts, old * key, room * key);
-    float *values = widened(row->values, parts, old * value, room * value);
+    const size_t key = (size_t)(m->item * a->width), value = (size_t)(m->item * round_up(a->width, LANES));
+    char *keys = widened(row->keys, parts, old * key, room * key);
+    char *values = widened(row->values, parts, old * value, room * value);
     if (!keys || !values) {
       free(keys), free(values);
       return refuse(b, "not enough memory for %d patches", patches);
@@ -1525,7 +1542,8 @@ static int reserve(stlm_batch *b, Row *row, int more) {
     int queries = a->heads / a->groups;
     for (int i = 0; i < m->num_byte_layers; i++)
       if (m->byte_layers[i].is_attention) queries = max_int(queries, m->byte_layers[i].attention.heads);
-    if (!resize(&b->scores, 0, (size_t)scores, sizeof(float) * (size_t)queries)) return refuse(b, "not enough memory for scores");
+    if (!resize(&b->scores, 0, (size_t)scores, sizeof(float) * (size_t)queries))
+      return refuse(b, "not enough memory for scores");
     b->score_room = scores;
   }
   if (m->match_bytes && (int64_t)(row->num_grams + more) * 2 > row->num_slots) {
