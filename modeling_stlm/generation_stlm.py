@@ -107,15 +107,15 @@ class STLMGenerationMixin(GenerationMixin):
         extracted = super()._extract_generation_mode_kwargs(
             custom_generate, kwargs, synced_gpus, assistant_model, streamer
         )
-        # The library drops the streamer of a callable, whose reader would wait for ever, and the tokenizer of stop strings.
+        # The library drops the streamer of a callable, whose reader would wait for ever, its assistant, and the tokenizer,
+        # without which there are no stop strings.
         if callable(custom_generate):
             accepted = inspect.signature(custom_generate).parameters
-            if streamer is not None:
-                if "streamer" not in accepted:
-                    raise ValueError(f"custom_generate={custom_generate!r} takes no streamer")
-                extracted["streamer"] = streamer
-            if tokenizer is not None and "tokenizer" in accepted:
-                extracted["tokenizer"] = tokenizer
+            for name, value in (("streamer", streamer), ("assistant_model", assistant_model)):
+                if value is not None and name not in accepted:
+                    raise ValueError(f"custom_generate={custom_generate!r} takes no {name}")
+            given = {"streamer": streamer, "assistant_model": assistant_model, "tokenizer": tokenizer}
+            extracted |= {name: value for name, value in given.items() if value is not None and name in accepted}
         return extracted
 
     def _get_candidate_generator(self, *args, model_kwargs, **kwargs):

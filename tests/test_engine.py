@@ -182,7 +182,9 @@ def test_a_text_ends_where_the_model_ends_it(tiny, tmp_path):
     model.generation_config.eos_token_id = 258
     first = greedy.tolist().index(int(greedy[12]))
     assert engine.generate(b"x", max_new_tokens=30) == bytes(i for i in greedy[: first + 1].tolist() if i < 256)
-    assert b"".join(engine.stream(b"x", max_new_tokens=30)) == bytes(i for i in greedy[:first].tolist() if i < 256)
+    before = bytes(i for i in greedy[:first].tolist() if i < 256)
+    assert b"".join(engine.stream(b"x", max_new_tokens=30)) == before
+    assert engine.complete(b"x", 30).startswith(before) and len(engine.complete(b"x", 30)) <= len(before) + 1
 
 
 def test_sampled_text_depends_on_the_seed_and_not_on_the_batch(tiny):
@@ -302,6 +304,8 @@ def test_what_the_engine_cannot_do_is_refused_by_name(tiny, tmp_path):
     ):
         with pytest.raises(ValueError, match=name):
             model.generate(torch.tensor(ROWS[3:]), custom_generate=engine, **options)
+    with pytest.raises(ValueError, match="assistant_model"):
+        model.generate(torch.tensor(ROWS[3:]), custom_generate=engine, assistant_model=model)
     with pytest.raises(ValueError, match="inputs_embeds"):
         model.generate(inputs_embeds=model.get_input_embeddings()(torch.tensor(ROWS[3:])), custom_generate=engine)
     cache = model(torch.tensor(ROWS[3:]), use_cache=True).cache
@@ -381,6 +385,9 @@ def test_wrong_calls_are_refused_in_words(tiny):
     with pytest.raises(ValueError, match="id 2 of row 1 is 320, expected 0 to 319"):
         rows.read([[1], [2, 3, 320]])
     assert rows.length(0) == 0
+    assert tiny[1].generate(bytearray(b"ab"), 3) == tiny[1].generate("ab", 3)
+    with pytest.raises(TypeError):
+        tiny[1].generate([1, 2], 3)
     for call in (rows.logits, lambda: rows.read([[1]]), lambda: Rows(tiny[1], 0)):
         with pytest.raises(ValueError, match=r"empty|2 rows|at least 1"):
             call()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The engine: a trained STLM in a few hundred lines of C, from Python.
+"""The engine: a trained STLM in one file of C, from Python.
 
     python -m modeling_stlm.inference.export examples/checkpoints/stlm-3m stlm-3m.gguf --type q8
 
@@ -203,6 +203,7 @@ class Engine:
         about = self._library.stlm_describe(self._handle).contents
         self.isa, self.vocab_size, self.bos_token_id = about.isa.decode(), about.vocab_size, about.bos_id
         self.eos_token_ids = about.ends[: about.num_ends]
+        self._ends = (ctypes.c_int32 * about.num_ends)(*self.eos_token_ids)
         self._source = about.source.decode()
         self._known = weakref.WeakKeyDictionary()  # models that were compared, with sums of their weights
         self._typed: tuple[Rows, list[tuple[bytes, Snapshot]]] | None = None  # of `complete`
@@ -234,9 +235,8 @@ class Engine:
         ):
             if not is_allowed:
                 raise ValueError(f"{name}={value} is out of its range")
-        ends = (ctypes.c_int32 * len(self.eos_token_ids))(*self.eos_token_ids)
         temperature = temperature if do_sample else 0.0
-        sampling = _Sampling(temperature, top_p, min_p, repetition_penalty, top_k, len(ends), ends)
+        sampling = _Sampling(temperature, top_p, min_p, repetition_penalty, top_k, len(self._ends), self._ends)
         rows = Rows(self, len(prompts))
         rows.read([self._ids(prompt) for prompt in prompts])
         seeds = (np.arange(len(prompts)) + seed).astype(np.uint64)
@@ -259,7 +259,8 @@ class Engine:
         Options as in `generate` of the library, off by default. Row r draws with `seed + r`: it is what it would be
         alone. Special tokens are left out of the bytes, and those that end a text end it.
         """
-        prompts = [prompt] if isinstance(prompt, (bytes, str)) else prompt
+        is_one = isinstance(prompt, (bytes, bytearray, str))
+        prompts = [prompt] if is_one else prompt
         options = do_sample, temperature, top_k, top_p, min_p, repetition_penalty, seed
         rows, sampling, seeds, active = self._start(prompts, *options)
         pieces = []
@@ -268,7 +269,7 @@ class Engine:
             pieces.append(rows.write(sampling, seeds, active, count))
             max_new_tokens -= count
         written = [_written(ids) for ids in np.concatenate([np.empty((len(prompts), 0), np.int32), *pieces], axis=1)]
-        return written[0] if isinstance(prompt, (bytes, str)) else written
+        return written[0] if is_one else written
 
     def stream(self, prompt: Text, max_new_tokens: int = 256, **options) -> Iterator[bytes]:
         """As [`Engine.generate`] of one prompt, with its `options`, byte by byte."""
@@ -277,7 +278,8 @@ class Engine:
             byte = _written(rows.write(sampling, seeds, active, 1)[0])
             if not active[0]:
                 return
-            yield byte
+            if byte:  # no special token
+                yield byte
 
     def score(self, text: Text, context: Text = b"") -> np.ndarray:
         """Natural logarithm of the probability of every byte of `text` after `context`: (T,) float32.
@@ -307,7 +309,7 @@ class Engine:
         if text != known:
             snapshots.append((text, rows.take()))
             del snapshots[1 : max(1, len(snapshots) - MAX_SNAPSHOTS)]
-        sampling = _Sampling(0.0, 1.0, 0.0, 1.0, 0, 0, None)
+        sampling = _Sampling(0.0, 1.0, 0.0, 1.0, 0, len(self._ends), self._ends)
         return _written(rows.write(sampling, np.zeros(1, np.uint64), np.ones(1, np.uint8), max_new_tokens)[0])
 
     # generate(custom_generate=engine)
@@ -391,7 +393,7 @@ class Engine:
 
 
 def _bytes(text: Text) -> bytes:
-    return text.encode() if isinstance(text, str) else bytes(text)
+    return text.encode() if isinstance(text, str) else bytes(memoryview(text))  # which refuses a number
 
 
 def _int32(text: Sequence[int]) -> np.ndarray:
