@@ -20,6 +20,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from inputs import checkpoint
 from lm_eval import evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
@@ -41,7 +42,9 @@ TASKS = {
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", default=str(HERE / "checkpoints" / "stlm-3m"), help="folder or Hub id")
+    parser.add_argument(
+        "--checkpoint", type=checkpoint, default=str(HERE / "checkpoints" / "stlm-3m"), help="folder or Hub id"
+    )
     for task, fields in TASKS.items():
         parser.add_argument(f"--{task}", help=f"JSON lines with {fields}")
     parser.add_argument("--limit", type=int, help="only the first rows of each file")

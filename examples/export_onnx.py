@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import torch
+from inputs import checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, StaticCache
 from transformers.exporters import ExportedModel, OnnxConfig, OnnxExporter
 
@@ -49,7 +50,9 @@ def generate(exported: ExportedModel, input_ids: torch.Tensor, attention_mask: t
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", default=str(HERE / "checkpoints" / "stlm-3m"), help="folder or Hub id")
+    parser.add_argument(
+        "--checkpoint", type=checkpoint, default=str(HERE / "checkpoints" / "stlm-3m"), help="folder or Hub id"
+    )
     parser.add_argument("--output", type=Path, required=True, help="folder for the graphs")
     parser.add_argument("--max_length", type=int, default=512, help="bytes of prompt and answer together")
     parser.add_argument("--prompt", default="The history of the")

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import matplotlib
 import torch
+from inputs import checkpoint, read_text, text_file
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer, Trainer, TrainingArguments, set_seed
 
@@ -27,12 +28,15 @@ from matplotlib import pyplot as plt
 
 
 HERE = Path(__file__).parent
+BLOCK_BYTES = 1024
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", default=str(HERE / "checkpoints" / "stlm-3m"), help="folder or Hub id")
-    parser.add_argument("--text", type=Path, default=HERE / "data" / "shakespeare.txt")
+    parser.add_argument(
+        "--checkpoint", type=checkpoint, default=str(HERE / "checkpoints" / "stlm-3m"), help="folder or Hub id"
+    )
+    parser.add_argument("--text", type=text_file, default=HERE / "data" / "shakespeare.txt")
     parser.add_argument("--output", type=Path, default=Path("runs/finetuned"))
     parser.add_argument("--max_steps", type=int, default=150)
     parser.add_argument("--batch_size", type=int, default=8, help="windows of 1024 bytes a step")
@@ -42,19 +46,9 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise SystemExit(
-            f"{path} is not UTF-8: byte 0x{error.object[error.start]:02x} at offset {error.start}. Convert it first, for "
-            f"example with `iconv --from-code LATIN1 --to-code UTF-8 {path} > utf8.txt`"
-        ) from None
-
-
 def main():
     args = parse_arguments()
-    text = read_text(args.text)
+    text = read_text(args.text, min_bytes=10 * (BLOCK_BYTES + 2))
     set_seed(1)
     tokenizer = AutoTokenizer.from_pretrained(args.checkpoint)
     model = AutoModelForCausalLM.from_pretrained(args.checkpoint, dtype=torch.float32)
@@ -68,7 +62,7 @@ def main():
     sets = {}
     for split, part in (("train", text[:cut]), ("validation", text[cut:])):
         path = write_corpus(args.output / "data" / f"{split}.bin", [part], tokenizer)
-        sets[split] = PackedWindows(path, tokenizer, block_size=1024)
+        sets[split] = PackedWindows(path, tokenizer, block_size=BLOCK_BYTES)
 
     evaluator = BitsPerByteEvaluator()
     trainer = Trainer(

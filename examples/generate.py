@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import torch
+from inputs import at_least_zero, checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, TextStreamer
 
 import modeling_stlm  # noqa: F401  (registers the Auto classes)
@@ -21,11 +22,11 @@ import modeling_stlm  # noqa: F401  (registers the Auto classes)
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     default = Path(__file__).parent / "checkpoints" / "stlm-3m"
-    parser.add_argument("--checkpoint", default=str(default), help="folder or Hub id")
+    parser.add_argument("--checkpoint", type=checkpoint, default=str(default), help="folder or Hub id")
     parser.add_argument("--prompt", help="generate once from this")
     parser.add_argument("--chat", action="store_true", help="use the chat template")
     parser.add_argument("--max_new_tokens", type=int, default=256, help="bytes")
-    parser.add_argument("--temperature", type=float, default=0.8, help="0: greedy")
+    parser.add_argument("--temperature", type=at_least_zero, default=0.8, help="0: greedy")
     return parser.parse_args()
 
 

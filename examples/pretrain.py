@@ -61,15 +61,24 @@ def write_corpora(args: argparse.Namespace, tokenizer, folder: Path) -> dict[str
     for split, path in corpora.items():
         patterns, sources = getattr(args, split), path.with_suffix(".json")
         if not path.is_file():
-            write_corpus(path, documents(patterns), tokenizer)
+            path.parent.mkdir(parents=True, exist_ok=True)
             sources.write_text(json.dumps(patterns))
+            write_corpus(path, documents(patterns), tokenizer)
         elif json.loads(sources.read_text()) != patterns:
             raise SystemExit(f"{path} was made from {sources.read_text()}, not {patterns}: use another folder")
     return corpora
 
 
+def field_value(value: str):
+    """A value as JSON, or the word itself: `patching=fixed` needs no quotes."""
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError:
+        return value
+
+
 def load_config(model: str, changes: list[str]) -> STLMConfig:
-    fields = {name: json.loads(value) for name, _, value in (change.partition("=") for change in changes)}
+    fields = {name: field_value(value) for name, _, value in (change.partition("=") for change in changes)}
     if unknown := sorted(set(fields) - set(STLMConfig().to_dict())):
         raise SystemExit(f"--set {unknown}: not a field of STLMConfig")
     is_folder = (Path(model) / "config.json").is_file()

@@ -13,7 +13,7 @@ from transformers import GenerationConfig, Trainer, TrainerCallback, TrainerStat
 
 def last_checkpoint(output: Path) -> str | None:
     """The newest complete checkpoint: its trainer state is written last, and is whole."""
-    for path in sorted(output.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]), reverse=True):
+    for path in sorted(output.glob("checkpoint-[0-9]*"), key=lambda path: int(path.name.split("-")[1]), reverse=True):
         try:
             json.loads((path / "trainer_state.json").read_text())
         except (FileNotFoundError, json.JSONDecodeError):

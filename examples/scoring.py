@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 from datasets import load_dataset
+from inputs import checkpoint
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -101,7 +102,7 @@ def bits_of_documents(
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", help="folder or Hub id")
+    parser.add_argument("checkpoint", type=checkpoint, help="folder or Hub id")
     parser.add_argument("files", nargs="+", help="files or patterns, as of pretrain.py")
     args = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(args.checkpoint)

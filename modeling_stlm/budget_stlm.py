@@ -31,9 +31,14 @@ class BudgetMixin:
 
         effective = {name: count for name, count in stored.items() if name != "total"}
         schedule = self.config.trunk_schedule
-        effective["trunk"] = _count(base.trunk.final_norm) + sum(
-            _count(base.trunk.attention_blocks[attention]) + _count(base.trunk.feed_forward_blocks[feed_forward])
-            for attention, feed_forward in schedule
+        own = filter(None, [base.trunk.own_matrices])
+        effective["trunk"] = (
+            _count(base.trunk.final_norm)
+            + sum(map(_count, own))
+            + sum(
+                _count(base.trunk.attention_blocks[attention]) + _count(base.trunk.feed_forward_blocks[feed_forward])
+                for attention, feed_forward in schedule
+            )
         )
         head = self.get_output_embeddings()
         if head is not None and self.config.tie_word_embeddings:
@@ -65,6 +70,7 @@ class BudgetMixin:
         per_patch = 2 * (_matmul_parameters(base.patcher.patch_proj) + _matmul_parameters(base.patcher.byte_proj))
         patches_seen = context_bytes / bytes_per_patch / 2
         attention_width = config.trunk_num_attention_heads * config.trunk_head_dim
+        per_patch += sum(2 * _matmul_parameters(own) for own in filter(None, [trunk.own_matrices]))
         for attention, feed_forward in config.trunk_schedule:
             per_patch += 2 * _matmul_parameters(trunk.attention_blocks[attention])
             per_patch += 2 * _matmul_parameters(trunk.feed_forward_blocks[feed_forward])

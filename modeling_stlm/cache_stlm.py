@@ -191,7 +191,7 @@ class STLMPatchStateSlot(STLMSlot):
     """The state of patching, a tuple `state` of tensors (exporters cannot map a NamedTuple), and the byte history.
 
     `history` (B, seen) holds the id at every position, negative where there is none; `grams` (B, S) the gram that ends
-    at each valid byte, from the left, entries past a row's count being stale (`STLMMatchEmbedding`). While recording, `recent` holds
+    at each valid byte, from the left (`STLMMatchEmbedding`), stale past a row's count. While recording, `recent` holds
     the state before the last call, and `recent_bytes` what it did at each byte, a tuple of (B, T, ...).
     """
 

@@ -36,13 +36,12 @@ class STLMConfig(PreTrainedConfig):
         ngram_orders (`list[int]`, *optional*):
             Lengths in bytes of the hashed n-grams whose embeddings are added to the byte embedding (BLT,
             arXiv:2412.09871, section 3.2.1); `[]` for none. Defaults to `[2, 3, 4, 5]`.
-        ngram_word_bytes (`int`, defaults to 12):
-            One more n-gram: the current word so far, at most its last so many bytes; 0 for none.
+        ngram_word_bytes (`int`, defaults to 12): one more: the word so far, at most its last so many bytes; 0 for none.
         ngram_rows (`int`, defaults to 39400): rows of the table of each n-gram length and of the words.
         ngram_embedding_size (`int`, *optional*, defaults to 32):
             Their width; one matrix projects them to `hidden_size`. `None`: as wide as that and summed, as in BLT.
         match_bytes (`int`, defaults to 0):
-            Tell each byte what followed the last time that the same so many bytes stood in its document; 0 for none.
+            Add an embedding of the byte that followed the last occurrence of the same so many bytes; 0 for none.
         patching (`str`, defaults to `"spacelike"`):
             Where patches end. `"spacelike"`: at the first byte after a word that is neither letter, digit nor part of
             a multi-byte character (SpaceByte, arXiv:2404.14408). `"fixed"`: every `patch_bytes` (MegaByte).
@@ -51,11 +50,9 @@ class STLMConfig(PreTrainedConfig):
         patch_bytes (`int`, defaults to 6):
             Length of a patch under `"fixed"`, target for the average length under `"learned"` (2 or more).
         max_patch_bytes (`int`, defaults to 16): of the other rules; pieces of a vocabulary are cut to one byte less.
-        max_patch_characters (`int`, defaults to 3):
-            Longest patch under `"spacelike"` in UTF-8 characters of three or more bytes, for scripts without spaces.
-        patch_vocabulary (`str`, *optional*):
-            Pieces in the alphabet of byte-level BPE, separated by spaces: `" ".join(tokenizer.get_vocab())`.
-        ratio_loss_weight (`float`, defaults to 0.03): of the loss that holds learned patches near `patch_bytes`.
+        max_patch_characters (`int`, defaults to 3): of three or more bytes under `"spacelike"`, for text without spaces.
+        patch_vocabulary (`str`, *optional*): pieces of byte-level BPE, `" ".join(tokenizer.get_vocab())`.
+        ratio_loss_weight (`float`, defaults to 0.03): of the loss that keeps learned patches near `patch_bytes`.
         trunk_hidden_size, trunk_intermediate_size (`int`, default to 320 and 768): widths of the trunk.
         trunk_num_attention_heads, trunk_num_key_value_heads (`int`, default to 10 and 2): heads of the trunk.
         num_trunk_layers, num_unique_trunk_layers (`int`, default to 5 and all): layers that run, layers that are stored.
@@ -65,12 +62,11 @@ class STLMConfig(PreTrainedConfig):
             `"middle"`: one layer in the middle runs several times. `"ffn"`: every layer has its own attention; the
             stored feed-forward layers are shared as in `"immediate"`. Except in `"cycle"`, the first and the last
             layer keep weights of their own (in `"middle"` of two stored layers, the first).
+        sharing_lora_rank (`int`, defaults to 0): of what passes add to matrices they share (arXiv:2410.20672).
         hidden_act (`str`, defaults to `"relu2"`): activation of the feed-forward layers.
-        rope_theta (`float`, defaults to 10000.0): base of the rotary embedding over patches and `"attention"` bytes.
-        norm_eps (`float`, defaults to 1e-06): added to the variance in every LayerNorm.
+        rope_theta, norm_eps (`float`, default to 10000.0 and 1e-06): base of rotary embeddings, addend in LayerNorms.
         initializer_range (`float`, defaults to 0.02): of fresh embeddings and convolutions.
-        hidden_dropout, attention_dropout (`float`, default to 0.0):
-            Dropout on the output of every mixer, attention and feed-forward layer, and on attention probabilities.
+        hidden_dropout, attention_dropout (`float`, default to 0.0): of all block outputs, and of attention probabilities.
         is_causal (`bool`, defaults to `True`):
             With `False` (encoders, masked language models) every part looks both ways, the end of the text closes the
             last patch, a byte sees the patch that it belongs to, and there is no cache.
@@ -90,6 +86,7 @@ class STLMConfig(PreTrainedConfig):
         "local_encoder.*": "free_full_weight",
         "trunk.attention_blocks.*": "free_full_weight",
         "trunk.feed_forward_blocks.*": "free_full_weight",
+        "trunk.own_matrices.*": "free_full_weight",
         "local_decoder.*": "free_full_weight",
         "final_norm": "keep_full_weight",
     }
@@ -124,6 +121,7 @@ class STLMConfig(PreTrainedConfig):
     num_trunk_layers: int = 5
     num_unique_trunk_layers: int | None = None
     layer_sharing: Literal["none", "immediate", "cycle", "middle", "ffn"] = "none"
+    sharing_lora_rank: int = 0
     hidden_act: str = "relu2"
     rope_theta: float | int = 10000.0
     norm_eps: float = 1e-6
@@ -209,6 +207,8 @@ class STLMConfig(PreTrainedConfig):
         ):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.sharing_lora_rank < 0:
+            raise ValueError(f"sharing_lora_rank={self.sharing_lora_rank} must be at least 0")
         if any(order < 2 for order in [*self.ngram_orders, self.ngram_word_bytes or 2]):
             raise ValueError(
                 f"ngram_orders={self.ngram_orders} and ngram_word_bytes={self.ngram_word_bytes} must be at least 2 "

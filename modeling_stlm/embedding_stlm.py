@@ -18,7 +18,7 @@ from .patching_stlm import LEAD4, MISSING, NUM_KINDS, SPACE, SPECIAL, WORD, Cons
 HASH_BASE, HASH_PRIME = 65599, 2**31 - 1
 DIGITS, COMPLETE = 512, 2**62  # a gram is a number in this base, plus `COMPLETE` if all its bytes are there
 MATCH_LENGTHS = 6  # classes: a match of at least n, 2 n, ... bytes
-SHORT_CALL_BYTES = 16  # up to which comparing with all earlier bytes is faster than sorting them
+MAX_COMPARED_BYTES = 16  # up to which comparing with all earlier bytes is faster than sorting them
 
 
 class STLMNgramEmbedding(nn.Module):
@@ -91,7 +91,8 @@ class STLMMatchEmbedding(nn.Module):
 
     For each byte, the last earlier place of its document where the same `match_bytes` bytes ended, as in the match models
     of data compression (Mahoney, "Adaptive weighing of context models for lossless data compression", 2005, section
-    2.3). It needs no arithmetic and lets a model copy.
+    2.3). It needs no matrix product and lets a model copy. While
+    generating, each byte is compared with all earlier ones, whose grams the cache keeps (8 bytes each).
 
     Grams of n bytes are compared as one number: its digits are 0 for a byte that is not there, and the id plus one, 257
     for every special token. A gram in which a byte is not there matches nothing: it is made of its place instead.
@@ -157,7 +158,7 @@ class STLMMatchEmbedding(nn.Module):
 
 def last_equal(known: torch.Tensor, values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """The last place before `index (B, T)` where `known (B, S)` is `values (B, T)`, which it is at `index`; -1 if none."""
-    is_short = not is_torchdynamo_compiling() and values.shape[1] <= SHORT_CALL_BYTES
+    is_short = not is_torchdynamo_compiling() and values.shape[1] <= MAX_COMPARED_BYTES
     if is_torchdynamo_exporting() or values.shape[1] == 1 or is_short:  # ExecuTorch has no sort
         place = torch.arange(known.shape[1], device=known.device)
         is_equal = (known[:, None] == values[..., None]) & (place < index[..., None])  # (B, T, S)

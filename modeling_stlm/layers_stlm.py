@@ -62,6 +62,26 @@ class OutputProjection(nn.Linear):
     """The last matrix of a residual block. It starts at zero, so that every block starts as the identity."""
 
 
+def low_rank_matrices(block: nn.Module, rank: int) -> nn.ModuleDict:
+    """By name, a matrix of low rank for every linear layer of a `block`, zero at the start."""
+    return nn.ModuleDict(
+        {
+            name.rpartition(".")[2]: nn.Sequential(
+                nn.Linear(linear.in_features, rank, bias=False),
+                OutputProjection(rank, linear.out_features, bias=False),
+            )
+            for name, linear in block.named_modules()
+            if isinstance(linear, nn.Linear)
+        }
+    )
+
+
+def project(module: nn.Module, name: str, states: torch.Tensor, own: nn.ModuleDict | None) -> torch.Tensor:
+    """The linear layer `name` of a module, plus the matrix of low rank that this pass has for it."""
+    output = getattr(module, name)(states)
+    return output if own is None else output + own[name](states)
+
+
 class STLMAttention(nn.Module):
     """Grouped-query attention with QK-norm: the projections of both levels, and `forward` of the trunk."""
 
@@ -79,11 +99,15 @@ class STLMAttention(nn.Module):
         self.q_norm = make_norm(config, head_dim)
         self.k_norm = make_norm(config, head_dim)
 
-    def project(self, hidden_states: torch.Tensor, rotary) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def project(
+        self, hidden_states: torch.Tensor, rotary, own: nn.ModuleDict | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Queries, keys and values of shape (B, T, H, K), queries and keys normalised and rotated."""
-        query = self.q_norm(self.q_proj(hidden_states).unflatten(-1, (self.num_heads, self.head_dim)))
-        key = self.k_norm(self.k_proj(hidden_states).unflatten(-1, (self.num_key_value_heads, self.head_dim)))
-        value = self.v_proj(hidden_states).unflatten(-1, (self.num_key_value_heads, self.head_dim))
+        query, key, value = (
+            project(self, name, hidden_states, own).unflatten(-1, (-1, self.head_dim))
+            for name in ("q_proj", "k_proj", "v_proj")
+        )
+        query, key = self.q_norm(query), self.k_norm(key)
         return rotate(query, *rotary), rotate(key, *rotary), value
 
     def attend(self, query, key, value, allowed: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -113,13 +137,14 @@ class STLMAttention(nn.Module):
         cache: Cache | None = None,
         slot: int = 0,
         where: TrunkRows | None = None,
+        own: nn.ModuleDict | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """`hidden_states (R, P, G)` of the rows that completed a patch, `allowed (R, 1, P, S)` or `None`: causal."""
-        query, key, value = (states.transpose(1, 2) for states in self.project(hidden_states, rotary))
+        query, key, value = (states.transpose(1, 2) for states in self.project(hidden_states, rotary, own))
         if cache is not None:
             key, value = cache.update(key, value, slot, where=where)
         output, weights = self.attend(query, key, value, allowed)
-        return self.o_proj(output), weights
+        return project(self, "o_proj", output, own), weights
 
 
 class STLMWindowAttention(STLMAttention):
@@ -259,8 +284,8 @@ class STLMFeedForward(nn.Module):
         self.down_proj = OutputProjection(intermediate_size, width, bias=False)
         self.activation = ACT2FN[activation]
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(self.activation(self.up_proj(hidden_states)))
+    def forward(self, hidden_states: torch.Tensor, own: nn.ModuleDict | None = None) -> torch.Tensor:
+        return project(self, "down_proj", self.activation(project(self, "up_proj", hidden_states, own)), own)
 
 
 class STLMByteLayer(GradientCheckpointingLayer):
@@ -295,8 +320,10 @@ class STLMTrunkAttentionBlock(GradientCheckpointingLayer):
         )
         self.dropout = config.hidden_dropout
 
-    def forward(self, hidden_states: torch.Tensor, rotary, allowed, cache=None, slot=0, where=None) -> torch.Tensor:
-        output, _ = self.attention(self.attention_norm(hidden_states), rotary, allowed, cache, slot, where)
+    def forward(
+        self, hidden_states: torch.Tensor, rotary, allowed, cache=None, slot=0, where=None, own=None
+    ) -> torch.Tensor:
+        output, _ = self.attention(self.attention_norm(hidden_states), rotary, allowed, cache, slot, where, own)
         return hidden_states + dropout(output, self.dropout, self.training)
 
 
@@ -309,6 +336,6 @@ class STLMTrunkFeedForwardBlock(GradientCheckpointingLayer):
         )
         self.dropout = config.hidden_dropout
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        output = self.feed_forward(self.feed_forward_norm(hidden_states))
+    def forward(self, hidden_states: torch.Tensor, own: nn.ModuleDict | None = None) -> torch.Tensor:
+        output = self.feed_forward(self.feed_forward_norm(hidden_states), own)
         return hidden_states + dropout(output, self.dropout, self.training)

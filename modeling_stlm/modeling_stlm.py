@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """STLM: a pooled byte-level transformer with a weight-tied trunk.
 
-    bytes -> embedding + hashed n-grams -> local encoder --pool--> trunk (once per patch) --unpool--> + -> local decoder
+    bytes -> embed, n-grams, match -> local encoder --pool--> trunk (once per patch) --unpool--> + -> local decoder
                                                |                                                      |
                                                +---------------------- residual ----------------------+
 
@@ -57,7 +57,6 @@ if TYPE_CHECKING:  # `save_pretrained` copies the modules that relative imports 
 
 
 logger = logging.get_logger(__name__)
-HASH_BASE, HASH_PRIME = 65599, 2**31 - 1
 SOFT_ID = -2  # in the byte history: an embedding that matches no id
 
 
@@ -126,6 +125,8 @@ class STLMPreTrainedModel(PreTrainedModel, BudgetMixin):
     config: STLMConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
+    # Checkpoints of a training with more objectives than the next byte hold their parameters, too.
+    _keys_to_ignore_on_load_unexpected = [r"^objectives\."]
     _no_split_modules = ["STLMByteLayer", "STLMTrunkAttentionBlock", "STLMTrunkFeedForwardBlock"]
     _skip_keys_device_placement = ["cache"]
     _supports_sdpa = True
@@ -216,8 +217,8 @@ class STLMModel(STLMPreTrainedModel):
                 do not go on by one; in rows with padding, wherever they are zero.
             cache (`Cache`, *optional*): a `DynamicCache` or `StaticCache`, updated in place.
             inputs_embeds (`torch.FloatTensor` of shape `(B, T, D)`, *optional*):
-                Instead of `input_ids`. Vectors that equal a byte's embedding count as that byte for patching and
-                n-grams, all others as a byte that is not there.
+                Instead of `input_ids`. Vectors that equal a byte's embedding count as that byte for patching,
+                n-grams and matches, all others as a byte that is not there.
 
         Raises:
             ValueError: if a shape does not fit, or if the cache was not made for this model.

@@ -5,6 +5,7 @@ Shapes: B rows, T bytes of this call, C ids of context before it, P patches that
 R rows that completed a patch, S patches of a row so far.
 """
 
+from collections import Counter
 from typing import NamedTuple
 
 import torch
@@ -16,7 +17,13 @@ from transformers.utils.import_utils import is_torchdynamo_exporting, is_tracing
 from .batching_stlm import STLMBatch
 from .cache_stlm import TrunkRows
 from .configuration_stlm import STLMConfig
-from .layers_stlm import STLMTrunkAttentionBlock, STLMTrunkFeedForwardBlock, make_norm, rotary_embedding
+from .layers_stlm import (
+    STLMTrunkAttentionBlock,
+    STLMTrunkFeedForwardBlock,
+    low_rank_matrices,
+    make_norm,
+    rotary_embedding,
+)
 from .patching_stlm import RULES, PatchEnds, PatchState, doubling_steps
 
 
@@ -141,7 +148,11 @@ def smooth_patches(patches: torch.Tensor, share: torch.Tensor, before: torch.Ten
 
 
 class STLMTrunk(nn.Module):
-    """Transformer over patches. Weight tying is structural: a stored block is one module, called several times."""
+    """Transformer over patches. Weight tying is structural: a stored block is one module, called several times.
+
+    With `sharing_lora_rank`, each pass adds matrices of low rank of its own to those of a block that several passes share
+    (Relaxed Recursive Transformers, arXiv:2410.20672, section 2.2).
+    """
 
     def __init__(self, config: STLMConfig):
         super().__init__()
@@ -151,6 +162,21 @@ class STLMTrunk(nn.Module):
         self.attention_blocks = nn.ModuleList(STLMTrunkAttentionBlock(config) for _ in range(num_attention))
         self.feed_forward_blocks = nn.ModuleList(STLMTrunkFeedForwardBlock(config) for _ in range(num_feed_forward))
         self.final_norm = make_norm(config, config.trunk_hidden_size)
+        self.own_matrices = None
+        if config.sharing_lora_rank:
+            blocks = self.attention_blocks, self.feed_forward_blocks
+            runs = [Counter(indices) for indices in zip(*self.schedule)]
+            self.own_matrices = nn.ModuleList(
+                nn.ModuleList(
+                    low_rank_matrices(stored[i], config.sharing_lora_rank) if count[i] > 1 else nn.ModuleDict()
+                    for stored, count, i in zip(blocks, runs, indices)
+                )
+                for indices in self.schedule
+            )
+
+    def own(self, i: int) -> tuple[nn.ModuleDict | None, nn.ModuleDict | None]:
+        """What pass i adds to its attention block and to its feed-forward block; `None` where it adds nothing."""
+        return (None, None) if self.own_matrices is None else tuple(own or None for own in self.own_matrices[i])
 
     def forward(
         self,
@@ -175,8 +201,9 @@ class STLMTrunk(nn.Module):
         # `assistant_early_exit` lowers the number of slots for a while: fewer passes run.
         passes = self.schedule[: max(0, self.config.num_hidden_layers - self.first_slot)]
         for i, (attention, feed_forward) in enumerate(passes):
-            patches = self.attention_blocks[attention](patches, rotary, allowed, cache, self.first_slot + i, where)
-            patches = self.feed_forward_blocks[feed_forward](patches)
+            slot, (for_attention, for_feed_forward) = self.first_slot + i, self.own(i)
+            patches = self.attention_blocks[attention](patches, rotary, allowed, cache, slot, where, for_attention)
+            patches = self.feed_forward_blocks[feed_forward](patches, for_feed_forward)
         return self.final_norm(patches)
 
     def make_room(self, cache: Cache, like: torch.Tensor) -> None:

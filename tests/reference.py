@@ -4,6 +4,8 @@
 Only modules without a notion of patches are borrowed from the model (norms, linear layers, feed-forward, the trunk).
 """
 
+import copy
+
 import torch
 
 from modeling_stlm.patching_stlm import byte_pieces
@@ -187,12 +189,24 @@ def byte_layer(layer, x: torch.Tensor, config) -> torch.Tensor:
     return x + feed_forward(layer.feed_forward, layer.feed_forward_norm(x), config.hidden_act)
 
 
+def own_block(module, block, i: int, kind: int):
+    """A block with the weights that it has in pass i."""
+    if module.own_matrices is None or not module.own_matrices[i][kind]:
+        return block
+    block = copy.deepcopy(block)
+    for name, linear in block.named_modules():
+        if isinstance(linear, torch.nn.Linear):
+            narrow, wide = module.own_matrices[i][kind][name.split(".")[-1]]
+            linear.weight.data += (wide.weight @ narrow.weight).data
+    return block
+
+
 def trunk(module, x: torch.Tensor, config) -> torch.Tensor:
     """x (P, G)."""
-    for attention_block, feed_forward_block in config.trunk_schedule:
-        block = module.attention_blocks[attention_block]
+    for i, (attention_block, feed_forward_block) in enumerate(config.trunk_schedule):
+        block = own_block(module, module.attention_blocks[attention_block], i, 0)
         x = x + attention(block.attention, block.attention_norm(x), None)
-        block = module.feed_forward_blocks[feed_forward_block]
+        block = own_block(module, module.feed_forward_blocks[feed_forward_block], i, 1)
         x = x + feed_forward(block.feed_forward, block.feed_forward_norm(x), config.hidden_act)
     return module.final_norm(x)
 

@@ -73,6 +73,7 @@ def test_layer_sharing_schedules(sharing, depth, unique, expected):
         ({"num_attention_heads": 0}, "num_attention_heads=0 must be at least 1"),
         ({"ngram_orders": [1, 2]}, r"ngram_orders=\[1, 2\] .* must be at least 2"),
         ({"ngram_embedding_size": 0}, "ngram_embedding_size=0 must be at least 1"),
+        ({"sharing_lora_rank": -1}, "sharing_lora_rank=-1 must be at least 0"),
         ({"ngram_word_bytes": 1}, "must be at least 2 .*0 for none"),
         ({"ngram_word_bytes": -1}, "must be at least 2 .*0 for none"),
         ({"patching": "vocabulary"}, "got 0 pieces"),

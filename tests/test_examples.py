@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The examples, run as a user would, with few steps."""
 
+import argparse
 import importlib
 import json
 import signal
@@ -86,7 +87,7 @@ def test_a_pretraining_that_was_cut_goes_on(small_text, tmp_path):
     process.kill()
     process.wait()
     assert not (tmp_path / "cut" / "results.json").exists()
-    for half_written in ("checkpoint-98", "checkpoint-99"):
+    for half_written in ("checkpoint-98", "checkpoint-99", "checkpoint-best"):
         (tmp_path / "cut" / half_written).mkdir()
     (tmp_path / "cut" / "checkpoint-98" / "trainer_state.json").write_text('{"global_step": 9')
     resumed = pretrain(small_text, tmp_path / "cut", "--max_steps", 8)
@@ -205,3 +206,46 @@ def test_chat_turns_follow_the_chat_template(monkeypatch):
     for end in ([], [258], [261]):  # cut by max_new_tokens, <eos>, <|im_end|>
         answered = torch.cat([asked, torch.tensor([[*b"Yo", *end]])], dim=1)
         assert torch.equal(generate.end_turn(answered, tokenizer), expected)
+
+
+@pytest.fixture
+def inputs():
+    sys.path.insert(0, str(ROOT / "examples"))
+    yield importlib.import_module("inputs")
+    sys.path.remove(str(ROOT / "examples"))
+
+
+def test_what_is_no_checkpoint_is_said_before_anything_loads(inputs, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file.txt").write_text("text")
+    for value, found in (
+        ("empty", "a folder without config.json"),
+        ("file.txt", "a file"),
+        ("none", "no such folder"),
+    ):
+        with pytest.raises(
+            argparse.ArgumentTypeError, match=f"{found}: expected a folder with a checkpoint, or the name"
+        ):
+            inputs.checkpoint(str(tmp_path / value))
+    assert inputs.checkpoint(str(ROOT / "examples" / "checkpoints" / "stlm-3m"))
+    assert inputs.checkpoint("owner/name") == "owner/name"
+
+
+def test_texts_and_numbers_are_checked(inputs, tmp_path):
+    for value, found in ((tmp_path, "a folder"), (tmp_path / "none.txt", "no such file")):
+        with pytest.raises(argparse.ArgumentTypeError, match=f"{found}: expected a text"):
+            inputs.text_file(str(value))
+    (tmp_path / "short.txt").write_text("short")
+    with pytest.raises(SystemExit, match="has 5 bytes, expected at least 1,000"):
+        inputs.read_text(tmp_path / "short.txt", min_bytes=1000)
+    with pytest.raises(argparse.ArgumentTypeError, match="-1 must be at least 0"):
+        inputs.at_least_zero("-1")
+    assert inputs.at_least_zero("0.5") == 0.5
+
+
+def test_fields_need_no_quotes(inputs):
+    pretrain = importlib.import_module("pretrain")
+    config = pretrain.load_config(
+        "stlm-3m", ["patching=fixed", "patch_bytes=5", 'layer_sharing="none"', "num_unique_trunk_layers=null"]
+    )
+    assert (config.patching, config.patch_bytes, config.layer_sharing) == ("fixed", 5, "none")

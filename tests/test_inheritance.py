@@ -344,6 +344,8 @@ def test_ngrams_of_the_data_take_their_rows_along():
         ),
         ({"byte_mixers": ["attention"] * 3}, "the same mixer"),
         ({"num_labels": 3}, "num_labels=2, got 3"),
+        ({"sharing_lora_rank": 2}, "sharing_lora_rank=0, got 2"),
+        ({"rope_theta": 10.0}, r"rope_theta=10000\.0, got 10\.0"),
     ],
 )
 def test_a_config_that_cannot_inherit_is_refused_by_field(changes, message):
@@ -358,6 +360,10 @@ def test_data_that_says_nothing_of_importance_is_refused():
             inherit(model, model.config, "taylor", data)
     with pytest.raises(ValueError, match=r"needs batches with labels, got \['input_ids'\]"):
         inherit(model, model.config, "taylor", [{"input_ids": IDS}])
+    frozen = tiny_model()
+    frozen.lm_head.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"embed_tokens\.weight is frozen"):
+        inherit(frozen, tiny_config(), "taylor", [{"input_ids": torch.tensor([[97]]), "labels": torch.tensor([[97]])}])
     with pytest.raises(ValueError, match="must be 'l2' or 'taylor'"):
         inherit(model, model.config, "l1")
 
@@ -426,6 +432,7 @@ def test_encoders_grow_by_layers_of_bytes(head):
         ("none", {"num_trunk_layers": 4, "hidden_size": 20}, "cannot grow: expected (head_dim=8|hidden_size=16), got"),
         ("none", {"num_trunk_layers": 1}, "attention_blocks 0 0 1 1, got attention_blocks 0 0"),
         ("cycle", {"num_trunk_layers": 6}, "cannot run more often"),
+        ("cycle", {"sharing_lora_rank": 1}, "sharing_lora_rank=0, got 1"),
         (
             "none",
             {"byte_mixers": ["attention", "conv", "conv"]},

@@ -261,3 +261,22 @@ def test_the_example_compares_runs_of_equal_steps(tmp_path):
     assert (
         re.search(r"replay minus random order: ([+-][\d.]+) on average", printed)[1] == f"{scores[1] - scores[0]:+.4f}"
     )
+
+
+def test_a_training_after_one_that_raised_is_a_new_one(windows, tmp_path):
+    class Fault(TrainerCallback):
+        is_armed = True
+
+        def on_step_begin(self, args, state, control, **kwargs):
+            if self.is_armed and state.global_step == 1:
+                self.is_armed = False
+                raise RuntimeError("fault")
+
+    trainer = make_trainer(tmp_path, windows)
+    trainer.remove_callback(Seen)
+    trainer.add_callback(Fault())
+    with pytest.raises(RuntimeError, match="fault"):
+        trainer.train()
+    trainer.train()
+    assert callback(trainer, ReplayRounds).losses.isfinite().sum() == 16
+    assert not trainer.model._forward_hooks and not trainer.model._forward_pre_hooks

@@ -4,6 +4,7 @@
 import copy
 import json
 import math
+import multiprocessing
 import os
 import pickle
 import signal
@@ -476,6 +477,49 @@ def test_a_second_signal_acts_at_once(tmp_path, windows):
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
     assert trainer.state.global_step == 3
+
+
+def test_signals_are_what_they_were_after_a_training_that_raised(tmp_path, windows):
+    class Fault(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 1:
+                raise RuntimeError("fault")
+
+    handler, stop = signal.getsignal(signal.SIGINT), StopOnSignal()
+    args = arguments(tmp_path, max_steps=2)
+    with pytest.raises(RuntimeError, match="fault"):
+        Trainer(model=tiny_model(), args=args, train_dataset=windows, callbacks=[stop, Fault()]).train()
+    Trainer(model=tiny_model(), args=args, train_dataset=windows, callbacks=[stop]).train()
+    assert signal.getsignal(signal.SIGINT) is handler and stop.received is None
+
+
+def test_children_of_a_training_can_be_ended(tmp_path, windows):
+    ended = []
+
+    class Fork(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+            child.start()
+            child.terminate()
+            child.join(30)
+            ended.append(child.exitcode)
+            child.kill()
+
+    stop = StopOnSignal()
+    args = arguments(tmp_path, max_steps=1)
+    Trainer(model=tiny_model(), args=args, train_dataset=windows, callbacks=[stop, Fork()]).train()
+    assert ended == [-signal.SIGTERM] and stop.received is None
+
+
+def test_a_budget_begins_at_a_checkpoint_without_one(tmp_path, windows):
+    def trainer(max_steps, *callbacks):
+        args = arguments(tmp_path, max_steps=max_steps, save_strategy="steps", save_steps=2)
+        return Trainer(model=tiny_model(), args=args, train_dataset=windows, callbacks=[*callbacks])
+
+    trainer(2).train()
+    budget = TimeBudget(minutes=10)
+    trainer(3, budget).train(resume_from_checkpoint=True)
+    assert 0 < budget.elapsed_seconds < 60
 
 
 def test_checkpoints_come_by_the_clock(tmp_path, windows):

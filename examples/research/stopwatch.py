@@ -25,8 +25,9 @@ class Stopwatch(TrainerCallback, ExportableState):
         self._last = now
 
     def on_train_begin(self, args, state, control, **kwargs):
+        saved = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
         if state.global_step:
-            vars(self).update(state.stateful_callbacks[type(self).__name__]["attributes"])
+            vars(self).update(saved["attributes"])
         self._last = None
         self._tick()
 

@@ -38,8 +38,10 @@ from run_folder import save
 from scoring import bytes_per_token, documents, token_bytes
 
 from modeling_stlm import STLMConfig, STLMForCausalLM, STLMTokenizer
+from modeling_stlm.training import objectives
 from modeling_stlm.training.bits_per_byte import BitsPerByteEvaluator
 from modeling_stlm.training.corpus import PackedWindows
+from modeling_stlm.training.dropout_schedule import DropoutSchedule
 from modeling_stlm.training.optimizer import MuonRecipe
 from modeling_stlm.training.patch_curriculum import PatchLengthCurriculum
 from modeling_stlm.training.replay import ReplayRounds, ReplayWindows
@@ -55,6 +57,16 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--vocab_size", type=int, default=4096, help='of llama-bpe and of patching="vocabulary"')
     parser.add_argument("--curriculum_steps", type=int, help='of patching="learned": steps to the full patch length')
     parser.add_argument("--replay", type=int, help="after one pass, replay one in so many of the windows, the hardest")
+    parser.add_argument(
+        "--objective",
+        nargs="+",
+        action="append",
+        default=[],
+        help="besides the next byte, as in `--objective MultiByte 4 0.3`: class, its arguments, weight; may be repeated",
+    )
+    parser.add_argument(
+        "--dropout", nargs=2, help="schedule of DropoutSchedule and probability, for a budget in steps"
+    )
     parser.add_argument("--eval_at_end", action="store_true", help="evaluate only the last checkpoint")
     return parser.parse_args(arguments)
 
@@ -80,10 +92,20 @@ def build_model(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) ->
             stored = AutoModelForCausalLM.from_config(STLMConfig.from_preset(args.like)).num_parameters()
         return AutoModelForCausalLM.from_config(llama_config(tokenizer, stored))
     changes = list(args.set)
-    if 'patching="vocabulary"' in changes and not any(c.startswith("patch_vocabulary=") for c in changes):
+    if {"patching=vocabulary", 'patching="vocabulary"'} & set(changes) and not any(
+        c.startswith("patch_vocabulary=") for c in changes
+    ):
         pieces = " ".join(train_bpe(documents(args.train), args.vocab_size).get_vocab())
         changes.append(f"patch_vocabulary={json.dumps(pieces)}")
     return AutoModelForCausalLM.from_config(pretrain.load_config(args.model, changes))
+
+
+def with_objectives(model: PreTrainedModel, chosen: list[list[str]]) -> PreTrainedModel:
+    """`model` with the objectives of `--objective`."""
+    pairs = [
+        (getattr(objectives, name)(*map(json.loads, arguments)), float(weight)) for name, *arguments, weight in chosen
+    ]
+    return objectives.with_objectives(model, pairs) if pairs else model
 
 
 def main():
@@ -127,9 +149,11 @@ def main():
     if args.replay:
         train_set, changes = ReplayWindows(train_set, args.replay), changes | ReplayRounds.arguments
         callbacks.append(ReplayRounds(args.seed))
+    if args.dropout:
+        callbacks.append(DropoutSchedule(args.dropout[0], float(args.dropout[1])))
     evaluator = BitsPerByteEvaluator(sizes)
     trainer = Trainer(
-        model=model,
+        model=with_objectives(model, args.objective),
         args=pretrain.training_arguments(args, step_bytes, **changes),
         train_dataset=train_set,
         eval_dataset=windows,

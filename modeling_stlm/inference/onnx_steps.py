@@ -123,6 +123,8 @@ def _check(model: STLMForCausalLM) -> None:
         raise ValueError(f"steps are those of a STLMForCausalLM, got a {type(model).__name__}")
     if model.model.match_embedding is not None:
         raise ValueError(f"steps in ONNX have no match embeddings, but match_bytes={model.config.match_bytes}")
+    if model.config.sharing_lora_rank:
+        raise ValueError("steps in ONNX need passes that are equal, with sharing_lora_rank=0")
     if model.model.has_attention or model.config.patching not in RULES:
         raise ValueError(f"steps in ONNX need convolutions at the byte level and patching of {', '.join(RULES)}")
 

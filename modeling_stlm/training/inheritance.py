@@ -36,6 +36,8 @@ SAME = (
     "match_bytes",
     "trunk_head_dim",
     "num_labels",
+    "rope_theta",
+    "norm_eps",
 )
 AT_MOST = (
     "hidden_size",
@@ -78,7 +80,7 @@ def inherit(
     Stored blocks of the trunk, and layers of the local encoder and decoder, are sampled evenly; the first and the last
     one are kept. Feed-forward neurons, channels of convolutions and heads (key/value heads with their best queries) are
     chosen in each layer; `hidden_size`, `trunk_hidden_size` and `ngram_embedding_size` once for all matrices that share
-    them. With a config of the same sizes the function stays the same. Match embeddings that `model` does not have start
+    them. With a config of the same sizes and lengths of patches the function stays the same. Match embeddings that `model` does not have start
     at zero.
 
     N-gram tables of another number of rows: see [`merge_rows`] and, given `data`, [`rehash`].
@@ -130,6 +132,7 @@ def inherit(
 
 def check_sizes(larger: STLMConfig, smaller: STLMConfig) -> None:
     """Raise a `ValueError` that names the first field that keeps a model of `smaller` from inheriting."""
+    check_own_matrices(larger, smaller)
     has_attention = "attention" in smaller.byte_mixers
     for name, value in kinds_of(larger, has_attention).items():
         if name == "match_bytes" and value == 0:
@@ -141,8 +144,15 @@ def check_sizes(larger: STLMConfig, smaller: STLMConfig) -> None:
             raise ValueError(f"cannot inherit: expected {name} of at most {size}, got {got}")
 
 
+def check_own_matrices(*configs: STLMConfig) -> None:
+    if ranks := [config.sharing_lora_rank for config in configs if config.sharing_lora_rank]:
+        raise ValueError(
+            f"expected sharing_lora_rank=0, got {ranks[0]}: matrices of passes are neither cut nor copied"
+        )
+
+
 def kinds_of(config: STLMConfig, has_attention: bool) -> dict:
-    """What weights were trained for. Every other field is a size that may shrink, or changes no weight's meaning."""
+    """What weights were trained for. Every other field is a size that may shrink, or a length of patches."""
     kinds = {name: getattr(config, name) for name in [*SAME, *(["head_dim"] if has_attention else [])]}
     return kinds | {"ngram_embedding_size": None if config.ngram_embedding_size is None else "a number"}
 
@@ -316,6 +326,10 @@ def gradients_of(model: STLMPreTrainedModel, batch: dict[str, torch.Tensor]) -> 
     if loss is None:
         raise ValueError(f"importance='taylor' needs batches with labels, got {sorted(batch)}")
     names, parameters = zip(*model.named_parameters())
+    if frozen := [name for name, parameter in zip(names, parameters) if not parameter.requires_grad]:
+        raise ValueError(
+            f"importance='taylor' needs gradients of all weights, but {frozen[0]} is frozen: requires_grad_()"
+        )
     gradients = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
     return {name: gradient.float() for name, gradient in zip(names, gradients)}
 
@@ -386,6 +400,7 @@ def grow(model: STLMPreTrainedModel, config: STLMConfig) -> STLMPreTrainedModel:
     Raises:
         ValueError: if another field differs, or if no choice of new blocks leaves the function as it is.
     """
+    check_own_matrices(model.config, config)
     for name in sorted(STLMConfig.__annotations__.keys() - FREE_TO_GROW | {"num_labels"}):
         expected, got = (getattr(one, name) for one in (model.config, config))
         if expected != got and (name, expected) != ("match_bytes", 0):

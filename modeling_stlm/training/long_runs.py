@@ -1,46 +1,55 @@
 # SPDX-License-Identifier: Apache-2.0
 """Callbacks for long runs: nothing is lost on a signal, and checkpoints come by the clock."""
 
+import os
 import signal
 import time
 
 import torch
-from accelerate.utils import reduce
+from accelerate.utils import gather
 from transformers import TrainerCallback, TrainingArguments
 
 
-def any_process(flag: bool, args: TrainingArguments) -> bool:
-    """Whether `flag` is set in any process: what one decides, all do."""
+def largest(number: int, args: TrainingArguments) -> int:
+    """The largest `number` of all processes: what one decides, all do."""
     if args.world_size == 1:
-        return flag
-    return bool(reduce(torch.tensor(float(flag), device=args.device), "sum") > 0)
+        return number
+    return int(gather(torch.tensor([number], device=args.device)).max())
 
 
 class StopOnSignal(TrainerCallback):
     """On Ctrl-C or SIGTERM, finishes the step, writes a checkpoint and stops; a second signal acts at once.
 
-    `received` is the signal then, and `None` before. For training in the main thread. (`enable_jit_checkpoint` of
-    `TrainingArguments` does this for SIGTERM alone, and nobody can tell afterwards that the training was cut.)
+    `received` is the signal then, in all processes, and `None` before. An evaluation that runs is finished first. For
+    training in the main thread; processes that load data die of a signal to the whole group, and the training with them:
+    use `dataloader_num_workers=0`, or signal the main process alone. (`enable_jit_checkpoint` of `TrainingArguments`
+    does this for SIGTERM alone, and nobody can tell afterwards that the training was cut.)
     """
 
     def __init__(self):
         self.received: signal.Signals | None = None
-        self._handlers = {}
+        self._number, self._handlers, self._process = 0, {}, None
 
     def _receive(self, number, frame):
-        self.received = signal.Signals(number)
         self._restore()
+        if os.getpid() == self._process:
+            self._number = number
+        else:  # a forked child has inherited this handler
+            os.kill(os.getpid(), number)
 
     def _restore(self):
         for number, handler in self._handlers.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        self._handlers = {}
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.received = None
+        self._restore()  # a training that raised left them
+        self.received, self._number, self._process = None, 0, os.getpid()
         self._handlers = {number: signal.signal(number, self._receive) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def on_step_end(self, args, state, control, **kwargs):
-        if any_process(self.received is not None, args):
+        if number := largest(self._number, args):
+            self.received = signal.Signals(number)
             control.should_save = control.should_training_stop = True
 
     def on_train_end(self, args, state, control, **kwargs):
@@ -57,7 +66,7 @@ class SaveByTime(TrainerCallback):
         self._last = time.monotonic()
 
     def on_step_end(self, args, state, control, **kwargs):
-        if any_process(time.monotonic() - self._last >= 60 * self.minutes, args):
+        if largest(int(time.monotonic() - self._last >= 60 * self.minutes), args):
             control.should_save = True
 
     def on_save(self, args, state, control, **kwargs):

@@ -77,7 +77,7 @@ class ReplayRounds(TrainerCallback, ExportableState):
         if parts < 1:
             raise ValueError(f"parts={parts} must be at least 1")
         self.seed, self.parts = seed, parts
-        self.losses = None
+        self.losses, self._hooks = None, []
         self.is_first_round = False
 
     def on_train_begin(self, args, state, control, model=None, train_dataloader=None, **kwargs):
@@ -88,7 +88,7 @@ class ReplayRounds(TrainerCallback, ExportableState):
         else:
             self._resume(state)
         self._windows, self._recorded = None, []
-        # First, in case an interrupted run left its hooks behind.
+        self.on_train_end(args, state, control)  # a training that raised left its hooks
         before = model.register_forward_pre_hook(self._take_windows, with_kwargs=True, prepend=True)
         self._hooks = [before, model.register_forward_hook(self._record, with_kwargs=True)]
 
@@ -110,6 +110,7 @@ class ReplayRounds(TrainerCallback, ExportableState):
     def on_train_end(self, args, state, control, **kwargs):
         for hook in self._hooks:
             hook.remove()
+        self._hooks = []
 
     def state(self) -> dict:
         records = None if self.losses is None else base64.b64encode(self.losses.numpy().tobytes()).decode()

@@ -14,7 +14,7 @@ class TimeBudget(TrainerCallback, ExportableState):
 
     Linear warm-up, then constant, then linear decay to zero at the end of the budget, with a checkpoint there. Use with
     `lr_scheduler_type="constant"`. A resumed run goes on where it was cut, under the budget that is given now; every other
-    run starts a new one. Evaluation and saving do not count. Among several processes, the clock of the main one decides
+    run starts a new one, also from a checkpoint without a budget. Evaluation and saving do not count. Among several processes, the clock of the main one decides
     for all.
 
     Args:
@@ -52,8 +52,11 @@ class TimeBudget(TrainerCallback, ExportableState):
         return max(0.0, min(1.0, *(elapsed / share for elapsed, share in phases if share)))
 
     def on_train_begin(self, args, state, control, **kwargs):
-        saved = state.stateful_callbacks[type(self).__name__] if state.global_step else None
-        self.elapsed_seconds = saved["attributes"]["elapsed_seconds"] if saved else 0.0
+        self.elapsed_seconds = 0.0
+        # A checkpoint may have none; the library looks for one when it saves the next.
+        saved = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
+        if state.global_step:
+            self.elapsed_seconds = saved["attributes"]["elapsed_seconds"]
         self._last = self._now()
 
     def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):

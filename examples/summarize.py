@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Summaries of dialogues and meetings: zero-shot, LoRA and full fine-tuning beside trivial baselines.
+
+    python examples/summarize.py                                       # 16 shipped dialogues: seconds, and no result
+    python examples/summarize.py --train dialogsum/train.jsonl.gz --test dialogsum/test.jsonl.gz --max_steps 600
+
+The question of Tiny Titans (arXiv:2402.00841). Files are JSON lines as DialogSum (`dialogue`, `summary` or `summary1` to
+`summary3`) or QMSum (`meeting_transcripts`, `general_query_list`) ships them. Texts are cut to their first `--text_bytes`.
+
+Prints ROUGE, with several references that of the best one, and bits per byte of the first reference. ROUGE comes from
+`evaluate.load` on the file of the installed package, so that nothing is asked of the Hub. The full fine-tuned model is
+saved to `OUTPUT/full`, from where `self_play.py` may go on, the adapter to `OUTPUT/lora`.
+"""
+
+import argparse
+import gzip
+import json
+from pathlib import Path
+
+import evaluate
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DataCollatorForSeq2Seq,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainingArguments,
+    pipeline,
+    set_seed,
+)
+
+import modeling_stlm  # noqa: F401  (registers the Auto classes)
+from modeling_stlm.training import rouge
+from modeling_stlm.training.bits_per_byte import BitsPerByteEvaluator
+
+
+HERE = Path(__file__).parent
+DIALOGUES = HERE / "data" / "dialogues.jsonl"
+NUM_CANDIDATES = 50  # summaries among which the constant one is chosen, and on which
+
+
+def argument_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", default=str(HERE / "checkpoints" / "stlm-10m"), help="folder or Hub id")
+    parser.add_argument("--train", type=Path, default=DIALOGUES, help="JSON lines")
+    parser.add_argument("--test", type=Path, help="JSON lines; without it, the last quarter of --train")
+    parser.add_argument("--output", type=Path, default=Path("runs/summaries"))
+    parser.add_argument("--train_rows", type=int, help="only the first ones")
+    parser.add_argument("--test_rows", type=int, default=100, help="only the first ones")
+    parser.add_argument("--text_bytes", type=int, default=1500, help="longest text")
+    parser.add_argument("--summary_bytes", type=int, default=256, help="longest summary that is generated")
+    parser.add_argument("--batch_size", type=int, default=8, help="rows")
+    parser.add_argument("--seed", type=int, default=1)
+    return parser
+
+
+def read_sets(args: argparse.Namespace) -> tuple[list[dict], list[dict]]:
+    """Rows to train on and to test on."""
+    train = read_rows(args.train, args.train_rows, args.text_bytes)
+    if args.test:
+        return train, read_rows(args.test, args.test_rows, args.text_bytes)
+    cut = len(train) * 3 // 4
+    return train[:cut], train[cut:][: args.test_rows]
+
+
+def read_rows(path: Path, limit: int | None, text_bytes: int) -> list[dict]:
+    """`prompt`, `completion` and all `references` of each row, and its `text`."""
+    with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
+        rows = [json.loads(line) for line in file][:limit]
+    if not rows:
+        raise SystemExit(f"{path} has no rows")
+    return [to_example(row, text_bytes) for row in rows]
+
+
+def to_example(row: dict, text_bytes: int) -> dict:
+    if "meeting_transcripts" in row:
+        text = "\n".join(f"{turn['speaker']}: {turn['content']}" for turn in row["meeting_transcripts"])
+        references = [row["general_query_list"][0]["answer"]]
+    else:
+        text = row["dialogue"]
+        references = [row[key] for key in ("summary", "summary1", "summary2", "summary3") if key in row]
+    if not references:
+        raise SystemExit(f"a row has the fields {sorted(row)}, expected `dialogue` and `summary`, or those of QMSum")
+    text = text.encode("utf-8")[:text_bytes].decode("utf-8", errors="ignore")
+    prompt = f"<bos>{text}\n\nSummary:"
+    return {"text": text, "prompt": prompt, "completion": f" {references[0].strip()}", "references": references}
+
+
+def tokenize(rows: list[dict], tokenizer: PreTrainedTokenizerBase) -> list[dict[str, list[int]]]:
+    """Ids of prompt, summary and end; only the last two are targets."""
+    items = []
+    for row in rows:
+        prompt = tokenizer(row["prompt"], add_special_tokens=False)["input_ids"]
+        completion = tokenizer(row["completion"], add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+        items.append({"input_ids": prompt + completion, "labels": [-100] * len(prompt) + completion})
+    return items
+
+
+def trainer_of(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: argparse.Namespace, rows=None, **options
+) -> Trainer:
+    evaluator = BitsPerByteEvaluator()
+    return Trainer(
+        model=model,
+        args=TrainingArguments(
+            output_dir=str(args.output / "trainer"),
+            per_device_train_batch_size=args.batch_size,
+            per_device_eval_batch_size=args.batch_size,
+            lr_scheduler_type="linear",
+            logging_steps=50,
+            save_strategy="no",
+            batch_eval_metrics=True,
+            report_to="none",
+            seed=args.seed,
+            use_cpu=not torch.cuda.is_available(),
+            **options,
+        ),
+        train_dataset=rows,
+        data_collator=DataCollatorForSeq2Seq(tokenizer),
+        compute_metrics=evaluator,
+        preprocess_logits_for_metrics=evaluator.nats,
+    )
+
+
+def rouge_of(summaries: list[str], rows: list[dict]) -> dict[str, float]:
+    references = [row["references"] for row in rows]
+    return evaluate.load(rouge.__file__).compute(predictions=summaries, references=references)
+
+
+def scores_of(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: list[dict], args: argparse.Namespace
+) -> tuple[dict[str, float], list[str]]:
+    """ROUGE of greedy summaries, bits per byte of the references, and the summaries."""
+    metrics = trainer_of(model, tokenizer, args).evaluate(tokenize(rows, tokenizer))
+    generator = pipeline("text-generation", model=model.eval(), tokenizer=tokenizer)
+    options = {"do_sample": False, "max_new_tokens": args.summary_bytes, "return_full_text": False, "use_cache": True}
+    found = generator([row["prompt"] for row in rows], batch_size=args.batch_size, **options)
+    summaries = [texts[0]["generated_text"].strip() for texts in found]
+    return rouge_of(summaries, rows) | {"bits_per_byte": metrics["eval_bits_per_byte"]}, summaries
+
+
+def constant_summary(train: list[dict]) -> str:
+    """The one of the first summaries that is most like the others."""
+    candidates = [row["completion"].strip() for row in train[:NUM_CANDIDATES]]
+    return max(candidates, key=lambda text: sum(rouge.rouge(text, other)["rougeL"] for other in candidates))
+
+
+def first_words(train: list[dict], rows: list[dict]) -> list[str]:
+    """As many words of each text as a summary has on average."""
+    count = round(sum(len(row["completion"].split()) for row in train) / len(train))
+    return [" ".join(row["text"].split()[:count]) for row in rows]
+
+
+def table(results: dict[str, dict[str, float]]) -> str:
+    columns = ("rouge1", "rouge2", "rougeL", "bits_per_byte")
+    lines = [f"| | {' | '.join(columns)} |", "|---" * (1 + len(columns)) + "|"]
+    for name, scores in results.items():
+        values = (f"{scores[column]:.4f}" if column in scores else "" for column in columns)
+        lines.append(f"| {name} | {' | '.join(values)} |")
+    return "\n".join(lines)
+
+
+def main():
+    parser = argument_parser()
+    parser.add_argument("--max_steps", type=int, default=20)
+    parser.add_argument("--learning_rate", type=float, default=1e-3)
+    parser.add_argument("--lora_rank", type=int, default=16)
+    args = parser.parse_args()
+    set_seed(args.seed)
+    tokenizer = AutoTokenizer.from_pretrained(args.checkpoint, padding_side="left")
+    train, test = read_sets(args)
+    print(f"{args.checkpoint}: {len(train):,} rows to train on, {len(test):,} to test on")
+
+    results = {"constant": rouge_of([constant_summary(train)] * len(test), test)}
+    results["first words"] = rouge_of(first_words(train, test), test)
+    summaries = {"reference": [row["references"][0] for row in test]}
+    for kind in ("zero-shot", "lora", "full"):
+        model = AutoModelForCausalLM.from_pretrained(args.checkpoint, dtype=torch.float32)
+        if kind == "lora":
+            options = {"r": args.lora_rank, "lora_alpha": 2 * args.lora_rank, "target_modules": "all-linear"}
+            lora = LoraConfig(**options, task_type="CAUSAL_LM")
+            model = get_peft_model(model, lora)
+        if kind != "zero-shot":
+            trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+            print(f"{kind}: {trainable:,} parameters, {model.device}, {model.dtype}")
+            options = {"max_steps": args.max_steps, "learning_rate": args.learning_rate, "warmup_steps": 0.1}
+            trainer_of(model, tokenizer, args, tokenize(train, tokenizer), **options).train()
+            model.config.use_cache = True  # Trainer turns it off, and would save it so
+            model.save_pretrained(args.output / kind)
+            tokenizer.save_pretrained(args.output / kind)
+        results[kind], summaries[kind] = scores_of(model, tokenizer, test, args)
+    print(table(results))
+    for kind, texts in summaries.items():
+        print(f"\n{kind}: {texts[0]}")
+    (args.output / "results.json").write_text(json.dumps({"scores": results, "summaries": summaries}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Summaries and self-play on them, as a user would run them, with a tiny model."""
+
+import gzip
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM
+
+from modeling_stlm.training.rouge import rouge
+
+from .test_examples import ROOT, run
+from .tiny import tiny_model
+from .trainers import TOKENIZER
+
+
+sys.path.insert(0, str(ROOT / "examples"))
+summarize = importlib.import_module("summarize")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("tiny")
+    tiny_model(use_cache=True).save_pretrained(folder)
+    TOKENIZER.save_pretrained(folder)
+    return folder
+
+
+def test_rows_of_both_sets_are_read(tmp_path):
+    rows = [
+        {"dialogue": "A: Zoë?\nB: yes", "summary1": "first", "summary2": "second", "topic1": "x"},
+        {
+            "meeting_transcripts": [{"speaker": "A", "content": "Hi."}, {"speaker": "B", "content": "Bye."}],
+            "general_query_list": [{"query": "Summarize the meeting", "answer": " They met. "}],
+        },
+    ]
+    with gzip.open(tmp_path / "rows.jsonl.gz", "wt", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+    first, second = summarize.read_rows(tmp_path / "rows.jsonl.gz", None, 6)
+    assert first["text"] == "A: Zo" and first["references"] == ["first", "second"]  # cut before the ë
+    assert first["prompt"] == "<bos>A: Zo\n\nSummary:" and first["completion"] == " first"
+    assert second["text"] == "A: Hi." and second["completion"] == " They met."
+    assert len(summarize.read_rows(tmp_path / "rows.jsonl.gz", 1, 6)) == 1
+    with pytest.raises(SystemExit, match="has no rows"):
+        summarize.read_rows(tmp_path / "rows.jsonl.gz", 0, 6)
+    with pytest.raises(SystemExit, match=r"fields \['dialogue', 'text'\], expected"):
+        summarize.to_example({"dialogue": "a", "text": "b"}, 6)
+
+
+def test_only_the_summary_and_its_end_are_targets():
+    (item,) = summarize.tokenize([{"prompt": "<bos>ab", "completion": " c"}], TOKENIZER)
+    assert item == {"input_ids": [257, 97, 98, 32, 99, 258], "labels": [-100, -100, -100, 32, 99, 258]}
+
+
+def test_baselines_say_what_needs_no_model():
+    texts = ["the cat sat", "a cat sat down", "dogs run"]
+    train = [{"completion": f" {text}", "text": "one two three four five"} for text in texts]
+    best = max(texts, key=lambda text: sum(rouge(text, other)["rougeL"] for other in texts))
+    assert summarize.constant_summary(train) == best == "the cat sat"
+    assert summarize.first_words(train, train[:1]) == ["one two three"]  # 9 words in 3 summaries
+
+
+def test_summaries_are_learned_in_full_and_with_lora(tmp_path, checkpoint):
+    options = ["--max_steps", 2, "--summary_bytes", 20, "--lora_rank", 2, "--test_rows", 3]
+    out = run("summarize.py", "--checkpoint", checkpoint, "--output", tmp_path / "run", *options, cwd=tmp_path)
+    assert "12 rows to train on, 3 to test on" in out
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert list(results["scores"]) == ["constant", "first words", "zero-shot", "lora", "full"]
+    bits = [results["scores"][kind]["bits_per_byte"] for kind in ("zero-shot", "lora", "full")]
+    assert bits[2] < bits[0] and bits[1] != bits[0]
+    assert all(0 <= scores["rougeL"] <= scores["rouge1"] <= 1 for scores in results["scores"].values())
+    assert all(len(texts) == 3 for texts in results["summaries"].values())
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "full").config.use_cache
+    with safe_open(tmp_path / "run" / "lora" / "adapter_model.safetensors", "pt") as adapter:
+        assert len(adapter.keys()) > 0
+
+
+def test_self_play_goes_on_by_rounds(tmp_path, checkpoint):
+    options = ["--checkpoint", checkpoint, "--output", tmp_path / "run", "--max_steps", 1, "--summary_bytes", 12]
+    options += ["--test_rows", 2, "--learning_rate", 1e-2]
+    once = run("self_play.py", *options, "--num_rounds", 1, cwd=tmp_path).splitlines()
+    twice = run("self_play.py", *options, "--num_rounds", 2, cwd=tmp_path).splitlines()
+    first, second = json.loads(once[-1]), json.loads(twice[-1])
+    assert second[:2] == first and [scores["round"] for scores in second] == [0, 1, 2]
+    assert len({scores["bits_per_byte"] for scores in second}) == 3
+    assert sum(line.startswith("| round") for line in twice) == 3
