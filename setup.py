@@ -55,7 +55,7 @@ setup(
         "eval": ["lm_eval[hf]>=0.4.13"],
         "serve": ["transformers[serving]"],
         "export": ["onnx>=1.19", "onnxruntime>=1.23", "onnxscript>=0.7.2"],
-        "engine": ["gguf>=0.17"],  # to write its files; running them needs nothing
+        "engine": ["gguf>=0.19"],  # to write its files; running them needs nothing
         "executorch": ["executorch>=1.5"],  # its wheels fit one release of torch
         "test": [
             "hypothesis>=6.130",

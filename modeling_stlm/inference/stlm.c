@@ -338,16 +338,21 @@ FLOAT_SUMS(sums_f32_scalar, , 16, 2, 1, float, FROM_F32)
 FLOAT_SUMS(sums_bf16_scalar, , 16, 2, 1, uint16_t, FROM_BF16)
 
 OUTLINE void sums_q8_scalar(const int8_t *w, size_t pack_step, int quads, const uint8_t *x, size_t x_step,
-                           const int32_t *row_sums, int packs, int vectors, int32_t *sums) {
+                            const int32_t *row_sums, int packs, int vectors, int32_t *sums) {
   for (int v = 0; v < vectors; v++, x += x_step)
-    for (int p = 0; p < packs; p++, sums += LANES)
-      for (int lane = 0; lane < LANES; lane++) {
-        const int8_t *from = w + (size_t)p * pack_step + lane * 4;
-        int32_t total = -row_sums[p * LANES + lane];  // takes back the 128 that is added to x
-        for (int q = 0; q < quads; q++, from += 64)
-          for (int i = 0; i < 4; i++) total += x[q * 4 + i] * from[i];
-        sums[lane] = total;
+    for (int p = 0; p < packs; p++, sums += LANES) {
+      const int8_t *from = w + (size_t)p * pack_step;
+      int32_t total[LANES];
+      for (int lane = 0; lane < LANES; lane++) total[lane] = -row_sums[p * LANES + lane];  // takes back the 128 added to x
+      for (int q = 0; q < quads; q++, from += 4 * LANES) {
+        const int32_t a = x[q * 4], b = x[q * 4 + 1], c = x[q * 4 + 2], d = x[q * 4 + 3];
+        for (int lane = 0; lane < LANES; lane++) {
+          const int8_t *four = from + lane * 4;
+          total[lane] += a * four[0] + b * four[1] + c * four[2] + d * four[3];
+        }
       }
+      memcpy(sums, total, sizeof total);
+    }
 }
 
 OUTLINE void sums_q4_scalar(const uint8_t *w, const float *scales, int blocks, const uint8_t *x, const int32_t *x_sums,
