@@ -9,7 +9,7 @@ help: ## show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 CONSTRAINTS = constraints.txt
-EXTRAS = train,eval,serve,export,executorch,test,style
+EXTRAS = train,eval,serve,export,engine,executorch,test,style
 TESTS =
 INSTALL = $(BIN)/pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS) --editable
 
@@ -37,7 +37,7 @@ test-newest: ## all tests with the newest release of everything but torch, in .v
 	$(MAKE) test VENV=.venv-newest CONSTRAINTS=.constraints-newest.txt
 
 test-oldest: ## the tests with the oldest versions that setup.py admits, without executorch, in .venv-oldest
-	$(MAKE) test VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt EXTRAS=train,eval,serve,export,test \
+	$(MAKE) test VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt EXTRAS=train,eval,serve,export,engine,test \
 		TESTS="-k 'not executorch'"
 
 check: $(VENV)/ready ## lint and format, without changes

@@ -103,14 +103,19 @@ class STLMGenerationMixin(GenerationMixin):
     """
 
     def _extract_generation_mode_kwargs(self, custom_generate, kwargs, synced_gpus, assistant_model, streamer):
+        tokenizer = kwargs.get("tokenizer")
         extracted = super()._extract_generation_mode_kwargs(
             custom_generate, kwargs, synced_gpus, assistant_model, streamer
         )
-        # The library drops the streamer of a callable, whose reader would wait for ever.
-        if callable(custom_generate) and streamer is not None:
-            if "streamer" not in inspect.signature(custom_generate).parameters:
-                raise ValueError(f"custom_generate={custom_generate!r} takes no streamer")
-            extracted["streamer"] = streamer
+        # The library drops the streamer of a callable, whose reader would wait for ever, its assistant, and the tokenizer,
+        # without which there are no stop strings.
+        if callable(custom_generate):
+            accepted = inspect.signature(custom_generate).parameters
+            for name, value in (("streamer", streamer), ("assistant_model", assistant_model)):
+                if value is not None and name not in accepted:
+                    raise ValueError(f"custom_generate={custom_generate!r} takes no {name}")
+            given = {"streamer": streamer, "assistant_model": assistant_model, "tokenizer": tokenizer}
+            extracted |= {name: value for name, value in given.items() if value is not None and name in accepted}
         return extracted
 
     def _get_candidate_generator(self, *args, model_kwargs, **kwargs):

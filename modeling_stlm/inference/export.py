@@ -1,0 +1,229 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a checkpoint to one file for the engine (`engine.py`, `stlm.c`), and back.
+
+    python -m modeling_stlm.inference.export examples/checkpoints/stlm-3m stlm-3m.gguf --type q8
+
+| type | matrices and embeddings | else |
+|---|---|---|
+| `f32` | float32: the logits of `forward` within rounding | float32 |
+| `bf16` | bfloat16: half the size, exact for checkpoints that store bfloat16 | float32 |
+| `q8` | 8 bits with a scale per row | float32 |
+| `q4_0` | 4 bits with a scale per 32 inputs; 8 bits where rows are no multiple of 32 | float32 |
+
+The file is GGUF, version 3, of architecture `stlm`: tensors under their names in the checkpoint (an int8 `x.weight` has its
+scales in `x.scale`), the fields of the configuration under `stlm.`, and the whole configuration as JSON in `stlm.config`.
+`stlm.checksum` is the Adler-32 sum of the file with the four bytes of the sum itself as zero.
+"""
+
+import argparse
+import hashlib
+import json
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+from huggingface_hub import ModelCard
+
+from modeling_stlm.configuration_stlm import STLMConfig
+from modeling_stlm.modeling_stlm import STLMForCausalLM
+from modeling_stlm.patching_stlm import VocabularyRule
+
+
+FORMAT_VERSION = 1
+TYPES = ("f32", "bf16", "q8", "q4_0")
+ACTIVATIONS = ("relu2", "relu", "silu")
+SIZES = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_local_encoder_layers", "num_local_decoder_layers"),
+    *("conv_kernel_size", "attention_window_bytes", "num_attention_heads", "num_key_value_heads", "head_dim"),
+    *("ngram_word_bytes", "ngram_rows", "ngram_embedding_size", "match_bytes", "patch_bytes"),
+    *(
+        "max_patch_bytes",
+        "max_patch_characters",
+        "trunk_hidden_size",
+        "trunk_intermediate_size",
+        "trunk_num_attention_heads",
+    ),
+    *("trunk_num_key_value_heads", "trunk_head_dim", "bos_token_id"),
+)
+CHECKSUM = b"stlm.checksum"
+
+
+def fingerprint(model: STLMForCausalLM) -> str:
+    """The same for two models with the same configuration and weights, in any precision that holds them."""
+    names = (
+        *SIZES,
+        "byte_mixers",
+        "patching",
+        "patch_vocabulary",
+        "rope_theta",
+        "norm_eps",
+        "hidden_act",
+        "ngram_orders",
+    )
+    settings = [model.config.trunk_schedule, *(getattr(model.config, name) for name in names)]
+    digest = hashlib.sha256(json.dumps(settings).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().float().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def check(model: STLMForCausalLM) -> None:
+    """Raise a `ValueError` unless the engine can run `model`."""
+    if not isinstance(model, STLMForCausalLM):
+        raise ValueError(f"the engine runs a STLMForCausalLM, got a {type(model).__name__}")
+    config = model.config
+    if not config.tie_word_embeddings:
+        raise ValueError("the engine needs the head to be tied to the embedding: tie_word_embeddings=True")
+    if config.hidden_act not in ACTIVATIONS:
+        raise ValueError(f"the engine knows hidden_act of {', '.join(ACTIVATIONS)}, got {config.hidden_act!r}")
+
+
+def rotary_periods(head_dim: int, theta: float) -> np.ndarray:
+    """What positions are divided by to give angles, as `rotary_embedding` computes it: (K / 2,)."""
+    return (theta ** (torch.arange(0, head_dim, 2, dtype=torch.float) / head_dim)).numpy()
+
+
+def quantize(tensor: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of `tensor` (N, D) as int8 from -127 to 127, and the scale of each (N,)."""
+    scales = np.abs(tensor).max(axis=1) / np.float32(127)
+    return np.rint(tensor / np.maximum(scales, 1e-30)[:, None]).astype(np.int8), scales
+
+
+@torch.no_grad()
+def export_gguf(
+    model: STLMForCausalLM, path: str | Path, type: str = "f32", tokenizer=None, license: str = ""
+) -> None:
+    """Write `model` to `path` for the engine.
+
+    Args:
+        type (`str`, defaults to `"f32"`): how matrices are stored, one of `TYPES`.
+        tokenizer (`STLMTokenizer`, *optional*): for its names of tokens and chat template, which the engine does not read.
+        license (`str`, defaults to `""`): identifier as in a model card.
+
+    Raises:
+        ValueError: for a model that the engine cannot run, or an unknown type.
+    """
+    check(model)
+    if type not in TYPES:
+        raise ValueError(f"type={type!r}, expected one of {', '.join(TYPES)}")
+    import gguf
+
+    config, kinds = model.config, gguf.GGMLQuantizationType
+    writer = gguf.GGUFWriter(path, "stlm")
+    writer.add_uint32(CHECKSUM.decode(), 0)
+    writer.add_uint32("stlm.format_version", FORMAT_VERSION)
+    writer.add_string("stlm.source", fingerprint(model))
+    writer.add_string("stlm.config", config.to_json_string(use_diff=False))
+    if license:
+        writer.add_license(license)
+    for name in SIZES:
+        writer.add_uint32(f"stlm.{name}", getattr(config, name) or 0)
+    writer.add_float32("stlm.norm_eps", config.norm_eps)
+    writer.add_string("stlm.patching", config.patching)
+    writer.add_string("stlm.hidden_act", config.hidden_act)
+    ends = model.generation_config.eos_token_id
+    writer.add_array("stlm.eos_token_ids", ends if isinstance(ends, list) else [] if ends is None else [ends])
+    writer.add_array("stlm.ngram_orders", config.ngram_orders)
+    writer.add_array("stlm.byte_mixers", [int(mixer == "attention") for mixer in config.byte_mixers])
+    attention, feed_forward = zip(*config.trunk_schedule)
+    writer.add_array("stlm.trunk_attention_schedule", list(attention))
+    writer.add_array("stlm.trunk_feed_forward_schedule", list(feed_forward))
+    if tokenizer is not None:
+        writer.add_tokenizer_model("stlm")
+        writer.add_token_list(tokenizer.convert_ids_to_tokens(range(len(tokenizer))))
+        if tokenizer.chat_template:
+            writer.add_chat_template(tokenizer.chat_template)
+
+    writer.add_tensor("stlm.rotary_periods", rotary_periods(config.head_dim, config.rope_theta))
+    writer.add_tensor("stlm.trunk_rotary_periods", rotary_periods(config.trunk_head_dim, config.rope_theta))
+    rule = model.model.patcher.rule
+    if isinstance(rule, VocabularyRule):
+        edges = rule.constants.on(torch.device("cpu"))["edges"].numpy()
+        writer.add_array("stlm.patching_edges", edges.tolist())
+    for name, tensor in model.model.state_dict(prefix="model.").items():
+        array = tensor.detach().float().cpu().numpy()
+        is_table = array.ndim == 2 and type != "f32"
+        if is_table and type == "q4_0" and array.shape[1] % 32 == 0:
+            writer.add_tensor(name, gguf.quants.quantize(array, kinds.Q4_0), raw_dtype=kinds.Q4_0)
+        elif is_table and type == "bf16":
+            writer.add_tensor(name, gguf.quants.quantize(array, kinds.BF16), raw_dtype=kinds.BF16)
+        elif is_table:
+            numbers, scales = quantize(array)
+            writer.add_tensor(name, numbers)
+            writer.add_tensor(name.removesuffix("weight") + "scale", scales)
+        else:
+            writer.add_tensor(name, array)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with open(path, "r+b") as file:
+        data = file.read()
+        file.seek(data.index(CHECKSUM) + len(CHECKSUM) + 4)
+        file.write(zlib.adler32(data).to_bytes(4, "little"))
+
+
+def verify(path: str | Path) -> None:
+    """Raise a `ValueError` unless [`export_gguf`] wrote the file `path`, and it is as it was."""
+    data = bytearray(Path(path).read_bytes())
+    at = data.find(CHECKSUM, 0, 4096) + len(CHECKSUM) + 4
+    if data[:4] != b"GGUF" or at < len(CHECKSUM) + 4:
+        raise ValueError(f"{path} is not a GGUF file of an STLM")
+    expected, data[at : at + 4] = int.from_bytes(data[at : at + 4], "little"), bytes(4)
+    if (found := zlib.adler32(data)) != expected:
+        raise ValueError(f"{path} is damaged or truncated: its checksum is {found:08x}, expected {expected:08x}")
+
+
+def load_gguf(path: str | Path) -> STLMForCausalLM:
+    """The model of a file that [`export_gguf`] wrote, in float32 with the weights as they were rounded.
+
+    Raises:
+        ValueError: if it is another file, damaged, or of a newer format.
+    """
+    verify(path)
+    import gguf
+
+    reader = gguf.GGUFReader(path)
+    fields = {name: reader.fields[f"stlm.{name}"].contents() for name in ("format_version", "config")}
+    if fields["format_version"] > FORMAT_VERSION:
+        raise ValueError(f"{path} has version {fields['format_version']} of the format: update the package")
+    model = STLMForCausalLM(STLMConfig.from_dict(json.loads(fields["config"])))
+    arrays = {
+        t.name: gguf.quants.dequantize(t.data, t.tensor_type) if t.tensor_type.name != "I8" else t.data
+        for t in reader.tensors
+    }
+    state = {}
+    for name in model.model.state_dict(prefix="model."):
+        array = arrays[name]
+        if array.dtype == np.int8:
+            array = array.astype(np.float32) * arrays[name.removesuffix("weight") + "scale"][:, None]
+        state[name.removeprefix("model.")] = torch.from_numpy(np.array(array, np.float32))
+    model.model.load_state_dict(state)
+    return model.eval()
+
+
+def license_of(model: str) -> str:
+    """The licence in the model card of a folder or Hub id; nothing for a folder without one."""
+    card = Path(model) / "README.md"
+    if Path(model).is_dir() and not card.is_file():
+        return ""
+    return ModelCard.load(card if card.is_file() else model).data.license or ""
+
+
+def main():
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="folder or Hub id")
+    parser.add_argument("output", type=Path, help="file to write, as model.gguf")
+    parser.add_argument("--type", choices=TYPES, default="f32")
+    args = parser.parse_args()
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    export_gguf(model, args.output, args.type, tokenizer, license_of(args.model))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,498 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The engine against the model: logits, text, states, files."""
+
+import platform
+import shutil
+import struct
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessorList, TopKLogitsWarper, TopPLogitsWarper
+from transformers.generation import MinPLogitsWarper, RepetitionPenaltyLogitsProcessor, TemperatureLogitsWarper
+
+from modeling_stlm.inference import engine as engine_module
+from modeling_stlm.inference.engine import Engine, Rows
+from modeling_stlm.inference.export import CHECKSUM, TYPES, export_gguf, load_gguf
+
+from .test_onnx_steps import Collector
+from .tiny import MIXERS, PATCHING, SHARING, TEXT, assert_equal, batch, ids_of, tiny_model
+
+
+pytest.importorskip("gguf")
+pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="the engine is compiled with cc")
+
+ROOT = Path(__file__).parents[1]
+SHIPPED = sorted((ROOT / "examples" / "checkpoints").glob("stlm-*"))
+IDS = [*ids_of(TEXT), 258, 257, *ids_of(TEXT)[:70]]
+ROWS = [IDS, ids_of("x"), ids_of("Zoë 東京 and more, "), IDS[5:70]]
+PROMPTS = [bytes(ids_of(TEXT)[:40]), b"x", "Zoë 東京".encode(), b"aaaa bbbb aaaa"]
+ON_X86 = platform.machine() in ("x86_64", "AMD64")
+MODELS = {
+    **{f"layers {name}": options for name, options in SHARING.items()},
+    **{f"patches {name}": options for name, options in PATCHING.items() if options},
+    **{f"mixers {name}": options for name, options in MIXERS.items() if options},
+    "n-grams summed": {"ngram_embedding_size": None, "match_bytes": 3},
+    "no tables": {"ngram_orders": [], "ngram_word_bytes": 0, "match_bytes": 0},
+    "silu": {"hidden_act": "silu", "match_bytes": 6, "conv_kernel_size": 1},
+    "relu": {"hidden_act": "relu", "match_bytes": 4, "trunk_head_dim": 18},
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def built(tmp_path_factory):
+    """The library, compiled from the source as it is."""
+    folder = tmp_path_factory.mktemp("build")
+    command = [sys.executable, "setup.py", "--quiet", "build_ext", "--build-lib", folder, "--build-temp", folder]
+    subprocess.run(command, check=True, cwd=ROOT)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine_module, "FOLDER", folder / "modeling_stlm" / "inference")
+        yield
+
+
+def engine_of(model, tmp_path, type="f32", isa=None) -> Engine:
+    export_gguf(model, tmp_path / "model.gguf", type)
+    return Engine(tmp_path / "model.gguf", isa)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    model = tiny_model(use_cache=True)
+    return model, engine_of(model, tmp_path_factory.mktemp("tiny"))
+
+
+def isas() -> list[str]:
+    """What this CPU has, the slowest first."""
+    return ["scalar", "avx2", "avx512"][: 1 + ON_X86 * (("avx2" in CPU) + ("avx512_vnni" in CPU))]
+
+
+CPU = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+
+
+# Logits
+
+
+def step_logits(rows: Rows, ids: list[int]) -> np.ndarray:
+    """Logits (T, V) after every id of a single row, one id a call."""
+    logits = []
+    for i in ids:
+        rows.read([[i]])
+        logits.append(rows.logits()[0])
+    return np.stack(logits)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_equal_those_of_forward_at_every_byte(name, tmp_path):
+    model = tiny_model(**MODELS[name])
+    with torch.no_grad():
+        expected = model(torch.tensor([IDS])).logits[0]
+    engine = engine_of(model, tmp_path)
+    assert_equal(torch.from_numpy(step_logits(Rows(engine, 1), IDS)), expected)
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
+def test_shipped_checkpoints_have_the_logits_of_forward(path, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    text = (ROOT / "examples" / "data" / "shakespeare.txt").read_bytes()[:600]
+    with torch.no_grad():
+        expected = model(torch.tensor([list(text)])).logits[0]
+    exact = step_logits(Rows(engine_of(model, tmp_path), 1), list(text))
+    assert_equal(torch.from_numpy(exact), expected)
+    # They were stored in bfloat16, so half the size loses nothing.
+    assert np.array_equal(step_logits(Rows(engine_of(model, tmp_path, "bf16"), 1), list(text)), exact)
+    # Rounding moves the distributions a little, and less the more bits there are.
+    errors = {}
+    for kind in ("q8", "q4_0"):
+        rounded = torch.from_numpy(step_logits(Rows(engine_of(model, tmp_path, kind), 1), list(text)))
+        errors[kind] = float((rounded - expected).norm() / expected.norm())
+    assert 0 < errors["q8"] < 0.03 and errors["q8"] < errors["q4_0"] < 0.2, errors
+
+
+@pytest.mark.parametrize("type", TYPES)
+def test_rows_are_the_same_bits_alone_in_a_batch_in_pieces_and_on_every_cpu(type, tmp_path):
+    model = tiny_model(
+        **MIXERS["both"], **SHARING["middle"], trunk_hidden_size=64, ngram_embedding_size=32, hidden_size=96
+    )
+    export_gguf(model, tmp_path / "model.gguf", type)
+    alone = step_logits(Rows(Engine(tmp_path / "model.gguf", "scalar"), 1), IDS)
+    assert len(isas()) > 1 or not ON_X86, "an x86 CPU without AVX2"
+    for isa in isas():
+        engine = Engine(tmp_path / "model.gguf", isa)
+        assert engine.isa == isa
+        rows, random, at = Rows(engine, 7), np.random.default_rng(0), np.zeros(7, int)
+        while (at < len(IDS)).any():
+            counts = np.minimum(random.integers(0, 60, 7) * random.integers(0, 2, 7), len(IDS) - at)
+            rows.read([IDS[a : a + c] for a, c in zip(at, counts)])
+            at += counts
+            if at.min() > 0:
+                assert np.array_equal(rows.logits(), alone[at - 1])
+    # More rows than are computed at once.
+    rows = Rows(engine, 150)
+    rows.read([IDS[: 1 + i] for i in range(150)])
+    assert np.array_equal(rows.logits(), alone[:150])
+
+
+def test_an_instruction_set_that_is_not_there_is_refused_in_words(tiny):
+    with pytest.raises(ValueError, match="no 'sparc'"):
+        Engine(tiny[1].path, "sparc")
+
+
+def test_scores_are_the_log_probabilities_of_forward(tiny):
+    model, engine = tiny
+    text = TEXT.encode()
+    with torch.no_grad():
+        expected = model(torch.tensor([[257, *text]])).logits[0, :-1].log_softmax(-1)
+    expected = expected.gather(1, torch.tensor(list(text))[:, None])[:, 0]
+    assert_equal(torch.from_numpy(engine.score(text)), expected)
+    rest = engine.score(text[50:], bytes([]) + text[:50])
+    with torch.no_grad():
+        logits = model(torch.tensor([list(text)])).logits[0].log_softmax(-1)
+    assert_equal(torch.from_numpy(rest), logits[49:-1].gather(1, torch.tensor(list(text[50:]))[:, None])[:, 0])
+    assert engine.score(b"").shape == (0,)
+    with pytest.raises(ValueError, match="row 1 is empty"):
+        Rows(engine, 2).score([[], [1]])
+
+
+# Text
+
+
+def test_greedy_text_is_that_of_generate(tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(SHIPPED[-1], dtype=torch.float32)
+    engine = engine_of(model, tmp_path)
+    rows = [list(b"The history of the"), list(b"x"), list("Zoë saw".encode()), list(b"Once upon a time there")]
+    expected = model.generate(**batch(rows, "left"), max_new_tokens=100, do_sample=False)[:, 22:]
+    found = engine.generate([bytes(row) for row in rows], max_new_tokens=100)
+    for text, ids in zip(found, expected.tolist()):
+        ids = ids[: ids.index(258)] if 258 in ids else ids
+        assert text == bytes(i for i in ids if i < 256)
+    assert b"".join(engine.stream(bytes(rows[0]), max_new_tokens=100)) == found[0]
+    assert engine.generate(bytes(rows[0]).decode(), max_new_tokens=100) == found[0]
+    assert engine.generate(b"x", max_new_tokens=0) == b"" and len(engine.generate("", max_new_tokens=9)) <= 9
+
+
+def test_a_text_ends_where_the_model_ends_it(tiny, tmp_path):
+    model = tiny[0]
+    greedy = model.generate(torch.tensor([ids_of("x")]), max_new_tokens=30, do_sample=False, eos_token_id=None)[0, 1:]
+    model.generation_config.eos_token_id = [int(greedy[12]), 258]
+    engine = engine_of(model, tmp_path)
+    model.generation_config.eos_token_id = 258
+    first = greedy.tolist().index(int(greedy[12]))
+    assert engine.generate(b"x", max_new_tokens=30) == bytes(i for i in greedy[: first + 1].tolist() if i < 256)
+    before = bytes(i for i in greedy[:first].tolist() if i < 256)
+    assert b"".join(engine.stream(b"x", max_new_tokens=30)) == before
+    assert engine.complete(b"x", 30).startswith(before) and len(engine.complete(b"x", 30)) <= len(before) + 1
+
+
+def test_sampled_text_depends_on_the_seed_and_not_on_the_batch(tiny):
+    _, engine = tiny
+    options = {"max_new_tokens": 80, "do_sample": True, "temperature": 0.8, "top_p": 0.95}
+    together = engine.generate(PROMPTS, seed=5, **options)
+    assert together == [engine.generate(prompt, seed=5 + i, **options) for i, prompt in enumerate(PROMPTS)]
+    assert together == [b"".join(engine.stream(prompt, seed=5 + i, **options)) for i, prompt in enumerate(PROMPTS)]
+    assert together != engine.generate(PROMPTS, seed=6, **options)
+    for option, value in (
+        ("temperature", 0.0),
+        ("top_p", 0.0),
+        ("top_k", -1),
+        ("min_p", 2.0),
+        ("repetition_penalty", 0),
+    ):
+        with pytest.raises(ValueError, match=f"{option}={value} is out of its range"):
+            engine.generate(b"x", do_sample=True, **{option: value})
+    with pytest.raises(TypeError, match="top_q"):
+        next(engine.stream(b"x", top_q=1))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"temperature": 0.5},
+        {"top_k": 5},
+        {"top_p": 0.6},
+        {"min_p": 0.3, "repetition_penalty": 1.5},
+        {"top_k": 8, "top_p": 0.7, "temperature": 2.0},
+    ],
+    ids=str,
+)
+def test_ids_are_drawn_as_often_as_the_processors_of_the_library_say(tiny, options):
+    _, engine = tiny
+    count, text = 4000, IDS[:20]
+    rows = Rows(engine, count)
+    rows.read([text] * count)
+    warpers = [
+        RepetitionPenaltyLogitsProcessor(options.get("repetition_penalty", 1.0)),
+        TemperatureLogitsWarper(options.get("temperature", 1.0)),
+        *([TopKLogitsWarper(options["top_k"])] if "top_k" in options else []),
+        *([TopPLogitsWarper(options["top_p"])] if "top_p" in options else []),
+        *([MinPLogitsWarper(options["min_p"])] if "min_p" in options else []),
+    ]
+    scores = LogitsProcessorList(warpers)(torch.tensor([text]), torch.from_numpy(rows.logits()[:1]))
+    expected = scores.softmax(-1)[0].numpy()
+    _, sampling, _, _ = engine._start([b"x"], do_sample=True, **options)
+    drawn = rows.write(sampling, np.arange(count).astype(np.uint64), np.ones(count, np.uint8), 1)[:, 0]
+    found = np.bincount(drawn, minlength=engine.vocab_size) / count
+    assert (found[expected == 0] == 0).all()
+    # Six standard deviations: the seeds are fixed, so that this fails always or never.
+    assert (np.abs(found - expected) <= 6 * np.sqrt(expected * (1 - expected) / count) + 1e-9).all()
+
+
+# generate(custom_generate=engine)
+
+
+def both(model, engine, rows, side="left", **options):
+    """What `generate` returns without and with the engine."""
+    options = {"max_new_tokens": 60, "do_sample": False, "eos_token_id": None} | options
+    outputs = []
+    for custom in ({}, {"custom_generate": engine}):
+        torch.manual_seed(0)
+        outputs.append(model.generate(**batch(rows, side), **options, **custom))
+    return outputs
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"do_sample": True, "top_k": 20, "repetition_penalty": 1.2}], ids=["greedy", "sample"]
+)
+def test_generate_with_the_engine_writes_what_it_writes_without(tiny, options):
+    for rows in (ROWS, ROWS[1:2]):
+        expected, found = both(*tiny, rows, **options)
+        assert torch.equal(found, expected)
+    expected, found = both(*tiny, ROWS, num_return_sequences=2, do_sample=True)
+    assert torch.equal(found, expected)
+
+
+def test_generate_with_the_engine_stops_where_it_stops_without(tiny):
+    model, engine = tiny
+    text = both(model, engine, ROWS)[0][:, len(IDS) :]
+    expected, found = both(model, engine, ROWS, eos_token_id=[int(text[0, 9]), int(text[2, 30])])
+    assert torch.equal(found, expected)
+    tokenizer = AutoTokenizer.from_pretrained(SHIPPED[0])
+    printable = next(bytes([i]).decode() for i in text[3, 5:].tolist() if 32 < i < 127)
+    expected, found = both(model, engine, ROWS[3:], stop_strings=[printable], tokenizer=tokenizer)
+    assert torch.equal(found, expected) and found.shape[1] < len(ROWS[3]) + 60
+
+
+def test_generate_with_the_engine_returns_scores(tiny):
+    kept = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True, "temperature": 0.7}
+    expected, found = both(*tiny, ROWS, do_sample=True, **kept)
+    assert torch.equal(found.sequences, expected.sequences) and len(found.scores) == len(found.logits) == 60
+    for name in ("scores", "logits"):
+        ours, theirs = torch.stack(found[name]), torch.stack(expected[name])
+        assert torch.equal(ours.isinf(), theirs.isinf())
+        assert_equal(ours.masked_fill(ours.isinf(), 0), theirs.masked_fill(theirs.isinf(), 0))
+
+
+def test_generate_with_the_engine_feeds_a_streamer(tiny):
+    model, engine = tiny
+    streamer = Collector()
+    options = {"max_new_tokens": 9, "do_sample": False}
+    written = model.generate(torch.tensor(ROWS[3:]), custom_generate=engine, streamer=streamer, **options)
+    assert torch.equal(torch.cat(streamer.ids), written[0]) and streamer.has_ended
+
+
+def test_what_the_engine_cannot_do_is_refused_by_name(tiny, tmp_path):
+    model, engine = tiny
+    for options, name in (
+        ({"num_beams": 2}, "beam_search"),
+        ({"prompt_lookup_num_tokens": 3}, "assisted_generation"),
+        ({"output_hidden_states": True, "return_dict_in_generate": True}, "output_hidden_states"),
+        ({"output_attentions": True, "return_dict_in_generate": True}, "output_attentions"),
+    ):
+        with pytest.raises(ValueError, match=name):
+            model.generate(torch.tensor(ROWS[3:]), custom_generate=engine, **options)
+    with pytest.raises(ValueError, match="assistant_model"):
+        model.generate(torch.tensor(ROWS[3:]), custom_generate=engine, assistant_model=model)
+    with pytest.raises(ValueError, match="inputs_embeds"):
+        model.generate(inputs_embeds=model.get_input_embeddings()(torch.tensor(ROWS[3:])), custom_generate=engine)
+    cache = model(torch.tensor(ROWS[3:]), use_cache=True).cache
+    with pytest.raises(ValueError, match="filled cache"):
+        model.generate(torch.tensor([ROWS[3] + [1]]), cache=cache, custom_generate=engine)
+    with pytest.raises(ValueError, match="other weights"):
+        tiny_model(**PATCHING["fixed"]).generate(torch.tensor(ROWS[3:]), custom_generate=engine)
+    with pytest.raises(ValueError, match="hidden_act"):
+        export_gguf(tiny_model(hidden_act="gelu"), tmp_path / "model.gguf")
+    with pytest.raises(ValueError, match="tie_word_embeddings"):
+        export_gguf(tiny_model(tie_word_embeddings=False), tmp_path / "model.gguf")
+    with pytest.raises(ValueError, match="type='int3'"):
+        export_gguf(model, tmp_path / "model.gguf", "int3")
+    assert not (tmp_path / "model.gguf").exists()
+
+
+def test_weights_that_were_trained_since_are_noticed(tmp_path):
+    model = tiny_model(use_cache=True)
+    engine, ids = engine_of(model, tmp_path), torch.tensor(ROWS[3:])
+    model.generate(ids, max_new_tokens=2, custom_generate=engine)
+    model(ids, labels=ids).loss.backward()
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    with pytest.raises(ValueError, match="other weights"):
+        model.generate(ids, max_new_tokens=2, custom_generate=engine)
+
+
+# States
+
+
+@pytest.mark.parametrize("name", ["layers none", "patches vocabulary", "patches learned", "mixers both"])
+def test_a_row_that_is_rewound_goes_on_as_if_the_rest_had_never_been(name, tmp_path):
+    engine, random = engine_of(tiny_model(**MODELS[name]), tmp_path), np.random.default_rng(0)
+    rows, snapshots = Rows(engine, 2), []
+    expected = step_logits(Rows(engine, 1), IDS)
+    for i in IDS:
+        snapshots.append(rows.take(1))
+        rows.read([[], [i]])
+    for _ in range(60):
+        at = int(random.integers(0, rows.length(1) + 1))
+        rows.rewind(snapshots[at], 1)
+        other = random.integers(97, 99, 30).tolist()  # text that repeats itself, and that is taken back
+        rows.read([[], other])
+        rows.rewind(snapshots[at], 1)
+        end = int(random.integers(at, len(IDS))) + 1
+        rows.read([[], IDS[at:end]])
+        rows.read([[1], []])
+        assert np.array_equal(rows.logits()[1], expected[end - 1])
+
+
+def test_a_snapshot_of_another_text_is_refused(tiny):
+    rows = Rows(tiny[1], 1)
+    start = rows.take()
+    rows.read([b"abc"])
+    snapshot = rows.take()
+    rows.rewind(start)
+    with pytest.raises(ValueError, match="3 bytes of the snapshot"):
+        rows.rewind(snapshot)
+    rows.read([b"abd"])
+    with pytest.raises(ValueError, match="3 bytes of the snapshot"):
+        rows.rewind(snapshot)
+    rows.rewind(start)
+    rows.read([b"abc and more"])
+    rows.rewind(snapshot)
+    assert rows.length(0) == 3
+
+
+def test_completions_are_those_of_fresh_rows_whatever_is_typed(tiny):
+    engine, random, text = tiny[1], np.random.default_rng(0), b""
+    for _ in range(60):
+        text = text[: max(0, len(text) - int(random.integers(0, 9)) * int(random.integers(0, 2)))]
+        text += TEXT.encode()[len(text) :][: int(random.integers(0, 6))] if random.integers(0, 3) else b"ab"
+        assert engine.complete(text, 5) == engine.generate(text, 5)
+
+
+def test_wrong_calls_are_refused_in_words(tiny):
+    rows = Rows(tiny[1], 2)
+    with pytest.raises(ValueError, match="id 2 of row 1 is 320, expected 0 to 319"):
+        rows.read([[1], [2, 3, 320]])
+    assert rows.length(0) == 0
+    assert tiny[1].generate(bytearray(b"ab"), 3) == tiny[1].generate("ab", 3)
+    with pytest.raises(TypeError):
+        tiny[1].generate([1, 2], 3)
+    for call in (rows.logits, lambda: rows.read([[1]]), lambda: Rows(tiny[1], 0)):
+        with pytest.raises(ValueError, match=r"empty|2 rows|at least 1"):
+            call()
+    with pytest.raises(IndexError, match="row 2 of 2"):
+        rows.take(2)
+
+
+# Files
+
+
+@pytest.mark.parametrize("type", TYPES)
+def test_a_file_becomes_a_model_again(type, tmp_path):
+    model = tiny_model(**PATCHING["learned"], **SHARING["ffn"], hidden_size=32)
+    export_gguf(model, tmp_path / "model.gguf", type)
+    loaded = load_gguf(tmp_path / "model.gguf")
+    assert loaded.config.to_dict() == model.config.to_dict()
+    tolerance = {"f32": 0, "bf16": 2**-8, "q8": 1 / 127, "q4_0": 1 / 7}[type]
+    for (name, ours), theirs in zip(model.state_dict().items(), loaded.state_dict().values()):
+        largest = ours.abs().amax(-1, keepdim=True) if type[0] == "q" and ours.ndim == 2 else ours.abs()
+        assert ((ours - theirs).abs() <= tolerance * largest).all(), name
+    # What is rounded stays as it is.
+    export_gguf(loaded, tmp_path / "again.gguf", "f32" if type == "q4_0" else type)
+    assert load_gguf(tmp_path / "again.gguf").state_dict().keys() == model.state_dict().keys()
+
+
+def test_damaged_foreign_and_newer_files_are_refused_in_words(tiny, tmp_path):
+    data, path = tiny[1].path.read_bytes(), tmp_path / "bad.gguf"
+
+    def refusal(data: bytes) -> str:
+        path.write_bytes(data)
+        with pytest.raises(ValueError, match=r"bad\.gguf") as python:
+            load_gguf(path)
+        with pytest.raises(ValueError, match=r"bad\.gguf") as c:
+            Engine(path)
+        assert str(python.value) and "\n" not in str(c.value)
+        return str(c.value)
+
+    random = np.random.default_rng(0)
+    for size in [0, 3, 4, 20, *random.integers(24, len(data), 40).tolist()]:
+        assert any(word in refusal(data[:size]) for word in ("truncated", "not a GGUF"))
+    for place in random.integers(0, len(data), 60).tolist():
+        flipped = bytearray(data)
+        flipped[place] ^= 1 << int(random.integers(8))
+        refusal(bytes(flipped))
+    assert "not a GGUF" in refusal(b"PK\x03\x04" + data[4:])
+    assert "version 9 of GGUF" in refusal(data[:4] + struct.pack("<I", 9) + data[8:])
+
+    def changed(key: bytes, value: bytes, skip: int) -> bytes:
+        """The file with `value` at `skip` bytes after `key`, and a checksum that fits."""
+        at, own = data.index(key) + len(key) + skip, data.index(CHECKSUM) + len(CHECKSUM) + 4
+        new = data[:at] + value + data[at + len(value) :]
+        new = new[:own] + bytes(4) + new[own + 4 :]
+        return new[:own] + struct.pack("<I", zlib.adler32(new)) + new[own + 4 :]
+
+    assert "version 7 of the format" in refusal(changed(b"stlm.format_version", struct.pack("<I", 7), 4))
+    path.write_bytes(changed(b"general.architecture", b"lama", 12))
+    with pytest.raises(ValueError, match="architecture 'lama'"):
+        Engine(path)
+    path.write_bytes(changed(b"stlm.hidden_size", struct.pack("<I", 17), 4))
+    with pytest.raises(ValueError, match="shape"):
+        Engine(path)
+    with pytest.raises(FileNotFoundError):
+        Engine(tmp_path / "none.gguf")
+
+
+def test_the_command_writes_a_file_that_runs(tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "modeling_stlm.inference.export",
+        SHIPPED[-1],
+        tmp_path / "m.gguf",
+        "--type",
+        "q8",
+    ]
+    subprocess.run(command, check=True, capture_output=True, cwd=ROOT)
+    import gguf
+
+    fields = gguf.GGUFReader(tmp_path / "m.gguf").fields
+    assert fields["general.license"].contents() == "cc-by-sa-4.0"
+    assert fields["tokenizer.ggml.tokens"].contents()[256:259] == ["<pad>", "<bos>", "<eos>"]
+    assert (tmp_path / "m.gguf").stat().st_size < 1.2 * 2.97e6  # parameters
+    engine = Engine(tmp_path / "m.gguf")
+    assert engine.bos_token_id == 257 and engine.eos_token_ids == [258] and len(engine.generate(b"The ", 9)) == 9
+
+
+def test_without_a_library_the_engine_says_what_to_do(tiny, monkeypatch, tmp_path):
+    monkeypatch.setattr(engine_module, "FOLDER", tmp_path)
+    with pytest.raises(ImportError, match="C compiler"):
+        Engine(tiny[1].path)
+
+
+def test_a_build_with_sanitizers_survives_mutated_files(tmp_path):
+    files = [tmp_path / f"{i}.gguf" for i in range(3)]
+    export_gguf(tiny_model(**PATCHING["vocabulary"]), files[0], "q8")
+    export_gguf(tiny_model(**PATCHING["learned"], **MIXERS["both"]), files[1], "bf16")
+    export_gguf(tiny_model(hidden_size=32, ngram_embedding_size=32, ngram_rows=4), files[2], "q4_0")
+    flags = (
+        "-g -O1 -std=c99 -fsanitize=address,undefined,float-cast-overflow -fno-sanitize-recover=all -Wno-psabi".split()
+    )
+    source = ROOT / "modeling_stlm" / "inference"
+    sources = [f"-I{source}", ROOT / "tests" / "fuzz_engine.c", source / "stlm.c", "-lm"]
+    program = tmp_path / "fuzz"
+    if subprocess.run(["cc", *flags, *sources, "-o", program], capture_output=True).returncode:
+        pytest.skip("no sanitizers here")
+    run = subprocess.run([program, "600", "1", *files], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert "600 files" in run.stdout and int(run.stdout.split()[2]) > 20
