@@ -49,7 +49,7 @@ style: $(VENV)/ready ## lint and format, with changes
 	$(BIN)/ruff format .
 
 benchmark: $(VENV)/ready ## speed and memory beside two Llamas and, at 10M, BLT
-	OMP_NUM_THREADS=1 $(BIN)/python examples/research/benchmark.py --preset stlm-3m --models stlm stlm-onnx llama-bytes llama-bpe
+	OMP_NUM_THREADS=1 $(BIN)/python examples/research/benchmark.py --preset stlm-3m --models stlm stlm-engine llama-bytes llama-bpe
 	OMP_NUM_THREADS=1 $(BIN)/python examples/research/benchmark.py --preset stlm-10m
 
 report: $(VENV)/ready ## the quality section of RESULTS.md from examples/research/results

@@ -13,13 +13,17 @@ import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessorList, TopKLogitsWarper, TopPLogitsWarper
-from transformers.generation import MinPLogitsWarper, RepetitionPenaltyLogitsProcessor, TemperatureLogitsWarper
+from transformers.generation import (
+    BaseStreamer,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+)
 
 from modeling_stlm.inference import engine as engine_module
 from modeling_stlm.inference.engine import Engine, Rows
 from modeling_stlm.inference.export import CHECKSUM, TYPES, export_gguf, load_gguf
 
-from .test_onnx_steps import Collector
 from .tiny import MIXERS, PATCHING, SHARING, TEXT, assert_equal, batch, ids_of, tiny_model
 
 
@@ -41,6 +45,17 @@ MODELS = {
     "silu": {"hidden_act": "silu", "match_bytes": 6, "conv_kernel_size": 1},
     "relu": {"hidden_act": "relu", "match_bytes": 4, "trunk_head_dim": 18},
 }
+
+
+class Collector(BaseStreamer):
+    def __init__(self):
+        self.ids, self.has_ended = [], False
+
+    def put(self, value):
+        self.ids.append(value.flatten())
+
+    def end(self):
+        self.has_ended = True
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -315,6 +330,8 @@ def test_what_the_engine_cannot_do_is_refused_by_name(tiny, tmp_path):
         tiny_model(**PATCHING["fixed"]).generate(torch.tensor(ROWS[3:]), custom_generate=engine)
     with pytest.raises(ValueError, match="hidden_act"):
         export_gguf(tiny_model(hidden_act="gelu"), tmp_path / "model.gguf")
+    with pytest.raises(ValueError, match="sharing_lora_rank=2"):
+        export_gguf(tiny_model(**SHARING["cycle"], sharing_lora_rank=2), tmp_path / "model.gguf")
     with pytest.raises(ValueError, match="tie_word_embeddings"):
         export_gguf(tiny_model(tie_word_embeddings=False), tmp_path / "model.gguf")
     with pytest.raises(ValueError, match="type='int3'"):

@@ -7,8 +7,8 @@
 The models take turns, so that noise of the machine hits all of them; every figure is the median over the repeats with
 the lowest and the highest. Time is CPU time of this process (`--clock wall` for wall-clock time); peak memory is
 measured in one process per model. All models are untrained. Speed does not depend on the weights, but on the patch
-length of the generated text; so all are forced to write the given text through `generate` (`Forced`). `stlm-onnx` is
-`stlm` with its steps in ONNX Runtime (`modeling_stlm.inference.onnx_steps`); `stlm-onnx-int8` has int8 weights there.
+length of the generated text; so all are forced to write the given text through `generate` (`Forced`). `stlm-engine` is
+`stlm` with the engine behind `generate(custom_generate=...)`, in float32; `stlm-engine-q8` has 8-bit weights there.
 The entropy threshold of BLT is set so that its untrained patches have 4.5 bytes; it trains on whole rows, where the
 others have one row with two documents, and it generates three bytes without its cache, which is wrong.
 The last line is one JSON document.
@@ -40,11 +40,12 @@ from transformers import (
 )
 
 from modeling_stlm import STLMConfig, STLMTokenizer
-from modeling_stlm.inference.onnx_steps import OnnxSteps, export_steps
+from modeling_stlm.inference.engine import Engine
+from modeling_stlm.inference.export import export_gguf
 
 
 HERE = Path(__file__).parent
-MODELS = ("stlm", "stlm-onnx", "stlm-onnx-int8", "llama-bytes", "llama-bpe", "blt")
+MODELS = ("stlm", "stlm-engine", "stlm-engine-q8", "llama-bytes", "llama-bpe", "blt")
 PROMPT_BYTES, NEW_BYTES, SWEEP_BYTES = 1024, 256, 128
 PATCH_BYTES = 4.5  # of BLT
 CONTEXTS, BATCHES = (1024, 2048, 4096, 8192, 16384 - SWEEP_BYTES), (1, 4, 16, 64)
@@ -93,8 +94,6 @@ def build(name: str, args: argparse.Namespace) -> Peer:
         stored = AutoModelForCausalLM.from_config(preset).num_parameters()
     if name.startswith("stlm"):
         config, tokenizer = preset, STLMTokenizer()
-        if "onnx" in name:
-            config.match_bytes = 0  # the steps have none
     elif name == "llama-bytes":
         config, tokenizer = flat_byte_llama(stored)
     elif name == "llama-bpe":
@@ -102,11 +101,12 @@ def build(name: str, args: argparse.Namespace) -> Peer:
     else:
         return Peer(*blt(stored, text, PATCH_BYTES), {"use_cache": False})
     peer = Peer(AutoModelForCausalLM.from_config(config), tokenizer)
-    if "onnx" not in name:
+    if "engine" not in name:
         return peer
     with TemporaryDirectory() as folder:
-        export_steps(peer.model, folder, quantize=name.endswith("int8"))
-        return peer._replace(options=peer.options | {"custom_generate": OnnxSteps(folder)}, is_complete=False)
+        path = Path(folder) / "model.gguf"
+        export_gguf(peer.model, path, "q8" if name.endswith("q8") else "f32")
+        return peer._replace(options=peer.options | {"custom_generate": Engine(path)}, is_complete=False)
 
 
 class Forced(LogitsProcessor):
@@ -340,7 +340,7 @@ def main():
     }
     if not args.only and not args.sweep:
         for name, peer in peers.items():
-            if peer.is_complete:  # the process of another one has exported graphs, too
+            if peer.is_complete:  # the process of another one holds the model twice
                 table[name] |= peak_memory_mb(name, args)
     columns = list(dict.fromkeys(column for row in table.values() for column in row))
     print(

@@ -6,8 +6,8 @@
 
 Every figure is text bytes per CPU second, median (lowest-highest) over the repeats; each run has its own process, and
 the models take turns. The prompt is 1,024 bytes of the text, then 256 bytes are generated: tokens of the argmax in
-llama.cpp, which has random weights (speed does not depend on them), and the bytes of the text through `generate` in
-STLM. The BPE is trained on the text that is measured. The last line is one JSON document.
+llama.cpp, which has random weights (speed does not depend on them), and the bytes of the text in STLM, through `generate`
+or through `Rows` of the engine. Both C libraries are called from Python for each token or byte. The BPE is trained on the text that is measured. The last line is one JSON document.
 
 If llama.cpp crashes on a CPU with AMX (version 0.3.36 of the bindings did in a virtual machine), build it without:
 `CMAKE_ARGS="-DCMAKE_C_FLAGS=-mno-amx-tile\\ -mno-amx-int8 -DCMAKE_CXX_FLAGS=-mno-amx-tile\\ -mno-amx-int8"`.
@@ -33,7 +33,7 @@ HERE = Path(__file__).parent
 VOCABULARY, WIDTH, LAYERS, FEED_FORWARD, HEAD = 8192, 320, 6, 864, 64  # 10,061,120 parameters, tied
 PROMPT_BYTES, NEW_BYTES = 1024, 256
 LLAMAS = {f"llama.cpp {kind}": kind for kind in ("f32", "f16", "q8_0", "q4_0")}
-STLMS = {"STLM, generate": "", "STLM, steps in ONNX": "onnx", "STLM, steps in ONNX, int8": "int8"}
+STLMS = {"STLM, generate": "", **{f"STLM, engine, {kind}": kind for kind in ("f32", "bf16", "q8", "q4_0")}}
 
 
 def write_gguf(path: Path, kind: str, tokenizer) -> None:
@@ -107,19 +107,26 @@ def run_llama(path: str, prompt: list[int], num_new: int) -> dict[str, float]:
     return {"prompt": after_prompt - started, "new": time.process_time() - after_prompt}
 
 
-def run_stlm(how: str, checkpoint: str, text: bytes) -> dict[str, float]:
+def run_engine(path: str, text: bytes) -> dict[str, float]:
+    from modeling_stlm.inference.engine import Engine, Rows
+
+    rows = Rows(Engine(path), 1)
+    started = time.process_time()
+    rows.read([text[:PROMPT_BYTES]])
+    after_prompt = time.process_time()
+    for byte in text[PROMPT_BYTES : PROMPT_BYTES + NEW_BYTES]:
+        rows.logits()[0].argmax()
+        rows.read([bytes([byte])])
+    return {"prompt": after_prompt - started, "new": time.process_time() - after_prompt}
+
+
+def run_generate(checkpoint: str, text: bytes) -> dict[str, float]:
     import torch
     from benchmark import Peer, generate
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from modeling_stlm.inference.onnx_steps import OnnxSteps, export_steps
-
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
     peer = Peer(model, AutoTokenizer.from_pretrained(checkpoint))
-    if how:
-        with TemporaryDirectory() as folder:
-            export_steps(model, folder, quantize=how == "int8")
-            peer = peer._replace(options=peer.options | {"custom_generate": OnnxSteps(folder)})
     ids = torch.tensor([list(text[: PROMPT_BYTES + NEW_BYTES + 1])])
     generate(peer, ids[:, :64], ids[:, 64:96], time.process_time)  # warms up
     started = time.process_time()
@@ -138,11 +145,11 @@ def main():
     if args.child:
         name, path = args.child
         if name in STLMS:
-            print(json.dumps(run_stlm(STLMS[name], args.checkpoint, text)))
+            print(json.dumps(run_engine(path, text) if path else run_generate(args.checkpoint, text)))
         else:
             print(json.dumps(run_llama(path, *json.loads(Path(path).with_suffix(".json").read_text()))))
         return
-    info = run_info() | {name: version(name) for name in ("llama-cpp-python", "onnxruntime")}  # of the code that runs
+    info = run_info() | {name: version(name) for name in ("llama-cpp-python", "gguf")}  # of the code that runs
     results = {name: [] for name in (*LLAMAS, *STLMS)}
     with TemporaryDirectory() as folder:
         tokenizer = train_bpe([text], VOCABULARY)
@@ -154,6 +161,11 @@ def main():
         for name, file in files.items():
             write_gguf(file, LLAMAS[name], tokenizer)
             file.with_suffix(".json").write_text(json.dumps([prompt, len(new)]))
+        for name, kind in STLMS.items():
+            if kind:
+                files[name] = Path(folder) / f"stlm-{kind}.gguf"
+                export_command = [sys.executable, "-m", "modeling_stlm.inference.export", args.checkpoint]
+                subprocess.run([*export_command, str(files[name]), "--type", kind], check=True)
         for _ in range(args.repeats):
             for name, runs in results.items():
                 command = [

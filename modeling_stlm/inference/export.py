@@ -76,6 +76,8 @@ def check(model: STLMForCausalLM) -> None:
     config = model.config
     if not config.tie_word_embeddings:
         raise ValueError("the engine needs the head to be tied to the embedding: tie_word_embeddings=True")
+    if config.sharing_lora_rank:
+        raise ValueError(f"the engine needs passes that are equal, got sharing_lora_rank={config.sharing_lora_rank}")
     if config.hidden_act not in ACTIVATIONS:
         raise ValueError(f"the engine knows hidden_act of {', '.join(ACTIVATIONS)}, got {config.hidden_act!r}")
 
