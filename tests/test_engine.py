@@ -7,6 +7,7 @@ import struct
 import subprocess
 import sys
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -513,3 +514,39 @@ def test_a_build_with_sanitizers_survives_mutated_files(tmp_path):
     run = subprocess.run([program, "600", "1", *files], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-2000:]
     assert "600 files" in run.stdout and int(run.stdout.split()[2]) > 20
+
+
+def test_completions_may_be_asked_for_by_several_threads(tiny):
+    _, engine = tiny
+    texts = [bytes(ids_of(TEXT)[:n]) for n in range(5, 45)]
+    expected = [engine.generate(text, max_new_tokens=8) for text in texts]
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(lambda text: engine.complete(text, 8), texts * 3)) == expected * 3
+
+
+def test_weights_that_were_reordered_are_noticed(tmp_path):
+    model = tiny_model(use_cache=True)
+    engine, ids = engine_of(model, tmp_path), torch.tensor(ROWS[3:])
+    model.generate(ids, max_new_tokens=2, custom_generate=engine)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.copy_(weight.flip(0))
+    with pytest.raises(ValueError, match="other weights"):
+        model.generate(ids, max_new_tokens=2, custom_generate=engine)
+
+
+def test_the_engine_has_neither_dropout_nor_documents(tmp_path):
+    model = tiny_model(hidden_dropout=0.5)
+    engine, ids = engine_of(model, tmp_path), torch.tensor(ROWS[3:])
+    with pytest.raises(ValueError, match=r"dropout \(call eval\(\)\)"):
+        model.train().generate(ids, max_new_tokens=2, custom_generate=engine)
+    positions = torch.arange(ids.shape[1])[None] % 7
+    with pytest.raises(ValueError, match="position_ids restart"):
+        model.eval().generate(ids, position_ids=positions, max_new_tokens=2, custom_generate=engine)
+
+
+def test_a_loaded_model_ends_texts_where_the_file_does(tmp_path):
+    model = tiny_model()
+    model.generation_config.eos_token_id = [10, 258]
+    engine = engine_of(model, tmp_path)
+    assert engine.eos_token_ids == load_gguf(tmp_path / "model.gguf").generation_config.eos_token_id == [10, 258]

@@ -15,6 +15,7 @@ Shapes: B rows, T bytes, V vocabulary.
 
 import ctypes
 import os
+import threading
 import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -72,7 +73,7 @@ def load_library() -> ctypes.CDLL:
     if not files:
         raise ImportError(
             f"the engine is not built: {FOLDER} has no _stlm library. It is compiled when the package is installed on a "
-            "machine with a C compiler (gcc, clang): install one and run `pip install --force-reinstall --no-deps stlm`, or "
+            "machine with a C compiler (gcc, clang): install one and run `pip install --force-reinstall --no-deps --no-cache-dir stlm`, or "
             "`python setup.py build_ext --inplace` in a checkout"
         )
     library = ctypes.CDLL(str(files[0]))
@@ -205,7 +206,8 @@ class Engine:
         self.eos_token_ids = about.ends[: about.num_ends]
         self._ends = (ctypes.c_int32 * about.num_ends)(*self.eos_token_ids)
         self._source = about.source.decode()
-        self._known = weakref.WeakKeyDictionary()  # models that were compared, with sums of their weights
+        self._known = weakref.WeakKeyDictionary()  # models that were compared, with the versions of their weights
+        self._typing = threading.Lock()
         self._typed: tuple[Rows, list[tuple[bytes, Snapshot]]] | None = None  # of `complete`
 
     # Text
@@ -275,11 +277,10 @@ class Engine:
         """As [`Engine.generate`] of one prompt, with its `options`, byte by byte."""
         rows, sampling, seeds, active = self._start([prompt], **options)
         for _ in range(max_new_tokens):
-            byte = _written(rows.write(sampling, seeds, active, 1)[0])
+            if byte := _written(rows.write(sampling, seeds, active, 1)[0]):  # no special token
+                yield byte
             if not active[0]:
                 return
-            if byte:  # no special token
-                yield byte
 
     def score(self, text: Text, context: Text = b"") -> np.ndarray:
         """Natural logarithm of the probability of every byte of `text` after `context`: (T,) float32.
@@ -296,38 +297,42 @@ class Engine:
         Only what differs from the last calls is read: one more byte or one less costs no more than that byte.
         """
         text = _bytes(text)
-        if self._typed is None:
-            rows = Rows(self, 1)
-            self._typed = rows, [(b"", rows.take())]
-        rows, snapshots = self._typed
-        while not text.startswith(snapshots[-1][0]):
-            snapshots.pop()
-        known, snapshot = snapshots[-1]
-        rows.rewind(snapshot)
-        if text != known or not text:
-            rows.read([text[len(known) :] or [self.bos_token_id]])
-        if text != known:
-            snapshots.append((text, rows.take()))
-            del snapshots[1 : max(1, len(snapshots) - MAX_SNAPSHOTS)]
-        sampling = _Sampling(0.0, 1.0, 0.0, 1.0, 0, len(self._ends), self._ends)
-        return _written(rows.write(sampling, np.zeros(1, np.uint64), np.ones(1, np.uint8), max_new_tokens)[0])
+        with self._typing:  # the row is one for all calls
+            if self._typed is None:
+                rows = Rows(self, 1)
+                self._typed = rows, [(b"", rows.take())]
+            rows, snapshots = self._typed
+            while not text.startswith(snapshots[-1][0]):
+                snapshots.pop()
+            known, snapshot = snapshots[-1]
+            rows.rewind(snapshot)
+            if text != known or not text:
+                rows.read([text[len(known) :] or [self.bos_token_id]])
+            if text != known:
+                snapshots.append((text, rows.take()))
+                del snapshots[1 : max(1, len(snapshots) - MAX_SNAPSHOTS)]
+            sampling = _Sampling(0.0, 1.0, 0.0, 1.0, 0, len(self._ends), self._ends)
+            return _written(rows.write(sampling, np.zeros(1, np.uint64), np.ones(1, np.uint8), max_new_tokens)[0])
 
     # generate(custom_generate=engine)
 
     def _check(self, model: PreTrainedModel, generation_config: GenerationConfig, model_kwargs: dict) -> None:
         """Raise a `ValueError` unless the file is that of `model` and its options are known here."""
         check(model)
-        sums = tuple(tensor.detach().sum(dtype=torch.float64).item() for tensor in model.parameters())
-        if self._known.get(model) != sums:
+        # What writes through `tensor.data` is not noticed after the first call.
+        versions = [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in model.parameters()]
+        if self._known.get(model) != versions:
             if fingerprint(model) != self._source:
                 raise ValueError(f"{self.path} was exported from a model with other weights: export this one")
-            self._known[model] = sums
+            self._known[model] = versions
         cache = model_kwargs.get("cache")
         mode = generation_config.get_generation_mode()
         refused = {
             f"generation mode {mode.value}": mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE),
             "inputs_embeds": model_kwargs.get("inputs_embeds") is not None,
             "a filled cache": cache is not None and int(cache.get_seq_length()) > 0,
+            "dropout (call eval())": model.training
+            and (model.config.hidden_dropout or model.config.attention_dropout),
             "output_attentions": generation_config.output_attentions,
             "output_hidden_states": generation_config.output_hidden_states,
         }
@@ -345,7 +350,7 @@ class Engine:
         tokenizer: PreTrainedTokenizerBase | None = None,
         **model_kwargs,
     ) -> torch.LongTensor | GenerateDecoderOnlyOutput:
-        """The sampling loop of `generate`, with the engine in place of the model.
+        """The sampling loop of `generate`, with the engine in place of the model, which computes as one in float32.
 
         `tokenizer` is for stop strings, of which `generate` makes stopping criteria.
 
@@ -356,6 +361,11 @@ class Engine:
         device, mask = input_ids.device, model_kwargs.get("attention_mask")
         given = input_ids.cpu().numpy()
         valid = np.ones(given.shape, bool) if mask is None else mask.cpu().numpy() != 0
+        positions = model_kwargs.get("position_ids")
+        if positions is not None and positions.shape[-1] == given.shape[1]:
+            steps = np.diff(np.broadcast_to(positions.cpu().numpy(), given.shape))
+            if (steps[valid[:, 1:] & valid[:, :-1]] != 1).any():
+                raise ValueError("position_ids restart, but a row of the engine is one document")
         rows = Rows(self, len(given))
         rows.read([ids[is_valid] for ids, is_valid in zip(given, valid)])
         pad, kept = generation_config._pad_token_tensor, generation_config.return_dict_in_generate

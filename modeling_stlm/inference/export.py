@@ -76,6 +76,8 @@ def check(model: STLMForCausalLM) -> None:
     config = model.config
     if not config.tie_word_embeddings:
         raise ValueError("the engine needs the head to be tied to the embedding: tie_word_embeddings=True")
+    if config.bos_token_id is None:
+        raise ValueError("the engine needs a token that begins documents: bos_token_id")
     if config.sharing_lora_rank:
         raise ValueError(f"the engine needs passes that are equal, got sharing_lora_rank={config.sharing_lora_rank}")
     if config.hidden_act not in ACTIVATIONS:
@@ -188,7 +190,7 @@ def load_gguf(path: str | Path) -> STLMForCausalLM:
     import gguf
 
     reader = gguf.GGUFReader(path)
-    fields = {name: reader.fields[f"stlm.{name}"].contents() for name in ("format_version", "config")}
+    fields = {name: reader.fields[f"stlm.{name}"].contents() for name in ("format_version", "config", "eos_token_ids")}
     if fields["format_version"] > FORMAT_VERSION:
         raise ValueError(f"{path} has version {fields['format_version']} of the format: update the package")
     model = STLMForCausalLM(STLMConfig.from_dict(json.loads(fields["config"])))
@@ -203,6 +205,8 @@ def load_gguf(path: str | Path) -> STLMForCausalLM:
             array = array.astype(np.float32) * arrays[name.removesuffix("weight") + "scale"][:, None]
         state[name.removeprefix("model.")] = torch.from_numpy(np.array(array, np.float32))
     model.model.load_state_dict(state)
+    ends = [int(end) for end in fields["eos_token_ids"]]
+    model.generation_config.eos_token_id = ends[0] if len(ends) == 1 else ends or None
     return model.eval()
 
 

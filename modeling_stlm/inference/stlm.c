@@ -183,7 +183,7 @@ struct stlm_batch {
 
 // ---- Elementary functions: the same bits everywhere, which those of a C library are not ----
 
-// Within 2 units in the last place; 0 below -87, at most e**88.
+// Within 2 units in the last place; between e**-87 and e**88.
 INLINE float exp_of(float x) {
   x = x < -87.0f ? -87.0f : x;
   x = x > 88.0f ? 88.0f : x;
@@ -373,7 +373,11 @@ OUTLINE void sums_q4_scalar(const uint8_t *w, const float *scales, int blocks, c
 
 #ifdef HAS_X86
 #define AVX2 __attribute__((target("avx2")))
+#ifdef __clang__
+#define AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")))
+#else
 #define AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,prefer-vector-width=512")))
+#endif
 FLOAT_SUMS(sums_f32_avx2, AVX2, 32, 4, 1, float, FROM_F32)
 FLOAT_SUMS(sums_bf16_avx2, AVX2, 32, 4, 1, uint16_t, FROM_BF16)
 FLOAT_SUMS(sums_f32_avx512, AVX512, 64, 4, 4, float, FROM_F32)
@@ -1128,7 +1132,7 @@ static void verify(File *f) {
     fail(f, "the file is damaged or truncated: its checksum is %08x, expected %08x", b << 16 | a, expected);
 }
 
-static size_t size_of(uint32_t type, size_t count) {
+static uint64_t size_of(uint32_t type, uint64_t count) {  // 64 bits: a size of a foreign file must not wrap around
   return type == Q4 ? count / Q4_BLOCK * Q4_BLOCK_BYTES : type == Q8 ? count : type == BF16 ? 2 * count : 4 * count;
 }
 
@@ -1146,7 +1150,7 @@ static const uint8_t *find(File *f, const char *name, int outer, int inner, uint
     } else if (!(t->type == F32 || (type && (t->type == BF16 || t->type == Q8 || (t->type == Q4 && inner % Q4_BLOCK == 0))))) {
       fail(f, "the tensor %s has the unknown type %u", full, (unsigned)t->type);
     } else {
-      const size_t size = size_of(t->type, (size_t)inner * (size_t)max_int(outer, 1));
+      const uint64_t size = size_of(t->type, (uint64_t)inner * (uint64_t)max_int(outer, 1));
       if (t->offset > f->size - f->data_at || f->size - f->data_at - t->offset < size)
         fail(f, "the file is truncated: %s lies behind its end", full);
       if (type) *type = t->type;
