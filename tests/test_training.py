@@ -462,7 +462,15 @@ def test_a_signal_saves_and_the_run_goes_on_from_there(tmp_path, windows, number
     torch.testing.assert_close(resumed.model.state_dict(), whole.model.state_dict(), rtol=0, atol=0)
 
 
-def test_a_second_signal_acts_at_once(tmp_path, windows):
+@pytest.fixture
+def interruptible():
+    """SIGINT raises `KeyboardInterrupt`; processes of pytest-xdist ignore it."""
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, handler)
+
+
+def test_a_second_signal_acts_at_once(tmp_path, windows, interruptible):
     handler = signal.getsignal(signal.SIGINT)
 
     class Impatient(Signal):
@@ -502,10 +510,17 @@ def test_signals_are_what_they_were_after_a_training_that_raised(tmp_path, windo
 def test_children_of_a_training_can_be_ended(tmp_path, windows):
     ended = []
 
+    def work(is_running):
+        is_running.set()
+        time.sleep(60)
+
     class Fork(TrainerCallback):
         def on_step_begin(self, args, state, control, **kwargs):
-            child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+            context = multiprocessing.get_context("fork")
+            is_running = context.Event()
+            child = context.Process(target=work, args=(is_running,))
             child.start()
+            assert is_running.wait(60)  # a signal that comes before Python runs again after the fork is lost
             child.terminate()
             child.join(30)
             ended.append(child.exitcode)
