@@ -14,6 +14,7 @@ from itertools import islice
 from pathlib import Path
 
 import torch
+from inputs import checkpoint
 from pretrain import load_config
 from scoring import documents
 from torch.utils.data import DataLoader
@@ -35,7 +36,10 @@ THIRD += "num_unique_trunk_layers=3 trunk_num_attention_heads=8"
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--checkpoint", default=str(HERE / "checkpoints" / "stlm-10m"), help="folder of the larger model"
+        "--checkpoint",
+        type=checkpoint,
+        default=str(HERE / "checkpoints" / "stlm-10m"),
+        help="folder of the larger model",
     )
     parser.add_argument(
         "--set", nargs="*", default=THIRD.split(), metavar="FIELD=VALUE", help="sizes of the smaller one"

@@ -11,8 +11,8 @@ def checkpoint(value: str) -> str:
     path = Path(value)
     if (path / "config.json").is_file():
         return value
-    is_name = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", value) and not value.startswith(".")
-    if path.exists() or not is_name or ("/" in value and path.parent.is_dir()):
+    is_name = re.fullmatch(r"[\w.-]+/[\w.-]+", value) and not value.startswith(".")
+    if path.exists() or not is_name or path.parent.is_dir():
         found = "a folder without config.json" if path.is_dir() else "a file" if path.exists() else "no such folder"
         raise argparse.ArgumentTypeError(
             f"{value} is {found}: expected a folder with a checkpoint, or the name of one on the Hub (owner/name)"

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from run_folder import ProgressLines, last_checkpoint, save
 from scoring import documents
 from transformers import AutoModelForCausalLM, PrinterCallback, Trainer, TrainingArguments, logging, set_seed
@@ -82,7 +83,10 @@ def load_config(model: str, changes: list[str]) -> STLMConfig:
     if unknown := sorted(set(fields) - set(STLMConfig().to_dict())):
         raise SystemExit(f"--set {unknown}: not a field of STLMConfig")
     is_folder = (Path(model) / "config.json").is_file()
-    return (STLMConfig.from_pretrained if is_folder else STLMConfig.from_preset)(model, **fields)
+    try:
+        return (STLMConfig.from_pretrained if is_folder else STLMConfig.from_preset)(model, **fields)
+    except (ValueError, StrictDataclassError) as error:
+        raise SystemExit(f"{model} {' '.join(changes)}: {error}") from None
 
 
 def training_arguments(args: argparse.Namespace, step_bytes: float, **changes) -> TrainingArguments:
@@ -96,7 +100,12 @@ def training_arguments(args: argparse.Namespace, step_bytes: float, **changes) -
     has_gpu = torch.cuda.is_available()
     batch = {"per_device_train_batch_size": args.batch_size, "per_device_eval_batch_size": args.batch_size}
     every = {"eval_strategy": "steps", "eval_steps": args.eval_steps, "save_steps": args.eval_steps}
-    settings = schedule | batch | every | {"logging_steps": 50, "save_total_limit": 1, "seed": args.seed}
+    settings = (
+        schedule
+        | batch
+        | every
+        | {"logging_steps": 50, "logging_first_step": True, "save_total_limit": 1, "seed": args.seed}
+    )
     settings |= {
         "batch_eval_metrics": True,
         "disable_tqdm": True,
@@ -115,6 +124,8 @@ def train(args: argparse.Namespace, trainer: Trainer, step_bytes: float) -> None
         megabytes = f"{state.global_step * step_bytes / 1e6:.1f}"
         if budget:
             return f"{budget[0].elapsed_seconds / 60:.1f} of {args.max_minutes:g} min, {megabytes} MB"
+        if args.max_steps:
+            return f"step {state.global_step} of {state.max_steps}"
         return f"{megabytes} of {state.max_steps * step_bytes / 1e6:.1f} MB"
 
     stop = StopOnSignal()

@@ -73,8 +73,8 @@ def load_library() -> ctypes.CDLL:
     if not files:
         raise ImportError(
             f"the engine is not built: {FOLDER} has no _stlm library. It is compiled when the package is installed on a "
-            "machine with a C compiler (gcc, clang): install one and run `pip install --force-reinstall --no-deps --no-cache-dir stlm`, or "
-            "`python setup.py build_ext --inplace` in a checkout"
+            "machine with a C compiler (gcc, clang): install one and install the package again with `--force-reinstall --no-deps "
+            "--no-cache-dir`, or run `python setup.py build_ext --inplace` in a checkout"
         )
     library = ctypes.CDLL(str(files[0]))
     pointer, number, text = ctypes.c_void_p, ctypes.c_int, ctypes.c_char_p
