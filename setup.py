@@ -51,7 +51,7 @@ setup(
     options={"bdist_wheel": {"py_limited_api": "cp311"}},
     install_requires=["torch>=2.11", "transformers>=5.24,<6", "numpy"],
     extras_require={
-        "train": ["accelerate>=1.15", "datasets>=4.7", "evaluate>=0.4", "matplotlib>=3.9", "peft>=0.19", "trl>=1.16"],
+        "train": ["accelerate>=1.15", "datasets>=4.7", "evaluate>=0.4", "matplotlib>=3.9", "peft>=0.20", "trl>=1.16"],
         "eval": ["lm_eval[hf]>=0.4.13"],
         "serve": ["transformers[serving]"],
         "export": ["onnx>=1.19", "onnxruntime>=1.23", "onnxscript>=0.7.2"],

@@ -66,7 +66,7 @@ def pool_patches(
         index = index.masked_fill((patch_of < counts[:, None]) & (time < first.gather(1, patch_of)), num_slots)
     if batch.lengths is not None:
         index = index.masked_fill(~batch.is_valid, num_slots)
-    num_slots += batch.positions is not None or batch.lengths is not None  # one for bytes that belong to no patch
+    num_slots += int(batch.positions is not None or batch.lengths is not None)  # one for bytes that belong to no patch
     index = index + torch.arange(0, num_rows * num_slots, num_slots, device=ends.device)[:, None]
     sums = hidden_states.new_zeros(num_rows * num_slots, width, dtype=torch.float32)
     sums = sums.index_add(0, index.flatten(), hidden_states.float().flatten(0, 1)).unflatten(0, (num_rows, num_slots))
