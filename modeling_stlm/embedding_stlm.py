@@ -90,9 +90,9 @@ class STLMMatchEmbedding(nn.Module):
     """Embeddings of the byte that followed the last place where the same bytes stood, and of how long the match is.
 
     For each byte, the last earlier place of its document where the same `match_bytes` bytes ended, as in the match models
-    of data compression (Mahoney, "Adaptive weighing of context models for lossless data compression", 2005, section
-    2.3). It needs no matrix product and lets a model copy. While
-    generating, each byte is compared with all earlier ones, whose grams the cache keeps (8 bytes each).
+    of data compression (Mahoney, "Adaptive weighing of context models for lossless data compression", 2005). It needs no
+    matrix product and lets a model copy. While generating, each byte is compared with all earlier ones, whose grams the
+    cache keeps (8 bytes each).
 
     Grams of n bytes are compared as one number: its digits are 0 for a byte that is not there, and the id plus one, 257
     for every special token. A gram in which a byte is not there matches nothing: it is made of its place instead.

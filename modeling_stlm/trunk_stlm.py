@@ -151,7 +151,7 @@ class STLMTrunk(nn.Module):
     """Transformer over patches. Weight tying is structural: a stored block is one module, called several times.
 
     With `sharing_lora_rank`, each pass adds matrices of low rank of its own to those of a block that several passes share
-    (Relaxed Recursive Transformers, arXiv:2410.20672, section 2.2).
+    (Relaxed Recursive Transformers, arXiv:2410.20672).
     """
 
     def __init__(self, config: STLMConfig):
