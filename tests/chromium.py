@@ -28,8 +28,8 @@ class Page:
         self._commands, to_browser = os.pipe()
         from_browser, self._answers = os.pipe()
         command = [EXECUTABLE, *OPTIONS.split(), f"--user-data-dir={profile}", "--window-size=%d,%d" % size, *options]
-        # The protocol has the file descriptors 3 and 4.
-        shell = ["sh", "-c", f'exec "$@" 3<&{self._commands} 4>&{self._answers}', "sh", *command]
+        # The protocol has the file descriptors 3 and 4; bash, as dash knows no numbers above 9.
+        shell = ["bash", "-c", f'exec "$@" 3<&{self._commands} 4>&{self._answers}', "bash", *command]
         self._process = subprocess.Popen(shell, pass_fds=(self._commands, self._answers), stderr=subprocess.DEVNULL)
         os.close(self._commands)
         os.close(self._answers)
