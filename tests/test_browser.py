@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import threading
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from urllib.parse import quote
 
@@ -22,23 +23,29 @@ import modeling_stlm
 from modeling_stlm.inference.engine import Engine, Rows
 from modeling_stlm.inference.export import TYPES, export_gguf
 
-from . import chromium
 from .test_engine import SHIPPED, built, step_logits  # noqa: F401 (built: the library, which is used by its name)
 from .tiny import MIXERS, TEXT, tiny_model
 
 
 pytest.importorskip("gguf")
 pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="the engine is compiled with cc")
-in_node = pytest.mark.skipif(shutil.which("node") is None, reason="node is not installed")
-in_chromium = pytest.mark.skipif(chromium.EXECUTABLE is None, reason="neither chromium nor google-chrome is installed")
 
 FOLDER = Path(__file__).parents[1] / "examples" / "browser"
 PACKAGE = FOLDER / "stlm"
 PROMPT = "Zoë saw 東京 and the trunk "
 
-spec = importlib.util.spec_from_file_location("build", FOLDER / "build.py")
-build = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(build)
+
+def load(path: Path):
+    """The module of a script."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+build, browser = load(FOLDER / "build.py"), load(FOLDER.parent / "research" / "browser.py")
+in_node = pytest.mark.skipif(shutil.which("node") is None, reason="node is not installed")
+in_chromium = pytest.mark.skipif(browser.EXECUTABLE is None, reason="neither chromium nor google-chrome is installed")
 
 
 @pytest.fixture(scope="module")
@@ -197,7 +204,7 @@ def test_patches_and_probabilities_are_those_of_the_engine(files):
     rows, data = Rows(Engine(files["f32"]), 1), TEXT.encode()
     rows.read([data])
     ends = [0, *rows.patch_ends(0), len(data)]
-    assert [a.encode() for a in patches] == [data[a:b] for a, b in zip(ends, ends[1:])] and len(patches) > 20
+    assert [a.encode() for a in patches] == [data[a:b] for a, b in pairwise(ends)] and len(patches) > 20
     logits = rows.logits()[0].astype(np.float64)
     expected = np.exp(logits - logits.max())
     np.testing.assert_allclose(probabilities, expected / expected.sum(), rtol=1e-4, atol=1e-9)
@@ -281,22 +288,35 @@ def test_the_page_completes_what_is_typed(site, tmp_path):
     def value(id: str) -> str:
         return page.evaluate(f"document.getElementById({id!r}).value")
 
-    with chromium.Page(tmp_path / "profile") as page:
-        page.open(f"{address}?model=model.gguf&text={quote('The trunk ')}")
-        completed("The trunk ")
-        text = "The trunk of Zoë, 東"
-        for character in text[10:]:
+    def column(name: str) -> list[str]:
+        return page.evaluate(f"[...document.querySelectorAll('#next .{name}')].map((cell) => cell.textContent)")
+
+    with browser.Page(tmp_path / "profile") as page:
+        text = "東京: the café and the caf"
+        page.open(f"{address}?model=model.gguf&text={quote(text[:14])}")
+        completed(text[:14])
+        for character in text[14:]:
             page.type(character)
-        completion = completed(text)
+        completed(text)
         rows = Rows(engine, 1)
         rows.read([text.encode()])
         count = len(rows.patch_ends(0))
         assert page.evaluate("document.querySelectorAll('#mirror .odd, #mirror .even').length") == count
         assert value("patches").startswith(f"{len(text.encode())} bytes, {count} patches of ")
         logits = rows.logits()[0].astype(np.float64)
-        expected = np.sort(np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum())[::-1][:8]
-        shares = page.evaluate("[...document.querySelectorAll('#next .value')].map((a) => parseFloat(a.textContent))")
-        np.testing.assert_allclose(shares, 100 * expected, atol=0.06)
+        best = np.argsort(-logits)[:8]
+        expected = (np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum())[best]
+        shares = [float(share.strip("<%")) for share in column("value")]
+        np.testing.assert_allclose(shares, 100 * expected, atol=0.1)
+        assert column("bytes") == [f"{id:02X}" for id in best] and max(best) < 256
+        # Bytes that begin a character are shown as the character.
+        starts = [i for i, id in enumerate(best) if id >= 0xC0]
+        for i in starts:
+            lead = bytes([best[i]])
+            assert column("character")[i] == characters(lead + engine.generate(text.encode() + lead, 3))[0]
+        page.evaluate(f"document.querySelectorAll('#next g')[{starts[0]}].dispatchEvent(new MouseEvent('click'))")
+        text += "é"
+        completion = completed(text)
         assert re.fullmatch(r"[\d,]+ bytes/s", value("speed"))
 
         page.press("Tab")

@@ -124,17 +124,19 @@ function showCompletion(string) {
   $("accept").disabled = $("word").disabled = !completion;
 }
 
-/** What `id` is or, if it begins a character of several bytes, becomes: [what is shown, what is inserted, its bytes]. */
+/** The character that `id` is or, most likely, begins after `string`: [what is shown, what is inserted, its number]. */
 function describe(string, id) {
   if (id >= 256) return [engine.endIds.includes(id) ? "end" : "", "", id];
-  const hex = (bytes) => [...bytes].map((byte) => byte.toString(16).toUpperCase().padStart(2, "0")).join(" ");
+  const hex = (byte) => byte.toString(16).toUpperCase().padStart(2, "0");
   if (id < 128) {
     const character = String.fromCharCode(id);
-    return [NAMES[id] ?? (id < 32 || id === 127 ? "" : character), character, hex([id])];
+    return [NAMES[id] ?? (id < 32 || id === 127 ? "" : character), character, hex(id)];
   }
-  const [character] = engine.complete(Uint8Array.of(...utf8(string), id), 3);
-  const whole = new TextDecoder().decode(Uint8Array.of(id, ...utf8(character ?? "")), { stream: true });
-  return [whole, whole, hex([id])];
+  engine.prompt(string);
+  engine.step(id);
+  const bytes = Uint8Array.of(id, ...engine.generate(engine.text, 3));
+  const [character = ""] = new TextDecoder().decode(bytes, { stream: true });
+  return character === "\ufffd" ? ["", "", hex(id)] : [character, character, hex(id)];
 }
 
 function showNext(string) {
@@ -144,11 +146,13 @@ function showNext(string) {
     const [label, character, bytes] = describe(string, id);
     const share = probabilities[id];
     const group = svg("g", { transform: `translate(0 ${i * 28})` });
+    const bar = svg("rect", { y: 5, height: 14, rx: 3 });
+    bar.style.width = `calc(${share} * (100% - 8.5rem))`;
     group.append(
       svg("text", { x: 14, y: 12, class: "character" }, label),
       svg("text", { x: 34, y: 12, class: "bytes" }, bytes),
-      svg("rect", { x: "17%", y: 5, width: "67%", height: 14, rx: 3, class: "track" }),
-      svg("rect", { x: "17%", y: 5, width: `${67 * share}%`, height: 14, rx: 3 }),
+      svg("rect", { y: 5, height: 14, rx: 3, class: "track" }),
+      bar,
       svg("text", { x: "100%", y: 12, class: "value" }, share < 0.001 ? "< 0.1%" : `${(100 * share).toFixed(1)}%`),
     );
     if (character) group.addEventListener("click", () => insert(character));

@@ -53,7 +53,7 @@ export class Engine {
   generate(text: Text, maxNewBytes?: number, options?: Sampling): Uint8Array;
   /** As `generate`, in whole characters. Bytes that are no UTF-8 come as U+FFFD. */
   stream(text: Text, maxNewBytes?: number, options?: Sampling): Generator<string, void, void>;
-  /** The likeliest bytes after `text`, without a character that they begin and do not end. */
+  /** The likeliest bytes after `text`, whole characters, without one that is begun and not ended. Up to 32 by default. */
   complete(text: Text, maxNewBytes?: number): string;
   /** `text`, cut where patches end; the last item is the patch that has not ended, perhaps "". */
   patches(text: Text): string[];
