@@ -229,7 +229,7 @@ def test_wrong_files_and_calls_are_refused_in_words(files, tmp_path):
         option: () => engine.generate("x", 3, { top_p: 0.5 }),
         range: () => engine.generate("x", 3, { topP: 0 }),
         id: () => engine.step(320),
-        stream: () => { for (const _ of engine.stream("x", 9)) engine.prompt("y"); },
+        stream: () => { for (const _ of engine.stream("x", 99)) engine.prompt("y"); },
       };
       for (const [name, call] of Object.entries(calls)) try { call(); } catch (error) { words[name] = String(error); }
       print({ ...words, after: [...engine.generate("x", 5)] });

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compile the engine to WebAssembly: stlm/stlm.wasm, which is in the repository, so that only who changes stlm.c needs this.
+"""Compile the engine to WebAssembly, stlm/stlm.wasm. It is in the repository: run this only after a change of stlm.c.
 
     python examples/browser/build.py
 

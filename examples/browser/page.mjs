@@ -13,6 +13,7 @@ const frame = () => new Promise(requestAnimationFrame);
 const utf8 = (string) => new TextEncoder().encode(string);
 
 let engine;
+let model = "No model"; // its name
 let completion = ""; // shown after the text
 let turn = 0; // counts changes of the text: work for an earlier one stops
 let isWriting = false;
@@ -24,13 +25,13 @@ async function open(source, name) {
   $("about").value = `Loading ${name}`;
   try {
     engine = await Engine.load(source);
-    $("about").value = name;
+    $("about").value = model = name;
     text.disabled = $("write").disabled = false;
     text.placeholder = "Type.";
     text.focus();
     await update();
   } catch (error) {
-    $("about").value = engine ? $("about").value : "No model";
+    $("about").value = model;
     say(`${name}: ${error.message}`);
   }
 }

@@ -395,7 +395,7 @@ INLINE Ints add_pairs(Ints total, const int8_t *w, Shorts x) {
 }
 #elif defined(__aarch64__)
 INLINE UShorts repeat(const uint8_t *x) { return (UShorts)vmovl_u8(vreinterpret_u8_s32(vdup_n_s32(quad_of(x)))); }
-INLINE Ints add_pairs(Ints total, const int8_t *w, Shorts x) {  // two products of up to 127 * 127 fit 16 bits
+INLINE Ints add_pairs(Ints total, const int8_t *w, Shorts x) {
   return (Ints)vpadalq_s16((int32x4_t)total, vmull_s8(vld1_s8(w), vmovn_s16((int16x8_t)x)));
 }
 #else
@@ -431,9 +431,9 @@ OUTLINE void sums_q4_simd128(const uint8_t *w, const float *scales, int blocks, 
   for (int b = 0; b < blocks; b++, w += 256, x += Q4_BLOCK, scales += LANES) {
     UShorts pairs[4] = {{0}};  // two of each lane, sums of up to 16 products of 15 * 127
     for (int q = 0; q < 4; q++) {
-      const uint32_t low = (uint32_t)quad_of(x + q * 4), high = (uint32_t)quad_of(x + 16 + q * 4), even = 0x00ff00ff;
-      const UShorts first = (UShorts)((UInts){0} + (low & even)) - 128, second = (UShorts)((UInts){0} + (low >> 8 & even)) - 128;
-      const UShorts third = (UShorts)((UInts){0} + (high & even)) - 128, fourth = (UShorts)((UInts){0} + (high >> 8 & even)) - 128;
+      const UInts low = (UInts){0} + (uint32_t)quad_of(x + q * 4), high = (UInts){0} + (uint32_t)quad_of(x + 16 + q * 4);
+      const UShorts first = (UShorts)(low & 0x00ff00ff) - 128, second = (UShorts)(low >> 8 & 0x00ff00ff) - 128;
+      const UShorts third = (UShorts)(high & 0x00ff00ff) - 128, fourth = (UShorts)(high >> 8 & 0x00ff00ff) - 128;
       UNROLL for (int i = 0; i < 4; i++) {
         UShorts four;
         memcpy(&four, w + q * 64 + i * 16, 16);
@@ -1021,7 +1021,7 @@ INLINE void forward(stlm_batch *b, int n, const Kernels *k) {
   static const Kernels isa = {#isa, forward_##isa, product_##isa, norm_##isa, add_row_##isa, attend_##isa};     \
   TARGET static void forward_##isa(stlm_batch *b, int n) { forward(b, n, &isa); }
 
-#ifndef __wasm_simd128__  // which is known when it is compiled
+#ifndef __wasm_simd128__  // a module for browsers with SIMD has no use for it
 KERNELS(scalar, )
 #endif
 #ifdef HAS_SIMD128

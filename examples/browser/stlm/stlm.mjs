@@ -41,6 +41,7 @@ export class Engine {
   #buffer; // PIECE ids, and what stlm_write takes
   #logits;
   #ids = []; // the text so far
+  #changes = 0; // of the text
   #snapshots = []; // [length of a prefix of #ids, handle]: shortest first, the first is that of the empty row
 
   static async load(source, { wasm = new URL("stlm.wasm", import.meta.url) } = {}) {
@@ -129,10 +130,10 @@ export class Engine {
     for (let count = 0; count < maxNewBytes && isActive; count++) {
       const ids = this.#write(sampling, 1).filter((id) => id < 256);
       isActive = this.#bytes[sampling + ACTIVE] === 1;
-      const length = this.#ids.length;
+      const changes = this.#changes;
       const whole = characters.decode(Uint8Array.from(ids), { stream: true });
       if (whole) yield whole;
-      if (this.#ids.length !== length) throw new Error("the engine was given another text while it wrote this one");
+      if (this.#changes !== changes) throw new Error("the engine was given another text while it wrote this one");
     }
   }
 
@@ -190,6 +191,7 @@ export class Engine {
   #snapshot() {
     const handle = this.#wasm.stlm_take(this.#rows, 0);
     if (!handle) throw new Error("not enough memory for a snapshot");
+    this.#changes++;
     this.#snapshots.push([this.#ids.length, handle]);
     if (this.#snapshots.length <= MAX_SNAPSHOTS) return;
     const oldest = this.#snapshots.findIndex(([length]) => length % PIECE !== 0); // those between pieces stay
@@ -202,6 +204,7 @@ export class Engine {
     const [known, handle] = this.#snapshots.at(-1);
     this.#check(this.#wasm.stlm_rewind(this.#rows, 0, handle));
     this.#ids.length = known;
+    this.#changes++;
   }
 
   #read(ids) {
