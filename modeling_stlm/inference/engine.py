@@ -85,6 +85,7 @@ def load_library() -> ctypes.CDLL:
         ("stlm_open", pointer, pointer, number),
         ("stlm_close", None, pointer),
         ("stlm_length", number, pointer, number),
+        ("stlm_patches", ctypes.POINTER(ctypes.c_int32), pointer, number, ctypes.POINTER(number)),
         ("stlm_error", text, pointer),
         ("stlm_read", number, pointer, pointer, pointer),
         ("stlm_score", number, pointer, pointer, pointer, pointer),
@@ -137,6 +138,12 @@ class Rows:
         """Bytes and special tokens that `row` has read."""
         return self.engine._library.stlm_length(self._handle, self._row(row))
 
+    def patch_ends(self, row: int) -> list[int]:
+        """Bytes and special tokens up to the end of every patch of `row` that is complete."""
+        count = ctypes.c_int()
+        ends = self.engine._library.stlm_patches(self._handle, self._row(row), ctypes.byref(count))
+        return ends[: count.value]
+
     def _row(self, row: int) -> int:
         if not 0 <= row < self.num_rows:
             raise IndexError(f"row {row} of {self.num_rows}")
@@ -185,8 +192,8 @@ class Engine:
 
     Args:
         path (`str` or `Path`): file that [`export_gguf`] wrote.
-        isa (`str`, *optional*): `"scalar"`, `"avx2"` or `"avx512"`; the best of this CPU, or `STLM_ISA` of the environment,
-            if left out. The results are the same.
+        isa (`str`, *optional*): `"scalar"`, `"simd128"` (SSE2 or NEON), `"avx2"` or `"avx512"`; the best of this CPU, or
+            `STLM_ISA` of the environment, if left out. The results are the same.
 
     Raises:
         ValueError: in words, for a damaged, foreign or newer file.
