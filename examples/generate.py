@@ -12,22 +12,27 @@ import argparse
 import sys
 from pathlib import Path
 
-import torch
-from inputs import at_least_zero, checkpoint
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, TextStreamer
-
-import modeling_stlm  # noqa: F401  (registers the Auto classes)
+from inputs import HelpFormatter, at_least_one, at_least_zero, checkpoint, quiet_exit
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     default = Path(__file__).parent / "checkpoints" / "stlm-3m"
     parser.add_argument("--checkpoint", type=checkpoint, default=str(default), help="folder or Hub id")
     parser.add_argument("--prompt", help="generate once from this")
     parser.add_argument("--chat", action="store_true", help="use the chat template")
-    parser.add_argument("--max_new_tokens", type=int, default=256, help="bytes")
+    parser.add_argument("--max_new_tokens", type=at_least_one, default=256, help="bytes")
     parser.add_argument("--temperature", type=at_least_zero, default=0.8, help="0: greedy")
     return parser.parse_args()
+
+
+if __name__ == "__main__":
+    args = parse_arguments()
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, TextStreamer
+
+import modeling_stlm  # noqa: F401  (registers the Auto classes)
 
 
 def ask() -> str:
@@ -48,8 +53,7 @@ def end_turn(ids: torch.Tensor, tokenizer) -> torch.Tensor:
     return torch.cat([ids, torch.tensor([[*missing, *tokenizer.encode_bytes("\n")]])], dim=1)
 
 
-def main():
-    args = parse_arguments()
+def main(args: argparse.Namespace):
     tokenizer = AutoTokenizer.from_pretrained(args.checkpoint)
     model = AutoModelForCausalLM.from_pretrained(args.checkpoint, dtype=torch.float32).eval()
     print(f"{args.checkpoint}: {model.num_parameters():,} parameters, {model.device}, {model.dtype}")
@@ -81,4 +85,5 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    with quiet_exit():
+        main(args)

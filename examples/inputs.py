@@ -16,6 +16,9 @@ from glob import glob
 from pathlib import Path
 
 
+HERE = Path(__file__).parent
+
+
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Shows the description as it is written, and the defaults that say something."""
 
@@ -124,3 +127,22 @@ def at_least_one(value: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"{value} must be at least 1")
     return number
+
+
+def summary_parser(description: str) -> argparse.ArgumentParser:
+    """What `summarize.py` and `self_play.py` share."""
+    dialogues = HERE / "data" / "dialogues.jsonl"
+    parser = argparse.ArgumentParser(description=description, formatter_class=HelpFormatter)
+    parser.add_argument(
+        "--checkpoint", type=checkpoint, default=str(HERE / "checkpoints" / "stlm-10m"), help="folder or Hub id"
+    )
+    parser.add_argument("--train", type=text_file, default=dialogues, help="JSON lines")
+    parser.add_argument("--test", type=text_file, help="JSON lines; without it, the last quarter of --train")
+    parser.add_argument("--output", type=Path, default=Path("runs/summaries"), help="folder")
+    parser.add_argument("--train_rows", type=at_least_one, help="only the first ones")
+    parser.add_argument("--test_rows", type=at_least_one, default=100, help="only the first ones")
+    parser.add_argument("--text_bytes", type=at_least_one, default=1500, help="longest text")
+    parser.add_argument("--summary_bytes", type=at_least_one, default=256, help="longest summary that is generated")
+    parser.add_argument("--batch_size", type=at_least_one, default=8, help="rows")
+    parser.add_argument("--seed", type=int, default=1, help="of weights and order")
+    return parser

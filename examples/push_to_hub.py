@@ -26,6 +26,10 @@ def checkpoint_folder(value: str) -> Path:
     return Path(value)
 
 
+def base_model(value: str) -> str:
+    return value if value == "none" else checkpoint(value)
+
+
 def hub_name(value: str) -> str:
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", value):
         raise argparse.ArgumentTypeError(f"{value!r}: expected YOUR_NAME/MODEL")
@@ -40,7 +44,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--dry_run", action="store_true", help="write the folder and show the card; publish nothing")
     card = parser.add_argument_group("for a generated card")
     card.add_argument(
-        "--base_model", help="folder or Hub id of what was fine-tuned, or none; default: see results.json"
+        "--base_model",
+        type=base_model,
+        help="folder or Hub id of what was fine-tuned, or none; default: see results.json",
     )
     card.add_argument("--licence", help="of the weights, as the Hub spells it; default: that of the base model")
     card.add_argument("--language", help="of the texts, as the Hub spells it; default: that of the base model")
@@ -53,8 +59,6 @@ def parse_arguments() -> argparse.Namespace:
             f"{args.checkpoint} does not say what it was made from: give --base_model, whose licence holds for it, or "
             "--base_model none for weights trained from random ones"
         )
-    if args.base_model not in (None, "none"):
-        args.base_model = checkpoint(args.base_model)
     return args
 
 
@@ -124,7 +128,9 @@ def main(args: argparse.Namespace):
             return
         publish(args, class_name, card)
     except (httpx.HTTPError, EntryNotFoundError, OfflineModeIsEnabled) as error:
-        raise SystemExit(f"the Hub did not take part: {' '.join(str(error).split())}") from None
+        raise SystemExit(
+            f"the Hub did not take part: {' '.join(str(error).split())}\n--dry_run needs no network and no login"
+        ) from None
     auto_class = "AutoModel" + class_name.removeprefix("STLM").removeprefix("Model")
     print(f'{auto_class}.from_pretrained("{args.repo_id}", trust_remote_code=True)')
 

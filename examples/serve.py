@@ -11,7 +11,20 @@
 `--trust-remote-code`, so no class from outside can be served (transformers 5.23). This script puts it there.
 """
 
-import sys
+import argparse
+
+from inputs import HelpFormatter, checkpoint
+
+
+def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser.add_argument("checkpoint", type=checkpoint, help="folder or Hub id")
+    parser.epilog = "All other options are those of the library: `transformers serve --help` shows them."
+    return parser.parse_known_args()
+
+
+if __name__ == "__main__":
+    args, options = parse_arguments()
 
 import transformers
 from transformers.cli.transformers import app
@@ -21,4 +34,4 @@ import modeling_stlm
 
 if __name__ == "__main__":
     transformers.STLMForCausalLM = modeling_stlm.STLMForCausalLM
-    app(["serve", *sys.argv[1:]])
+    app(["serve", args.checkpoint, *options])
