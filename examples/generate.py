@@ -15,6 +15,10 @@ from pathlib import Path
 from inputs import HelpFormatter, at_least_one, at_least_zero, checkpoint, quiet_exit
 
 
+BASE_MODEL = """{checkpoint} is a base model: it was not trained on chats (its generation config does not end at <|im_end|>).
+It continues text and does not answer. `python examples/chat_sft.py` trains a model that does."""
+
+
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     default = Path(__file__).parent / "checkpoints" / "stlm-3m"
@@ -29,6 +33,7 @@ def parse_arguments() -> argparse.Namespace:
 if __name__ == "__main__":
     args = parse_arguments()
 
+import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, TextStreamer
 
@@ -63,7 +68,10 @@ def main(args: argparse.Namespace):
     else:
         options |= {"do_sample": False, "temperature": None, "top_p": None}
     if args.chat:
-        options["eos_token_id"] = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>")]
+        end_of_turn = tokenizer.convert_tokens_to_ids("<|im_end|>")
+        if end_of_turn not in np.atleast_1d(model.generation_config.eos_token_id):
+            print(BASE_MODEL.format(checkpoint=args.checkpoint), file=sys.stderr)
+        options["eos_token_id"] = [tokenizer.eos_token_id, end_of_turn]
 
     if args.prompt is None:
         sys.stdin.reconfigure(encoding="utf-8", errors="replace")
