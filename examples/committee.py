@@ -76,6 +76,8 @@ def encode(texts: list[str], max_bytes: int) -> list[list[int]]:
 def labelled(file: Path, args: argparse.Namespace) -> Dataset:
     kind = "csv" if ".csv" in file.name else "json"
     rows = load_dataset(kind, data_files=str(file), split="train")
+    if not {args.column, "label"} <= set(rows.column_names):
+        raise SystemExit(f"{file} has the columns {rows.column_names}, expected {args.column} (--column) and label")
     return Dataset.from_dict({"input_ids": encode(list(rows[args.column]), args.max_bytes), "labels": rows["label"]})
 
 

@@ -132,7 +132,11 @@ def main(args: argparse.Namespace):
     set_seed(args.seed)
     tokenizer = AutoTokenizer.from_pretrained(args.checkpoint)
     larger = AutoModelForCausalLM.from_pretrained(args.checkpoint, dtype=torch.float32)
-    windows, config = make_windows(args, tokenizer), load_config(args.checkpoint, args.set)
+    config = load_config(args.checkpoint, args.set)
+    try:
+        windows = make_windows(args, tokenizer)
+    except ValueError as error:
+        raise SystemExit(f"{error}: take longer texts") from None
     data = islice(DataLoader(windows["train"], args.batch_size), args.data_batches) if args.data_batches else None
     models = {
         "random": AutoModelForCausalLM.from_config(config),

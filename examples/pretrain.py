@@ -150,10 +150,11 @@ def main(args: argparse.Namespace):
     logging.disable_progress_bar()
     set_seed(args.seed)
     tokenizer = STLMTokenizer()
-    sets = {
-        split: PackedWindows(path, tokenizer, args.block_bytes)
-        for split, path in write_corpora(args, tokenizer, args.output / "data").items()
-    }
+    try:
+        corpora = write_corpora(args, tokenizer, args.output / "data")
+        sets = {split: PackedWindows(path, tokenizer, args.block_bytes) for split, path in corpora.items()}
+    except ValueError as error:
+        raise SystemExit(f"{error}: take longer texts and a new --output, or smaller --block_bytes") from None
     model = AutoModelForCausalLM.from_config(load_config(args.model, args.set))
     print(f"{args.model}: {model.num_parameters():,} parameters, {model.device}, {model.dtype}")
     evaluator, step_bytes = BitsPerByteEvaluator(), args.batch_size * args.block_bytes

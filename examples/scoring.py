@@ -60,7 +60,10 @@ def documents(patterns: list[str]) -> Iterable[str | bytes]:
                 print(f"{file} is not UTF-8 ({offset}): taken byte by byte as it is", file=sys.stderr)
             yield data
         else:
-            yield from load_dataset(kind, data_files=file, split="train")["text"]
+            rows = load_dataset(kind, data_files=file, split="train")
+            if "text" not in rows.column_names:
+                raise SystemExit(f"{file} has the columns {rows.column_names}, expected one of the name text")
+            yield from rows["text"]
 
 
 def token_bytes(tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
@@ -122,7 +125,11 @@ def bits_of_documents(
 def main(args: argparse.Namespace):
     tokenizer = AutoTokenizer.from_pretrained(args.checkpoint)
     model = AutoModelForCausalLM.from_pretrained(args.checkpoint, dtype=torch.float32)
-    print(json.dumps(bits_of_documents(model, tokenizer, documents(args.files))))
+    try:
+        scores = bits_of_documents(model, tokenizer, documents(args.files))
+    except ValueError as error:
+        raise SystemExit(f"{args.files}: {error}") from None
+    print(json.dumps(scores))
 
 
 if __name__ == "__main__":
