@@ -84,31 +84,17 @@ def write_folder(args: argparse.Namespace, class_name: str, folder: str | Path) 
             shutil.copy(args.checkpoint / name, folder)
 
 
-def publish(args: argparse.Namespace, class_name: str, card) -> None:
-    api = HfApi()
-    repo_id = api.create_repo(args.repo_id, private=args.private, exist_ok=True).repo_id
-    with tempfile.TemporaryDirectory() as folder:
-        write_folder(args, class_name, folder)
-        if card is not None and not api.file_exists(repo_id, "README.md"):
-            write_model_card(folder, card)
-        # One commit: what is on the Hub is always the old checkpoint or the new one.
-        commit = api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload checkpoint")
-    print(f"published {commit.oid}")
-
-
 def generated_card(args: argparse.Namespace):
-    """The card of a folder without one."""
-    if (args.checkpoint / "README.md").is_file():
-        return None
     base = None if args.base_model == "none" else args.base_model
     options = {"base_model": base, "licence": args.licence, "language": args.language}
     try:
         return build_model_card(args.checkpoint, repo_id=args.repo_id, **options)
     except ValueError as error:
-        raise SystemExit(f"no card: {error}") from None
+        raise SystemExit(f"no card for {args.checkpoint}: {error}") from None
 
 
-def show(args: argparse.Namespace, class_name: str, card) -> None:
+def show(args: argparse.Namespace, class_name: str) -> None:
+    card = None if (args.checkpoint / "README.md").is_file() else generated_card(args)
     folder = Path(tempfile.mkdtemp(prefix=f"{args.repo_id.split('/')[1]}-"))
     write_folder(args, class_name, folder)
     if card is not None:
@@ -117,22 +103,32 @@ def show(args: argparse.Namespace, class_name: str, card) -> None:
     print(f"not published: {folder} holds {', '.join(sorted(path.name for path in folder.iterdir()))}")
 
 
-def main(args: argparse.Namespace):
-    if not args.dry_run and get_token() is None:
+def publish(args: argparse.Namespace, class_name: str) -> None:
+    if get_token() is None:
         raise SystemExit("not logged in: run `hf auth login`, or see what would be published with --dry_run")
+    api = HfApi()
+    has_card = (args.checkpoint / "README.md").is_file() or api.file_exists(args.repo_id, "README.md")
+    card = None if has_card else generated_card(args)
+    api.create_repo(args.repo_id, private=args.private, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        write_folder(args, class_name, folder)
+        if card is not None:
+            write_model_card(folder, card)
+        # One commit: what is on the Hub is always the old checkpoint or the new one.
+        commit = api.upload_folder(repo_id=args.repo_id, folder_path=folder, commit_message="Upload checkpoint")
+    print(f"published {commit.oid}")
+
+
+def main(args: argparse.Namespace):
     (class_name,) = AutoConfig.from_pretrained(args.checkpoint).architectures
     try:
-        card = generated_card(args)
-        if args.dry_run:
-            show(args, class_name, card)
-            return
-        publish(args, class_name, card)
+        (show if args.dry_run else publish)(args, class_name)
     except (httpx.HTTPError, EntryNotFoundError, OfflineModeIsEnabled) as error:
-        raise SystemExit(
-            f"the Hub did not take part: {' '.join(str(error).split())}\n--dry_run needs no network and no login"
-        ) from None
-    auto_class = "AutoModel" + class_name.removeprefix("STLM").removeprefix("Model")
-    print(f'{auto_class}.from_pretrained("{args.repo_id}", trust_remote_code=True)')
+        reason = " ".join(str(error).split())
+        raise SystemExit(f"the Hub did not take part: {reason}\n--dry_run needs no network and no login") from None
+    if not args.dry_run:
+        auto_class = "AutoModel" + class_name.removeprefix("STLM").removeprefix("Model")
+        print(f'{auto_class}.from_pretrained("{args.repo_id}", trust_remote_code=True)')
 
 
 if __name__ == "__main__":

@@ -312,7 +312,12 @@ def test_the_example_publishes_a_folder_in_one_commit(new_hub, tmp_path):
     (folder / "README.md").unlink()
     client(new_hub, tmp_path / "two", *push, token="key")
     assert repo.at("main") is first
-    client(new_hub, tmp_path / "none", *push, fails=True)
+    # Without a login, and with a wrong one: one line.
+    said = client(new_hub, tmp_path / "none", *push, "--base_model", "none", fails=True)
+    assert said.splitlines()[-1].startswith("not logged in: run `hf auth login`") and "Traceback" not in said
+    said = client(new_hub, tmp_path / "wrong", *push, "--base_model", "none", token="wrong", fails=True)
+    assert "the Hub did not take part: " in said and "401" in said and "Traceback" not in said
+    assert said.splitlines()[-1] == "--dry_run needs no network and no login"
     assert repo.at("main") is first
 
 
