@@ -40,7 +40,8 @@ def read_chats(path: Path) -> list[dict]:
     rows = read_json_lines(path)
     for number, row in enumerate(rows, 1):
         messages = row.get("messages")
-        if not messages or not all(isinstance(m, dict) and {"role", "content"} <= set(m) for m in messages):
+        is_list = isinstance(messages, list) and len(messages) > 0
+        if not is_list or not all(isinstance(m, dict) and {"role", "content"} <= set(m) for m in messages):
             found = f"fields {sorted(row)}" if messages is None else f"messages {str(messages)[:80]}"
             raise SystemExit(f"{path}, row {number} has {found}: expected `messages`, each with role and content")
         if all(message["role"] != "assistant" for message in messages):

@@ -170,6 +170,7 @@ def test_chats_are_checked(inputs, tmp_path, monkeypatch):
     for row, words in (
         ({"text": "Hi"}, r"row 1 has fields \['text'\]: expected `messages`"),
         ({"messages": []}, r"row 1 has messages \[\]: expected"),
+        ({"messages": 5}, "row 1 has messages 5: expected"),
         ({"messages": ["Hi"]}, r"row 1 has messages \['Hi'\]: expected"),
         ({"messages": [user]}, "row 1: no message has the role assistant"),
     ):

@@ -185,6 +185,11 @@ def test_a_permissive_licence_may_be_replaced_and_ids_on_the_hub_are_named(check
     assert "fine-tuned from `me/base`" in card.text and "Many.\n\n## Limits" in card.text
     assert metadata_errors(str(card)) == []
     assert build_model_card(checkpoint, base_model="me/base").data.license == "mit"
+    # Also from what was fine-tuned from it.
+    (checkpoint / "results.json").write_text(json.dumps({"base_model": describe_base("me/base")}))
+    card = build_model_card(checkpoint, base_model=checkpoint)
+    assert (card.data.license, card.data.base_model) == ("mit", "me/base")
+    assert "fine-tuned from `checkpoint`" in card.text
 
 
 def test_the_snippet_of_the_card_runs_in_the_folder(checkpoint):

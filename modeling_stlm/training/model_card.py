@@ -103,9 +103,9 @@ def describe_base(checkpoint: str | Path) -> dict:
     if not folder.is_dir():
         return {"base_model": str(checkpoint)}
     card, results = folder / "README.md", folder / "results.json"
-    if card.is_file():
-        return {"name": folder.resolve().name} | _inherited(ModelCard.load(card))
     base = json.loads(results.read_text(encoding="utf-8")).get("base_model", {}) if results.is_file() else {}
+    if card.is_file():
+        base = base | _inherited(ModelCard.load(card))
     return base | {"name": folder.resolve().name}
 
 
@@ -156,8 +156,8 @@ def build_model_card(
             f"{path} lacks {missing}: expected the file that examples/pretrain.py writes, or one that says what was "
             "fine-tuned (base_model)"
         )
-    if base and "name" not in base:
-        base = _inherited(ModelCard.load(base["base_model"])) | base | {"name": base["base_model"]}
+    if isinstance(hub_id := base.get("base_model"), str) and "license" not in base:
+        base = {"name": hub_id} | _inherited(ModelCard.load(hub_id)) | base
     licence = _licence(licence, base)
     name = name or (repo_id.split("/")[-1] if repo_id else results.get("model", folder.resolve().name))
     with torch.device("meta"):
@@ -258,7 +258,7 @@ def _results(scores: dict[str, dict], metrics: list[str], results: dict) -> str:
     if not scores:
         return ""
     introduction = "By split:"
-    if metrics == ["bits_per_byte"]:
+    if metrics == ["bits_per_byte"] and "block_bytes" in results.get("arguments", {}):
         dtype = results.get("exported", {}).get("dtype")
         rounded = f", of these {dtype} weights computed in float32" if dtype else ""
         introduction = (
