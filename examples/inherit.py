@@ -162,7 +162,7 @@ def main(args: argparse.Namespace):
     results = {
         "base_model": describe_base(args.checkpoint),
         "steps": args.max_steps,
-        "bits_per_byte": {"validation": curves["inherited"][args.max_steps]},
+        "bits_per_byte": {"validation": curves["inherited"][max(curves["inherited"])]},
         "arguments": {"block_bytes": 1024, "batch_size": args.batch_size, "importance": args.importance},
     }
     (args.output / "results.json").write_text(json.dumps(results, indent=1) + "\n")

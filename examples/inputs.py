@@ -101,9 +101,11 @@ def read_text(path: Path, min_bytes: int = 1) -> str:
 def read_json_lines(path: Path, min_rows: int = 1) -> list[dict]:
     """The objects of a file of JSON lines (`.gz` if packed); what is wrong with it ends the program."""
     data = path.read_bytes()
-    lines = decode(gzip.decompress(data) if path.suffix == ".gz" else data, path).splitlines()
+    text = decode(gzip.decompress(data) if path.suffix == ".gz" else data, path)
     rows = []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(text.split("\n"), 1):  # `splitlines` would split at signs inside of strings, too
+        if not line.strip():
+            continue
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError as error:

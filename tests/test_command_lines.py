@@ -121,8 +121,8 @@ def inputs(monkeypatch):
 
 def test_json_lines_are_read_or_told_by_file_and_line(inputs, tmp_path):
     path = tmp_path / "rows.jsonl"
-    path.write_text('{"a": 1}\n{"a": "Zo\u00eb"}\n', encoding="utf-8")
-    assert inputs.read_json_lines(path) == [{"a": 1}, {"a": "Zo\u00eb"}]
+    path.write_text('{"a": 1}\n\n{"a": "Zo\u00eb\u2028"}\n', encoding="utf-8")
+    assert inputs.read_json_lines(path) == [{"a": 1}, {"a": "Zo\u00eb\u2028"}]
     for text, words in (
         (b'{"a": 1}\n{"a"\n', "rows.jsonl, line 2: no JSON"),
         (b'{"a": 1}\n[2]\n', "rows.jsonl, line 2: a list, expected one object per line"),
