@@ -18,6 +18,37 @@ import time
 from itertools import islice
 from pathlib import Path
 
+from inputs import HelpFormatter, file_pattern, quiet_exit, text_file
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser.add_argument(
+        "--text", type=file_pattern, nargs="+", required=True, help="files or patterns of encyclopaedic articles"
+    )
+    parser.add_argument("--train", type=text_file, required=True, help="labelled rows, csv or json")
+    parser.add_argument("--test", type=text_file, required=True, help="labelled rows, csv or json")
+    parser.add_argument("--column", default="text", help="of the labelled files; FewRel: marked")
+    parser.add_argument("--output", type=Path, required=True, help="folder")
+    parser.add_argument("--preset", default="stlm-3m", help="all sizes but the depth of the trunk")
+    parser.add_argument("--deep", type=int, default=6, help="layers of the deep trunk")
+    parser.add_argument("--shallow", type=int, default=1, help="layers of the shallow trunks")
+    parser.add_argument("--members", type=int, default=4, help="shallow models in a committee")
+    parser.add_argument("--articles", type=int, nargs="+", default=[100, 300, 1000], help="sizes of the corpus")
+    parser.add_argument(
+        "--rows", type=int, help="labelled rows to train on, the first ones of a shuffle; default: all"
+    )
+    parser.add_argument("--max_bytes", type=int, default=512, help="bytes read of each article and row")
+    parser.add_argument("--pretraining_epochs", type=float, default=1, help="over the articles")
+    parser.add_argument("--finetuning_epochs", type=float, default=1, help="over the labelled rows")
+    parser.add_argument("--batch_size", type=int, default=32, help="rows")
+    parser.add_argument("--seeds", type=int, default=1, help="repetitions")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    args = parse_arguments()
+
 import torch
 from datasets import Dataset, load_dataset
 from matplotlib.figure import Figure
@@ -38,36 +69,15 @@ from modeling_stlm.training.optimizer import MuonRecipe
 TOKENIZER = STLMTokenizer()
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--text", nargs="+", required=True, help="files or patterns of encyclopaedic articles")
-    parser.add_argument("--train", required=True, help="labelled rows, csv or json")
-    parser.add_argument("--test", required=True, help="labelled rows, csv or json")
-    parser.add_argument("--column", default="text", help="of the labelled files; FewRel: marked")
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--preset", default="stlm-3m", help="all sizes but the depth of the trunk")
-    parser.add_argument("--deep", type=int, default=6, help="layers of the deep trunk")
-    parser.add_argument("--shallow", type=int, default=1, help="layers of the shallow trunks")
-    parser.add_argument("--members", type=int, default=4, help="shallow models in a committee")
-    parser.add_argument("--articles", type=int, nargs="+", default=[100, 300, 1000], help="sizes of the corpus")
-    parser.add_argument(
-        "--rows", type=int, help="labelled rows to train on, the first ones of a shuffle; default: all"
-    )
-    parser.add_argument("--max_bytes", type=int, default=512, help="bytes read of each article and row")
-    parser.add_argument("--pretraining_epochs", type=float, default=1)
-    parser.add_argument("--finetuning_epochs", type=float, default=1)
-    parser.add_argument("--batch_size", type=int, default=32)
-    parser.add_argument("--seeds", type=int, default=1)
-    return parser.parse_args()
-
-
 def encode(texts: list[str], max_bytes: int) -> list[list[int]]:
     return TOKENIZER(texts, truncation=True, max_length=max_bytes)["input_ids"]
 
 
-def labelled(file: str, args: argparse.Namespace) -> Dataset:
-    kind = "csv" if ".csv" in Path(file).name else "json"
-    rows = load_dataset(kind, data_files=file, split="train")
+def labelled(file: Path, args: argparse.Namespace) -> Dataset:
+    kind = "csv" if ".csv" in file.name else "json"
+    rows = load_dataset(kind, data_files=str(file), split="train")
+    if not {args.column, "label"} <= set(rows.column_names):
+        raise SystemExit(f"{file} has the columns {rows.column_names}, expected {args.column} (--column) and label")
     return Dataset.from_dict({"input_ids": encode(list(rows[args.column]), args.max_bytes), "labels": rows["label"]})
 
 
@@ -138,8 +148,7 @@ def spread(values: list[float]) -> str:
     return f"{100 * statistics.mean(values):.1f}{deviation}"
 
 
-def main():
-    args = parse_arguments()
+def main(args: argparse.Namespace):
     logging.set_verbosity_error()  # every classifier starts with a fresh head: not worth a report each time
     articles = list(islice((text for text in documents(args.text) if text), max(args.articles)))
     if len(articles) < max(args.articles):
@@ -195,4 +204,5 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    with quiet_exit():
+        main(args)

@@ -17,6 +17,44 @@ import json
 import time
 from pathlib import Path
 
+from inputs import HelpFormatter, checkpoint, quiet_exit, read_text, text_file
+
+
+HERE = Path(__file__).parent
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser.add_argument(
+        "--teacher", nargs="+", default=[str(HERE / "checkpoints" / "stlm-10m")], help="folder or Hub id"
+    )
+    parser.add_argument("--gguf_file", help="in the folder of the teacher, read with the package gguf")
+    parser.add_argument("--student", default="stlm-3m", help="preset, fresh weights")
+    parser.add_argument(
+        "--text", type=text_file, default=HERE / "data" / "shakespeare.txt", help="nine tenths train, the rest tests"
+    )
+    parser.add_argument("--output", type=Path, default=Path("runs/distilled"), help="folder")
+    parser.add_argument(
+        "--windows", type=int, default=256, help="of the text to train on; the teacher reads each once"
+    )
+    parser.add_argument("--block_bytes", type=int, default=512, help="bytes per window")
+    parser.add_argument("--max_steps", type=int, default=60, help="of each student")
+    parser.add_argument("--batch_size", type=int, default=8, help="windows per step")
+    parser.add_argument("--teacher_weight", type=float, default=0.5, help="of its part of the loss, 0 to 1")
+    parser.add_argument("--seed", type=int, default=1, help="of weights and order")
+    args = parser.parse_args()
+    if not args.gguf_file:
+        for name in args.teacher:
+            try:
+                checkpoint(name)
+            except argparse.ArgumentTypeError as error:
+                parser.error(f"argument --teacher: {error}")
+    return args
+
+
+if __name__ == "__main__":
+    args = parse_arguments()
+
 import torch
 from torch.utils.data import Subset
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments, set_seed
@@ -26,29 +64,6 @@ from modeling_stlm.training.bits_per_byte import BitsPerByteEvaluator
 from modeling_stlm.training.corpus import PackedWindows, ids_are_bytes, write_corpus
 from modeling_stlm.training.distillation import DistillationTrainer, StoredTeacher, SubwordTeacher, store_teacher
 from modeling_stlm.training.optimizer import MuonRecipe
-
-
-HERE = Path(__file__).parent
-
-
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--teacher", nargs="+", default=[str(HERE / "checkpoints" / "stlm-10m")], help="folder or Hub id"
-    )
-    parser.add_argument("--gguf_file", help="in the folder of the teacher, read with the package gguf")
-    parser.add_argument("--student", default="stlm-3m", help="preset, fresh weights")
-    parser.add_argument("--text", type=Path, default=HERE / "data" / "shakespeare.txt")
-    parser.add_argument("--output", type=Path, default=Path("runs/distilled"))
-    parser.add_argument(
-        "--windows", type=int, default=256, help="of the text to train on; the teacher reads each once"
-    )
-    parser.add_argument("--block_bytes", type=int, default=512, help="bytes per window")
-    parser.add_argument("--max_steps", type=int, default=60)
-    parser.add_argument("--batch_size", type=int, default=8)
-    parser.add_argument("--teacher_weight", type=float, default=0.5)
-    parser.add_argument("--seed", type=int, default=1)
-    return parser.parse_args()
 
 
 def load_teacher(names: list[str], gguf_file: str | None):
@@ -98,9 +113,8 @@ def train(args: argparse.Namespace, sets: dict, teacher, teacher_weight: float) 
     return trainer, {"bits_per_byte": trainer.evaluate()["eval_bits_per_byte"], "seconds": seconds}
 
 
-def main():
-    args = parse_arguments()
-    text = args.text.read_bytes()
+def main(args: argparse.Namespace):
+    text = read_text(args.text, min_bytes=10 * (args.block_bytes + 2)).encode()
     tokenizer, cut, sets = STLMTokenizer(), len(text) * 9 // 10, {}
     for split, part in (("train", text[:cut]), ("validation", text[cut:])):
         path = write_corpus(args.output / "data" / f"{split}.bin", [part], tokenizer)
@@ -127,4 +141,5 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    with quiet_exit():
+        main(args)

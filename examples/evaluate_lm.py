@@ -19,13 +19,7 @@ from collections import defaultdict
 from importlib.metadata import version
 from pathlib import Path
 
-import torch
-from inputs import checkpoint
-from lm_eval import evaluate
-from lm_eval.models.huggingface import HFLM
-from lm_eval.tasks import TaskManager
-
-import modeling_stlm  # noqa: F401  (registers the Auto classes)
+from inputs import HelpFormatter, checkpoint, quiet_exit, text_file
 
 
 HERE = Path(__file__).parent
@@ -41,21 +35,32 @@ TASKS = {
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument(
         "--checkpoint", type=checkpoint, default=str(HERE / "checkpoints" / "stlm-3m"), help="folder or Hub id"
     )
     for task, fields in TASKS.items():
-        parser.add_argument(f"--{task}", help=f"JSON lines with {fields}")
+        parser.add_argument(f"--{task}", type=text_file, help=f"JSON lines with {fields}")
     parser.add_argument("--limit", type=int, help="only the first rows of each file")
     parser.add_argument("--batch_size", type=int, default=64, help="texts; they are sorted by length")
     parser.add_argument("--no_bos", action="store_true", help="no <bos> before contexts")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", help="cuda, cpu...; default: the fastest there is")
     parser.add_argument("--output", type=Path, help="scores as JSON")
     args = parser.parse_args()
     if not any(getattr(args, task) for task in TASKS):
         parser.error(f"give at least one of {', '.join(f'--{task}' for task in TASKS)}")
     return args
+
+
+if __name__ == "__main__":
+    args = parse_arguments()
+
+import torch
+from lm_eval import evaluate
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+
+import modeling_stlm  # noqa: F401  (registers the Auto classes)
 
 
 def accuracy_by(key: str, samples: list[dict]) -> dict[str, dict[str, float]]:
@@ -95,18 +100,17 @@ def table(scores: dict) -> str:
     return "\n".join(lines)
 
 
-def main():
-    args = parse_arguments()
+def main(args: argparse.Namespace):
     lm = HFLM(
         pretrained=args.checkpoint,
         dtype="float32",
-        device=args.device,
+        device=args.device or ("cuda" if torch.cuda.is_available() else "cpu"),
         batch_size=args.batch_size,
         add_bos_token=not args.no_bos,
     )
     print(f"{args.checkpoint}: {lm.model.num_parameters():,} parameters, {lm.model.device}, {lm.model.dtype}")
-    files = {f"{task}_file": getattr(args, task) for task in TASKS}
-    scores = score(lm, {task: file for task, file in files.items() if file}, args.limit)
+    files = {f"{task}_file": str(getattr(args, task)) for task in TASKS if getattr(args, task)}
+    scores = score(lm, files, args.limit)
     print(table(scores))
     if args.output:
         about = {
@@ -119,4 +123,5 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    with quiet_exit():
+        main(args)

@@ -13,15 +13,32 @@ import argparse
 import time
 from pathlib import Path
 
+from inputs import HelpFormatter, at_least_one, checkpoint, quiet_exit
+
+
+HERE = Path(__file__).parent
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser.add_argument(
+        "--checkpoint", type=checkpoint, default=str(HERE / "checkpoints" / "stlm-3m"), help="folder or Hub id"
+    )
+    parser.add_argument("--output", type=Path, required=True, help="folder for the graphs")
+    parser.add_argument("--max_length", type=at_least_one, default=512, help="bytes of prompt and answer together")
+    parser.add_argument("--prompt", default="The history of the", help="to continue")
+    parser.add_argument("--num_bytes", type=at_least_one, default=100, help="to write")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    args = parse_arguments()
+
 import torch
-from inputs import checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, StaticCache
 from transformers.exporters import ExportedModel, OnnxConfig, OnnxExporter
 
 import modeling_stlm  # noqa: F401  (registers the Auto classes)
-
-
-HERE = Path(__file__).parent
 
 
 def export(model, max_length: int) -> ExportedModel:
@@ -48,20 +65,11 @@ def generate(exported: ExportedModel, input_ids: torch.Tensor, attention_mask: t
     return torch.cat(written, 1)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--checkpoint", type=checkpoint, default=str(HERE / "checkpoints" / "stlm-3m"), help="folder or Hub id"
-    )
-    parser.add_argument("--output", type=Path, required=True, help="folder for the graphs")
-    parser.add_argument("--max_length", type=int, default=512, help="bytes of prompt and answer together")
-    parser.add_argument("--prompt", default="The history of the")
-    parser.add_argument("--num_bytes", type=int, default=100)
-    args = parser.parse_args()
+def main(args: argparse.Namespace):
     tokenizer = AutoTokenizer.from_pretrained(args.checkpoint, padding_side="left")
     inputs = tokenizer([args.prompt], return_tensors="pt")
     if inputs["input_ids"].shape[1] + args.num_bytes > args.max_length:
-        parser.error(f"the prompt and {args.num_bytes} bytes do not fit in --max_length {args.max_length}")
+        raise SystemExit(f"the prompt and {args.num_bytes} bytes do not fit in --max_length {args.max_length}")
     model = AutoModelForCausalLM.from_pretrained(args.checkpoint, dtype=torch.float32, use_cache=True)
     export(model, args.max_length).save_pretrained(args.output)
     tokenizer.save_pretrained(args.output)
@@ -76,4 +84,5 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    with quiet_exit():
+        main(args)

@@ -10,21 +10,10 @@ streams a sample, saves the checkpoint and loads it again through `AutoModelForC
 """
 
 import argparse
+import json
 from pathlib import Path
 
-import matplotlib
-import torch
-from inputs import checkpoint, read_text, text_file
-from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer, Trainer, TrainingArguments, set_seed
-
-import modeling_stlm  # noqa: F401  (registers the Auto classes)
-from modeling_stlm.training.bits_per_byte import BitsPerByteEvaluator
-from modeling_stlm.training.corpus import PackedWindows, write_corpus
-
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
+from inputs import HelpFormatter, at_least_one, checkpoint, quiet_exit, read_text, text_file
 
 
 HERE = Path(__file__).parent
@@ -32,22 +21,37 @@ BLOCK_BYTES = 1024
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument(
         "--checkpoint", type=checkpoint, default=str(HERE / "checkpoints" / "stlm-3m"), help="folder or Hub id"
     )
-    parser.add_argument("--text", type=text_file, default=HERE / "data" / "shakespeare.txt")
-    parser.add_argument("--output", type=Path, default=Path("runs/finetuned"))
-    parser.add_argument("--max_steps", type=int, default=150)
-    parser.add_argument("--batch_size", type=int, default=8, help="windows of 1024 bytes a step")
-    parser.add_argument("--learning_rate", type=float, default=1e-3)
+    parser.add_argument(
+        "--text", type=text_file, default=HERE / "data" / "shakespeare.txt", help="the last tenth is held out"
+    )
+    parser.add_argument("--output", type=Path, default=Path("runs/finetuned"), help="folder")
+    parser.add_argument("--max_steps", type=at_least_one, default=150, help="of training")
+    parser.add_argument("--batch_size", type=at_least_one, default=8, help="windows of 1024 bytes a step")
+    parser.add_argument("--learning_rate", type=float, default=1e-3, help="of AdamW")
     parser.add_argument("--lora_rank", type=int, default=0, help="0: train all weights")
-    parser.add_argument("--prompt", default="ROMEO:\n")
+    parser.add_argument("--prompt", default="ROMEO:\n", help="start of the sample at the end")
     return parser.parse_args()
 
 
-def main():
+if __name__ == "__main__":
     args = parse_arguments()
+
+import torch
+from matplotlib.figure import Figure
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer, Trainer, TrainingArguments, set_seed
+
+import modeling_stlm  # noqa: F401  (registers the Auto classes)
+from modeling_stlm.training.bits_per_byte import BitsPerByteEvaluator
+from modeling_stlm.training.corpus import PackedWindows, write_corpus
+from modeling_stlm.training.model_card import describe_base
+
+
+def main(args: argparse.Namespace):
     text = read_text(args.text, min_bytes=10 * (BLOCK_BYTES + 2))
     set_seed(1)
     tokenizer = AutoTokenizer.from_pretrained(args.checkpoint)
@@ -100,6 +104,20 @@ def main():
     model.config.use_cache = True  # Trainer turns it off, and would save it so
     model.save_pretrained(args.output)
     tokenizer.save_pretrained(args.output)
+    results = {
+        "base_model": describe_base(args.checkpoint),
+        "steps": args.max_steps,
+        "bits_per_byte": {"validation": curve[-1][1]},
+        "arguments": {
+            "train": f"nine tenths of {args.text.name}",
+            "validation": f"last tenth of {args.text.name}",
+            "block_bytes": BLOCK_BYTES,
+            "batch_size": args.batch_size,
+            "learning_rate": args.learning_rate,
+            "lora_rank": args.lora_rank,
+        },
+    }
+    (args.output / "results.json").write_text(json.dumps(results, indent=1) + "\n")
 
     model = AutoModelForCausalLM.from_pretrained(args.output).eval()
     print("\nA sample from the saved checkpoint:\n")
@@ -110,12 +128,13 @@ def main():
     print(f"\nbits per byte on the last tenth of {args.text.name}: {curve[0][1]:.3f} before, {curve[-1][1]:.3f} after")
     print(f"curve: {args.output / 'bits_per_byte.png'}    checkpoint: {args.output}")
     print(
-        f"publish it: python examples/push_to_hub.py --checkpoint {args.output} --repo_id YOUR_NAME/stlm-shakespeare"
+        f"publish it: python examples/push_to_hub.py --checkpoint {args.output} --repo_id YOUR_NAME/{args.text.stem}"
     )
 
 
 def write_curve(curve: list[tuple[int, float]], path: Path) -> None:
-    figure, axes = plt.subplots(figsize=(6, 4))
+    figure = Figure(figsize=(6, 4))
+    axes = figure.subplots()
     axes.plot(*zip(*curve), marker="o")
     axes.set(xlabel="step", ylabel="bits per byte (held out)", title="Fine-tuning")
     axes.grid(alpha=0.3)
@@ -124,4 +143,5 @@ def write_curve(curve: list[tuple[int, float]], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with quiet_exit():
+        main(args)

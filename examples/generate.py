@@ -12,22 +12,32 @@ import argparse
 import sys
 from pathlib import Path
 
-import torch
-from inputs import at_least_zero, checkpoint
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, TextStreamer
+from inputs import HelpFormatter, at_least_one, at_least_zero, checkpoint, quiet_exit
 
-import modeling_stlm  # noqa: F401  (registers the Auto classes)
+
+BASE_MODEL = """{checkpoint} is a base model: it was not trained on chats (its generation config does not end at <|im_end|>).
+It continues text and does not answer. `python examples/chat_sft.py` trains a model that does."""
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     default = Path(__file__).parent / "checkpoints" / "stlm-3m"
     parser.add_argument("--checkpoint", type=checkpoint, default=str(default), help="folder or Hub id")
     parser.add_argument("--prompt", help="generate once from this")
     parser.add_argument("--chat", action="store_true", help="use the chat template")
-    parser.add_argument("--max_new_tokens", type=int, default=256, help="bytes")
+    parser.add_argument("--max_new_tokens", type=at_least_one, default=256, help="bytes")
     parser.add_argument("--temperature", type=at_least_zero, default=0.8, help="0: greedy")
     return parser.parse_args()
+
+
+if __name__ == "__main__":
+    args = parse_arguments()
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, TextStreamer
+
+import modeling_stlm  # noqa: F401  (registers the Auto classes)
 
 
 def ask() -> str:
@@ -48,8 +58,7 @@ def end_turn(ids: torch.Tensor, tokenizer) -> torch.Tensor:
     return torch.cat([ids, torch.tensor([[*missing, *tokenizer.encode_bytes("\n")]])], dim=1)
 
 
-def main():
-    args = parse_arguments()
+def main(args: argparse.Namespace):
     tokenizer = AutoTokenizer.from_pretrained(args.checkpoint)
     model = AutoModelForCausalLM.from_pretrained(args.checkpoint, dtype=torch.float32).eval()
     print(f"{args.checkpoint}: {model.num_parameters():,} parameters, {model.device}, {model.dtype}")
@@ -59,7 +68,10 @@ def main():
     else:
         options |= {"do_sample": False, "temperature": None, "top_p": None}
     if args.chat:
-        options["eos_token_id"] = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>")]
+        end_of_turn = tokenizer.convert_tokens_to_ids("<|im_end|>")
+        if end_of_turn not in np.atleast_1d(model.generation_config.eos_token_id):
+            print(BASE_MODEL.format(checkpoint=args.checkpoint), file=sys.stderr)
+        options["eos_token_id"] = [tokenizer.eos_token_id, end_of_turn]
 
     if args.prompt is None:
         sys.stdin.reconfigure(encoding="utf-8", errors="replace")
@@ -81,4 +93,5 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    with quiet_exit():
+        main(args)

@@ -10,20 +10,11 @@ bits per byte of both while they train and the steps that each needs to equal lo
 """
 
 import argparse
+import json
 from itertools import islice
 from pathlib import Path
 
-import torch
-from inputs import checkpoint
-from pretrain import load_config
-from scoring import documents
-from torch.utils.data import DataLoader
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Trainer, TrainingArguments, set_seed
-
-from modeling_stlm.training.bits_per_byte import BitsPerByteEvaluator
-from modeling_stlm.training.corpus import PackedWindows, write_corpus
-from modeling_stlm.training.inheritance import inherit
-from modeling_stlm.training.optimizer import MuonRecipe
+from inputs import HelpFormatter, checkpoint, file_pattern, quiet_exit
 
 
 HERE = Path(__file__).parent
@@ -34,7 +25,7 @@ THIRD += "num_unique_trunk_layers=3 trunk_num_attention_heads=8"
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument(
         "--checkpoint",
         type=checkpoint,
@@ -44,19 +35,44 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--set", nargs="*", default=THIRD.split(), metavar="FIELD=VALUE", help="sizes of the smaller one"
     )
-    parser.add_argument("--importance", choices=("l2", "taylor"), default="l2")
+    parser.add_argument(
+        "--importance",
+        choices=("l2", "taylor"),
+        default="l2",
+        help="of rows and columns: by their size, or by their effect on the loss",
+    )
     parser.add_argument(
         "--data_batches", type=int, default=8, help="batches for taylor and for n-gram tables; 0 for none"
     )
-    parser.add_argument("--train", nargs="+", help="files or patterns; by default nine tenths of the shipped text")
-    parser.add_argument("--validation", nargs="+", help="files or patterns; by default the rest of it")
-    parser.add_argument("--output", type=Path, default=Path("runs/inherited"))
-    parser.add_argument("--max_steps", type=int, default=100)
+    parser.add_argument(
+        "--train", type=file_pattern, nargs="+", help="files or patterns; by default nine tenths of the shipped text"
+    )
+    parser.add_argument(
+        "--validation", type=file_pattern, nargs="+", help="files or patterns; by default the rest of it"
+    )
+    parser.add_argument("--output", type=Path, default=Path("runs/inherited"), help="folder")
+    parser.add_argument("--max_steps", type=int, default=100, help="of each training")
     parser.add_argument("--batch_size", type=int, default=8, help="windows of 1024 bytes a step")
     parser.add_argument("--muon_lr", type=float, default=0.02, help="learning rate of the matrices")
     parser.add_argument("--adamw_lr", type=float, default=4e-3, help="learning rate of all other parameters")
-    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=1, help="of weights and order")
     return parser.parse_args()
+
+
+if __name__ == "__main__":
+    args = parse_arguments()
+
+import torch
+from pretrain import load_config
+from scoring import documents
+from torch.utils.data import DataLoader
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Trainer, TrainingArguments, set_seed
+
+from modeling_stlm.training.bits_per_byte import BitsPerByteEvaluator
+from modeling_stlm.training.corpus import PackedWindows, write_corpus
+from modeling_stlm.training.inheritance import inherit
+from modeling_stlm.training.model_card import describe_base
+from modeling_stlm.training.optimizer import MuonRecipe
 
 
 def make_windows(args: argparse.Namespace, tokenizer) -> dict[str, PackedWindows]:
@@ -112,12 +128,15 @@ def steps_to(loss: float, curve: dict[int, float]) -> float | None:
     return None
 
 
-def main():
-    args = parse_arguments()
+def main(args: argparse.Namespace):
     set_seed(args.seed)
     tokenizer = AutoTokenizer.from_pretrained(args.checkpoint)
     larger = AutoModelForCausalLM.from_pretrained(args.checkpoint, dtype=torch.float32)
-    windows, config = make_windows(args, tokenizer), load_config(args.checkpoint, args.set)
+    config = load_config(args.checkpoint, args.set)
+    try:
+        windows = make_windows(args, tokenizer)
+    except ValueError as error:
+        raise SystemExit(f"{error}: take longer texts") from None
     data = islice(DataLoader(windows["train"], args.batch_size), args.data_batches) if args.data_batches else None
     models = {
         "random": AutoModelForCausalLM.from_config(config),
@@ -140,7 +159,15 @@ def main():
     model.config.use_cache = True  # Trainer turns it off, and would save it so
     model.save_pretrained(args.output)
     tokenizer.save_pretrained(args.output)
+    results = {
+        "base_model": describe_base(args.checkpoint),
+        "steps": args.max_steps,
+        "bits_per_byte": {"validation": curves["inherited"][max(curves["inherited"])]},
+        "arguments": {"block_bytes": 1024, "batch_size": args.batch_size, "importance": args.importance},
+    }
+    (args.output / "results.json").write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    main()
+    with quiet_exit():
+        main(args)

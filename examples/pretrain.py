@@ -14,19 +14,7 @@ import platform
 import subprocess
 from pathlib import Path
 
-import torch
-import transformers
-from huggingface_hub.errors import StrictDataclassError
-from run_folder import ProgressLines, last_checkpoint, save
-from scoring import documents
-from transformers import AutoModelForCausalLM, PrinterCallback, Trainer, TrainingArguments, logging, set_seed
-
-from modeling_stlm import STLMConfig, STLMTokenizer
-from modeling_stlm.training.bits_per_byte import BitsPerByteEvaluator
-from modeling_stlm.training.corpus import PackedWindows, write_corpus
-from modeling_stlm.training.long_runs import SaveByTime, StopOnSignal
-from modeling_stlm.training.optimizer import MuonRecipe, has_bfloat16
-from modeling_stlm.training.time_budget import TimeBudget
+from inputs import HelpFormatter, file_pattern, quiet_exit
 
 
 SPLITS = ("train", "validation", "test")
@@ -34,16 +22,18 @@ SPLITS = ("train", "validation", "test")
 
 def argument_parser():
     """The parser, and its group of budgets, one of which must be given."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--train", nargs="+", required=True, help="files or patterns")
-    parser.add_argument("--validation", nargs="+", required=True, help="files or patterns")
-    parser.add_argument("--test", nargs="+", default=[], help="files or patterns, evaluated once at the end")
-    parser.add_argument("--output", type=Path, required=True)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser.add_argument("--train", type=file_pattern, nargs="+", required=True, help="files or patterns")
+    parser.add_argument("--validation", type=file_pattern, nargs="+", required=True, help="files or patterns")
+    parser.add_argument(
+        "--test", type=file_pattern, nargs="+", default=[], help="files or patterns, evaluated once at the end"
+    )
+    parser.add_argument("--output", type=Path, required=True, help="folder of the run, new or to go on with")
     parser.add_argument("--model", default="stlm-3m", help="a preset or a folder with a config.json")
     parser.add_argument("--set", nargs="*", default=[], metavar="FIELD=VALUE", help="config fields to change, as JSON")
     budget = parser.add_mutually_exclusive_group(required=True)
     budget.add_argument("--max_minutes", type=float, help="of training; evaluation does not count")
-    budget.add_argument("--max_steps", type=int)
+    budget.add_argument("--max_steps", type=int, help="of training")
     budget.add_argument("--max_bytes", type=float, help="bytes seen")
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="for --max_minutes")
     parser.add_argument("--block_bytes", type=int, default=1024, help="bytes per window")
@@ -57,8 +47,26 @@ def argument_parser():
         help="bfloat16 autocast; by default where the GPU or CPU has instructions for it",
     )
     parser.add_argument("--eval_steps", type=int, default=500, help="steps between evaluated checkpoints")
-    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=1, help="of weights and order")
     return parser, budget
+
+
+if __name__ == "__main__":
+    args = argument_parser()[0].parse_args()
+
+import torch
+import transformers
+from huggingface_hub.errors import StrictDataclassError
+from run_folder import ProgressLines, last_checkpoint, save
+from scoring import documents
+from transformers import AutoModelForCausalLM, PrinterCallback, Trainer, TrainingArguments, logging, set_seed
+
+from modeling_stlm import STLMConfig, STLMTokenizer
+from modeling_stlm.training.bits_per_byte import BitsPerByteEvaluator
+from modeling_stlm.training.corpus import PackedWindows, write_corpus
+from modeling_stlm.training.long_runs import SaveByTime, StopOnSignal
+from modeling_stlm.training.optimizer import MuonRecipe, has_bfloat16
+from modeling_stlm.training.time_budget import TimeBudget
 
 
 def write_corpora(args: argparse.Namespace, tokenizer, folder: Path) -> dict[str, Path]:
@@ -143,15 +151,15 @@ def train(args: argparse.Namespace, trainer: Trainer, step_bytes: float) -> None
         raise SystemExit(128 + stop.received)
 
 
-def main():
-    args = argument_parser()[0].parse_args()
+def main(args: argparse.Namespace):
     logging.disable_progress_bar()
     set_seed(args.seed)
     tokenizer = STLMTokenizer()
-    sets = {
-        split: PackedWindows(path, tokenizer, args.block_bytes)
-        for split, path in write_corpora(args, tokenizer, args.output / "data").items()
-    }
+    try:
+        corpora = write_corpora(args, tokenizer, args.output / "data")
+        sets = {split: PackedWindows(path, tokenizer, args.block_bytes) for split, path in corpora.items()}
+    except ValueError as error:
+        raise SystemExit(f"{error}: take longer texts and a new --output, or smaller --block_bytes") from None
     model = AutoModelForCausalLM.from_config(load_config(args.model, args.set))
     print(f"{args.model}: {model.num_parameters():,} parameters, {model.device}, {model.dtype}")
     evaluator, step_bytes = BitsPerByteEvaluator(), args.batch_size * args.block_bytes
@@ -188,4 +196,5 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    with quiet_exit():
+        main(args)

@@ -8,14 +8,27 @@ Windows of 1024 bytes, as `pretrain.py` measures them.
 
 import argparse
 import json
+import sys
 import tempfile
 from collections.abc import Iterable
 from glob import glob
 from pathlib import Path
 
+from inputs import HelpFormatter, checkpoint, file_pattern, quiet_exit
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser.add_argument("checkpoint", type=checkpoint, help="folder or Hub id")
+    parser.add_argument("files", type=file_pattern, nargs="+", help="files or patterns, as of pretrain.py")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    args = parse_arguments()
+
 import torch
 from datasets import load_dataset
-from inputs import checkpoint
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -39,9 +52,18 @@ def documents(patterns: list[str]) -> Iterable[str | bytes]:
     for file in files:
         kind = next((kind for kind in ("json", "csv", "parquet") if f".{kind}" in Path(file).name), None)
         if kind is None:
-            yield Path(file).read_bytes()
+            data = Path(file).read_bytes()
+            try:
+                data.decode("utf-8")
+            except UnicodeDecodeError as error:
+                offset = f"byte 0x{data[error.start]:02x} at offset {error.start}"
+                print(f"{file} is not UTF-8 ({offset}): taken byte by byte as it is", file=sys.stderr)
+            yield data
         else:
-            yield from load_dataset(kind, data_files=file, split="train")["text"]
+            rows = load_dataset(kind, data_files=file, split="train")
+            if "text" not in rows.column_names:
+                raise SystemExit(f"{file} has the columns {rows.column_names}, expected one of the name text")
+            yield from rows["text"]
 
 
 def token_bytes(tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
@@ -100,15 +122,16 @@ def bits_of_documents(
     return {"bits_per_byte": metrics["eval_bits_per_byte"], "bytes": metrics["eval_bytes"]}
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", type=checkpoint, help="folder or Hub id")
-    parser.add_argument("files", nargs="+", help="files or patterns, as of pretrain.py")
-    args = parser.parse_args()
+def main(args: argparse.Namespace):
     tokenizer = AutoTokenizer.from_pretrained(args.checkpoint)
     model = AutoModelForCausalLM.from_pretrained(args.checkpoint, dtype=torch.float32)
-    print(json.dumps(bits_of_documents(model, tokenizer, documents(args.files))))
+    try:
+        scores = bits_of_documents(model, tokenizer, documents(args.files))
+    except ValueError as error:
+        raise SystemExit(f"{args.files}: {error}") from None
+    print(json.dumps(scores))
 
 
 if __name__ == "__main__":
-    main()
+    with quiet_exit():
+        main(args)

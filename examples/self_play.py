@@ -9,23 +9,32 @@ Start from a model that was fine-tuned on the task, such as that of `summarize.p
 Prints ROUGE and bits per byte by round. The same command resumes an interrupted run. Needs trl.
 """
 
+import argparse
 import json
 
+from inputs import at_least_one, quiet_exit, summary_parser
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = summary_parser(__doc__)
+    parser.add_argument("--num_rounds", type=at_least_one, default=3, help="of generation and training")
+    parser.add_argument("--max_steps", type=at_least_one, default=10, help="steps in a round")
+    parser.add_argument("--learning_rate", type=float, default=1e-5, help="of AdamW")
+    parser.add_argument("--beta", type=float, default=0.1, help="lambda of the paper")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    args = parse_arguments()
+
 import torch
-from summarize import argument_parser, read_sets, scores_of, table
+from summarize import read_sets, scores_of, table
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 from modeling_stlm.training.self_play import SelfPlayConfig, SelfPlayTrainer
 
 
-def main():
-    parser = argument_parser()
-    parser.description = __doc__
-    parser.add_argument("--num_rounds", type=int, default=3)
-    parser.add_argument("--max_steps", type=int, default=10, help="steps in a round")
-    parser.add_argument("--learning_rate", type=float, default=1e-5)
-    parser.add_argument("--beta", type=float, default=0.1, help="lambda of the paper")
-    args = parser.parse_args()
+def main(args: argparse.Namespace):
     set_seed(args.seed)
     tokenizer = AutoTokenizer.from_pretrained(args.checkpoint, padding_side="left")
     model = AutoModelForCausalLM.from_pretrained(args.checkpoint, dtype=torch.float32)
@@ -60,4 +69,5 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    with quiet_exit():
+        main(args)

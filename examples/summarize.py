@@ -13,9 +13,22 @@ saved to `OUTPUT/full`, from where `self_play.py` may go on, the adapter to `OUT
 """
 
 import argparse
-import gzip
 import json
 from pathlib import Path
+
+from inputs import at_least_one, quiet_exit, read_json_lines, summary_parser
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = summary_parser(__doc__)
+    parser.add_argument("--max_steps", type=at_least_one, default=20, help="of each training")
+    parser.add_argument("--learning_rate", type=float, default=1e-3, help="of AdamW")
+    parser.add_argument("--lora_rank", type=at_least_one, default=16, help="of the adapter")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    args = parse_arguments()
 
 import evaluate
 import torch
@@ -37,24 +50,7 @@ from modeling_stlm.training import rouge
 from modeling_stlm.training.bits_per_byte import BitsPerByteEvaluator
 
 
-HERE = Path(__file__).parent
-DIALOGUES = HERE / "data" / "dialogues.jsonl"
 NUM_CANDIDATES = 50  # summaries among which the constant one is chosen, and on which
-
-
-def argument_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", default=str(HERE / "checkpoints" / "stlm-10m"), help="folder or Hub id")
-    parser.add_argument("--train", type=Path, default=DIALOGUES, help="JSON lines")
-    parser.add_argument("--test", type=Path, help="JSON lines; without it, the last quarter of --train")
-    parser.add_argument("--output", type=Path, default=Path("runs/summaries"))
-    parser.add_argument("--train_rows", type=int, help="only the first ones")
-    parser.add_argument("--test_rows", type=int, default=100, help="only the first ones")
-    parser.add_argument("--text_bytes", type=int, default=1500, help="longest text")
-    parser.add_argument("--summary_bytes", type=int, default=256, help="longest summary that is generated")
-    parser.add_argument("--batch_size", type=int, default=8, help="rows")
-    parser.add_argument("--seed", type=int, default=1)
-    return parser
 
 
 def read_sets(args: argparse.Namespace) -> tuple[list[dict], list[dict]]:
@@ -62,17 +58,15 @@ def read_sets(args: argparse.Namespace) -> tuple[list[dict], list[dict]]:
     train = read_rows(args.train, args.train_rows, args.text_bytes)
     if args.test:
         return train, read_rows(args.test, args.test_rows, args.text_bytes)
-    cut = len(train) * 3 // 4
+    if len(train) < 2:
+        raise SystemExit(f"{args.train} has one row, which leaves none to test on: add rows, or give --test")
+    cut = max(1, len(train) * 3 // 4)
     return train[:cut], train[cut:][: args.test_rows]
 
 
 def read_rows(path: Path, limit: int | None, text_bytes: int) -> list[dict]:
     """`prompt`, `completion` and all `references` of each row, and its `text`."""
-    with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
-        rows = [json.loads(line) for line in file][:limit]
-    if not rows:
-        raise SystemExit(f"{path} has no rows")
-    return [to_example(row, text_bytes) for row in rows]
+    return [to_example(row, text_bytes) for row in read_json_lines(path)[:limit]]
 
 
 def to_example(row: dict, text_bytes: int) -> dict:
@@ -163,12 +157,7 @@ def table(results: dict[str, dict[str, float]]) -> str:
     return "\n".join(lines)
 
 
-def main():
-    parser = argument_parser()
-    parser.add_argument("--max_steps", type=int, default=20)
-    parser.add_argument("--learning_rate", type=float, default=1e-3)
-    parser.add_argument("--lora_rank", type=int, default=16)
-    args = parser.parse_args()
+def main(args: argparse.Namespace):
     set_seed(args.seed)
     tokenizer = AutoTokenizer.from_pretrained(args.checkpoint, padding_side="left")
     train, test = read_sets(args)
@@ -199,4 +188,5 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    with quiet_exit():
+        main(args)

@@ -14,7 +14,7 @@ from transformers.modeling_outputs import (
 from transformers.utils import can_return_tuple
 
 from .configuration_stlm import STLMConfig
-from .modeling_stlm import STLMModel, STLMPreTrainedModel, share_of_batch
+from .modeling_stlm import STLMModel, STLMPreTrainedModel, allow_tied_head, share_of_batch
 
 
 class STLMForMaskedLM(STLMPreTrainedModel):
@@ -44,6 +44,7 @@ class STLMForMaskedLM(STLMPreTrainedModel):
             )
         self.model = STLMModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.register_load_state_dict_post_hook(allow_tied_head)
         self.post_init()
 
     @can_return_tuple
@@ -89,6 +90,7 @@ class STLMClassifier(STLMPreTrainedModel):
 
     def encode(self, input_ids, attention_mask, position_ids, inputs_embeds, kwargs):
         """Hidden states of every byte, and the mask used. `num_items_in_batch` is for the loss; a head needs no cache."""
+        self._warn_of_rounding()  # of the head, where the model is frozen
         kwargs = {name: value for name, value in kwargs.items() if name != "num_items_in_batch"} | {"use_cache": False}
         if attention_mask is None and input_ids is not None and self.config.pad_token_id is not None:
             attention_mask = (input_ids != self.config.pad_token_id).long()

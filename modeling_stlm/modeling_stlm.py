@@ -125,8 +125,8 @@ class STLMPreTrainedModel(PreTrainedModel, BudgetMixin):
     config: STLMConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    # Checkpoints of a training with more objectives than the next byte hold their parameters, too.
-    _keys_to_ignore_on_load_unexpected = [r"^objectives\."]
+    # A checkpoint may hold what another task needs: its head, or the parameters of more objectives than the next byte.
+    _keys_to_ignore_on_load_unexpected = [r"^objectives\.", r"^lm_head\.", r"^score\.", r"^qa_outputs\."]
     _no_split_modules = ["STLMByteLayer", "STLMTrunkAttentionBlock", "STLMTrunkFeedForwardBlock"]
     _skip_keys_device_placement = ["cache"]
     _supports_sdpa = True
@@ -160,6 +160,17 @@ class STLMPreTrainedModel(PreTrainedModel, BudgetMixin):
             init.normal_(module.weight, std=module.in_features**-0.5)
         elif isinstance(module, STLMStart):
             init.normal_(module.weight, std=self.config.initializer_range)
+
+    def _warn_of_rounding(self) -> None:
+        """Warn, once, where weights are trained in bfloat16. Adapters have their own dtype, which is what counts."""
+        if not self.training or not torch.is_grad_enabled() or is_torchdynamo_compiling():
+            return
+        if any(weight.dtype is torch.bfloat16 and weight.requires_grad for weight in self.parameters()):
+            logger.warning_once(
+                "Training weights in bfloat16: at the usual rates most updates are smaller than half a rounding step, and "
+                "most weights will not move. Load the model with dtype=torch.float32; `bf16=True` of TrainingArguments "
+                "then computes in bfloat16 all the same."
+            )
 
 
 class STLMModel(STLMPreTrainedModel):
@@ -224,8 +235,7 @@ class STLMModel(STLMPreTrainedModel):
             ValueError: if a shape does not fit, or if the cache was not made for this model.
         """
         input_ids = self._checked_ids(input_ids, inputs_embeds)
-        if self.training and self.patcher.start.weight.dtype is torch.bfloat16 and not is_torchdynamo_compiling():
-            self._warn_of_rounding()
+        self._warn_of_rounding()
         if cache is not None:
             self._check_cache(cache, input_ids)
         num_past = self._num_past(cache, attention_mask, input_ids)
@@ -319,14 +329,6 @@ class STLMModel(STLMPreTrainedModel):
                 f"the input has shape {tuple(input_ids.shape)}, expected (rows, bytes) with at least one of each"
             )
         return input_ids.long()
-
-    def _warn_of_rounding(self) -> None:
-        if self.patcher.start.weight.requires_grad and torch.is_grad_enabled():
-            logger.warning_once(
-                "Training weights in bfloat16: at the usual rates most updates are smaller than half a rounding step, and "
-                "most weights will not move. Load the model with dtype=torch.float32; `bf16=True` of TrainingArguments "
-                "then computes in bfloat16 all the same."
-            )
 
     @torch.no_grad()
     def _ids_of(self, inputs_embeds: torch.Tensor) -> torch.Tensor:
@@ -496,6 +498,7 @@ class STLMForCausalLM(STLMPreTrainedModel, STLMGenerationMixin):
             raise ValueError("STLMForCausalLM needs a config with is_causal=True: next bytes must not be seen")
         self.model = STLMModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.register_load_state_dict_post_hook(allow_tied_head)
         self.post_init()
 
     @deprecate_kwarg("past_key_values", version="5.40.0", new_name="cache")
@@ -549,6 +552,15 @@ class STLMForCausalLM(STLMPreTrainedModel, STLMGenerationMixin):
 
     # `generate` looks at it in every step of a class from outside the library. Made once, it costs nothing then.
     forward.__signature__ = inspect.signature(forward)
+
+
+def allow_tied_head(model: PreTrainedModel, incompatible_keys) -> None:
+    """Hook of `load_state_dict`: a tied head is not missing from a state without it, as `save_pretrained` writes it.
+
+    `Trainer` reports missing keys when it resumes.
+    """
+    if model.lm_head.weight is model.model.embed_tokens.weight and "lm_head.weight" in incompatible_keys.missing_keys:
+        incompatible_keys.missing_keys.remove("lm_head.weight")
 
 
 def share_of_batch(

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The engine against the model: logits, text, states, files."""
 
+import argparse
 import platform
 import shutil
 import struct
@@ -23,7 +24,7 @@ from transformers.generation import (
 
 from modeling_stlm.inference import engine as engine_module
 from modeling_stlm.inference.engine import Engine, Rows
-from modeling_stlm.inference.export import CHECKSUM, TYPES, export_gguf, load_gguf
+from modeling_stlm.inference.export import CHECKSUM, TYPES, export_gguf, folder_or_hub_id, load_gguf
 
 from .tiny import MIXERS, PATCHING, SHARING, TEXT, assert_equal, batch, ids_of, tiny_model
 
@@ -524,6 +525,24 @@ def test_the_command_writes_a_file_that_runs(tmp_path):
     assert (tmp_path / "m.gguf").stat().st_size < 1.2 * 2.97e6  # parameters
     engine = Engine(tmp_path / "m.gguf")
     assert engine.bos_token_id == 257 and engine.eos_token_ids == [258] and len(engine.generate(b"The ", 9)) == 9
+
+
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [
+        ("stlm-4m", "does not exist"),
+        ("examples/checkpoints/stlm-4m", "does not exist"),
+        ("examples/checkpoints", "has no config.json"),
+        ("README.md", "is a file"),
+        ("one/two/three", "does not exist"),
+    ],
+)
+def test_a_slip_of_the_pen_is_no_name_on_the_hub(name, found, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(argparse.ArgumentTypeError, match=f"{name} {found}: expected a folder with a checkpoint"):
+        folder_or_hub_id(name)
+    for good in ("owner/model", "examples/checkpoints/stlm-3m"):
+        assert folder_or_hub_id(good) == good
 
 
 def test_without_a_library_the_engine_says_what_to_do(tiny, monkeypatch, tmp_path):

@@ -4,6 +4,7 @@
 import argparse
 import importlib
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import modeling_stlm
+from modeling_stlm.training.model_card import build_model_card
 
 
 ROOT = Path(__file__).parents[1]
@@ -124,8 +126,20 @@ def test_pretraining_names_patterns_that_match_nothing(tmp_path):
     command = [sys.executable, str(ROOT / "examples" / "pretrain.py"), "--train", "nothing/*.txt", "--validation", "x"]
     command += ["--output", str(tmp_path), "--max_steps", "1"]
     result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode != 0 and "no file matches ['nothing/*.txt']" in result.stderr
+    assert result.returncode != 0 and "no file matches nothing/*.txt" in result.stderr
     assert not list(tmp_path.rglob("*.bin*"))
+
+
+def test_pretraining_tells_bytes_that_are_no_utf8_and_texts_that_are_too_short(small_text, tmp_path):
+    (tmp_path / "latin1.txt").write_bytes("one t\u00e9 and more".encode("latin-1"))
+    command = [sys.executable, str(ROOT / "examples" / "pretrain.py"), "--train", "latin1.txt", "--validation"]
+    command += [str(small_text), "--max_steps", "1", "--output", "run"]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert "latin1.txt is not UTF-8 (byte 0xe9 at offset 5): taken byte by byte as it is" in result.stderr
+    last = result.stderr.splitlines()[-1]
+    assert "holds 17 ids with special tokens, fewer than one window of 1024: take longer texts" in last
+    assert (tmp_path / "run" / "data" / "train.bin").read_bytes() == b"one t\xe9 and more"
 
 
 @pytest.mark.parametrize("lora_rank", [0, 4])
@@ -143,6 +157,9 @@ def test_finetuning_lowers_bits_per_byte_and_saves_a_model(small_text, tmp_path,
     assert (tmp_path / "out" / "bits_per_byte.png").stat().st_size > 0
     assert (tmp_path / "out" / "adapter").is_dir() == bool(lora_rank)
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.use_cache
+    card = build_model_card(tmp_path / "out")
+    assert card.data.license == "cc-by-sa-4.0" and "fine-tuned from `stlm-3m`" in card.text
+    assert card.data.eval_results[0].metric_value == pytest.approx(after, abs=1e-3)
 
 
 def test_finetuning_names_what_is_not_utf8(tmp_path):
@@ -173,6 +190,40 @@ def test_generation_in_the_terminal(tmp_path):
     answers = run("generate.py", *chat, cwd=tmp_path, input="Hi\nAnd?\n\n")
     # The model may write such signs, too; the last one waits for the empty line.
     assert answers.count("> ") >= 3 and answers.endswith("> ")
+
+
+def test_a_chat_model_ends_its_turns_and_is_no_base_model(tmp_path):
+    output = run("chat_sft.py", "--max_steps", 2, "--output", "chat", "--prompt", "Hello?", cwd=tmp_path)
+    assert "16 chats" in output and "> Hello?\n" in output
+    assert "next: python examples/generate.py --chat --checkpoint chat" in output
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "chat")
+    assert model.generation_config.eos_token_id == [258, 261] and model.config.use_cache
+    prompt = torch.tensor([list(b"Hi")])
+    with torch.no_grad():
+        model.model.embed_tokens.weight[261] = 100 * model.model(prompt).last_hidden_state[0, -1]
+    assert model.generate(prompt, max_new_tokens=5, do_sample=False).tolist() == [[*b"Hi", 261]]
+
+    command = [sys.executable, str(ROOT / "examples" / "generate.py"), "--chat", "--max_new_tokens", "4"]
+    for checkpoint in (["--checkpoint", "chat"], []):  # that one, and the shipped base model
+        result = subprocess.run(
+            [*command, "--prompt", "Hi", *checkpoint], capture_output=True, text=True, cwd=tmp_path, check=True
+        )
+        assert ("is a base model: it was not trained on chats" in result.stderr) == (not checkpoint)
+
+    # Nothing of this needs the Hub.
+    push = ["push_to_hub.py", "--checkpoint", "chat", "--repo_id", "me/my-chat"]
+    nowhere = {name: value for name, value in os.environ.items() if name != "HF_TOKEN"}
+    nowhere |= {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home")}
+    printed = run(*push, "--dry_run", cwd=tmp_path, env=nowhere | {"TMPDIR": str(tmp_path)})
+    assert (
+        "license: cc-by-sa-4.0" in printed
+        and "- train: chats.jsonl" in printed
+        and str(tmp_path) not in printed[:-600]
+    )
+    (folder,) = tmp_path.glob("my-chat-*")
+    assert {"README.md", "modeling_stlm.py", "model.safetensors", "tokenizer.json"} <= {
+        p.name for p in folder.iterdir()
+    }
 
 
 SHIPPED = {"stlm-3m": 8e6, "stlm-10m": 22e6}  # and the largest size in bytes

@@ -345,3 +345,22 @@ def test_documents_packed_between_padding_give_the_logits_of_the_documents_apart
     padded[valid == 1], positions[valid == 1] = ids, torch.cat([torch.arange(len(row)) for row in ROWS])
     logits = model(padded, position_ids=positions, attention_mask=valid).logits
     assert_equal(logits[valid == 1], torch.cat([model(torch.tensor([row])).logits[0] for row in ROWS]))
+
+
+@pytest.mark.parametrize("cls", CLASSIFIERS, ids=lambda cls: cls.__name__)
+def test_a_head_trained_in_bfloat16_is_told_even_on_a_frozen_model(cls, monkeypatch):
+    said = []
+    monkeypatch.setattr("modeling_stlm.modeling_stlm.logger.warning_once", said.append)
+    model = cls(tiny_config(num_labels=3))
+    ids = torch.tensor([ids_of(TEXT)])[None if cls is STLMForMultipleChoice else slice(None)]
+    with torch.autocast("cpu", torch.bfloat16):
+        model.train()(ids)
+    model.to(torch.bfloat16).requires_grad_(False).train()(ids)
+    assert said == []
+    list(model.children())[-1].requires_grad_(True)
+    with torch.no_grad():
+        model(ids)
+    model.eval()(ids)
+    assert said == []
+    model.train()(ids)
+    assert len(said) == 1 and "Load the model with dtype=torch.float32" in said[0]

@@ -312,13 +312,18 @@ def test_the_example_publishes_a_folder_in_one_commit(new_hub, tmp_path):
     (folder / "README.md").unlink()
     client(new_hub, tmp_path / "two", *push, token="key")
     assert repo.at("main") is first
-    client(new_hub, tmp_path / "none", *push, fails=True)
+    # Without a login, and with a wrong one: one line.
+    said = client(new_hub, tmp_path / "none", *push, "--base_model", "none", fails=True)
+    assert said.splitlines()[-1].startswith("not logged in: run `hf auth login`") and "Traceback" not in said
+    said = client(new_hub, tmp_path / "wrong", *push, "--base_model", "none", token="wrong", fails=True)
+    assert "the Hub did not take part: " in said and "401" in said and "Traceback" not in said
+    assert said.splitlines()[-1] == "--dry_run needs no network and no login"
     assert repo.at("main") is first
 
 
 def test_the_snippet_of_a_generated_card_runs_from_the_hub(new_hub, tmp_path):
     folder = variant(tmp_path / "mine", 1.0)
-    options = ("--repo_id", "alice/mine", "--licence", "apache-2.0", "--language", "en")
+    options = ("--repo_id", "alice/mine", "--licence", "apache-2.0", "--language", "en", "--base_model", "none")
     client(new_hub, tmp_path / "publisher", SCRIPT, "--checkpoint", folder, *options, token="key")
     card = ModelCard(snapshot(new_hub, "alice/mine")["README.md"].decode())
     assert (card.data.license, card.data.language, card.data.pipeline_tag) == ("apache-2.0", "en", "text-generation")
@@ -335,7 +340,7 @@ def test_the_snippet_of_a_generated_card_runs_from_the_hub(new_hub, tmp_path):
 @pytest.mark.slow
 def test_an_upload_that_dies_leaves_the_old_revision(new_hub, variants, tmp_path):
     def push(name):
-        return [SCRIPT, "--checkpoint", str(variants[name]), "--repo_id", "alice/mine"]
+        return [SCRIPT, "--checkpoint", str(variants[name]), "--repo_id", "alice/mine", "--base_model", "none"]
 
     # The connection breaks once in the middle of the weights: the client tries again.
     new_hub.drop = {"lfs_upload": 1}

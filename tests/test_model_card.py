@@ -13,8 +13,9 @@ import torch
 from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from modeling_stlm import STLMForSequenceClassification, STLMTokenizer
-from modeling_stlm.training.model_card import build_model_card, write_model_card
+import modeling_stlm
+from modeling_stlm import STLMForMultipleChoice, STLMForSequenceClassification, STLMTokenizer
+from modeling_stlm.training.model_card import TASKS, build_model_card, describe_base, write_model_card
 
 from .hub_server import metadata_errors
 from .tiny import PATCHING, SHARING, tiny_config, tiny_model
@@ -127,12 +128,68 @@ def test_a_card_that_somebody_wrote_or_edited_stays(checkpoint):
         assert path.read_text() == edited
 
 
-def test_only_language_models_of_this_package_get_a_card(tmp_path):
+def test_only_models_of_this_package_with_one_text_get_a_card(tmp_path):
     LlamaConfig().save_pretrained(tmp_path / "llama")
-    STLMForSequenceClassification(tiny_config()).save_pretrained(tmp_path / "classifier")
-    for name in ("llama", "classifier"):
-        with pytest.raises(ValueError, match="a card is written for STLMForCausalLM only"):
+    STLMForMultipleChoice(tiny_config()).save_pretrained(tmp_path / "choices")
+    for name in ("llama", "choices"):
+        with pytest.raises(ValueError, match=r"a card is written for STLMModel, STLMForCausalLM, .* only"):
             build_model_card(tmp_path / name)
+
+
+CLASSES = [getattr(modeling_stlm, name) for name in TASKS if name != "STLMForCausalLM"]
+
+
+@pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
+def test_the_card_of_a_head_names_its_task_and_its_snippet_runs(cls, tmp_path, monkeypatch, capsys):
+    cls(tiny_config(is_causal=False, num_labels=3)).save_pretrained(tmp_path)
+    STLMTokenizer().save_pretrained(tmp_path)
+    scores = {"test": {"accuracy": 0.875, "f1": 0.5}, "typos": {"accuracy": 0.25}}
+    results = {"base_model": {"name": "base"}, "scores": scores, "arguments": {"test": "held.csv"}}
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    card = build_model_card(tmp_path)
+    assert card.data.pipeline_tag == TASKS[cls.__name__].tag and card.data.metrics == ["accuracy", "f1"]
+    found = [(e.dataset_name, e.metric_type, e.metric_value) for e in card.data.eval_results]
+    assert found == [("held.csv", "accuracy", 0.875), ("held.csv", "f1", 0.5), ("typos", "accuracy", 0.25)]
+    assert "| split | accuracy | f1 |" in card.text and "| typos | 0.2500 |  |" in card.text
+    assert ("ids: bytes and special" in card.text) == (cls.__name__ == "STLMForMaskedLM")
+    assert "It continues text" not in card.text and metadata_errors(str(card)) == []
+    monkeypatch.chdir(tmp_path)
+    exec(snippet(card))  # as a checkout runs it; without the package: the next test
+    assert capsys.readouterr().out
+
+
+def test_what_is_fine_tuned_inherits_from_its_base(checkpoint, tmp_path):
+    write_model_card(checkpoint, build_model_card(checkpoint, **OPTIONS))
+    for name in ("tuned", "tuned twice"):  # from a folder with a card, then from one without
+        base = describe_base(checkpoint)
+        checkpoint = tmp_path / name
+        STLMForSequenceClassification(tiny_config()).save_pretrained(checkpoint)
+        results = {"base_model": base, "steps": 1500, "arguments": {"text": "my.txt"}}
+        (checkpoint / "results.json").write_text(json.dumps(results))
+    card = build_model_card(checkpoint)
+    assert (card.data.license, card.data.language) == ("cc-by-sa-4.0", "en")
+    assert card.data.base_model is None and card.data.eval_results is None  # a folder is no id on the Hub
+    assert "- fine-tuned from `tuned`\n- 1,500 steps\n- text: my.txt" in card.text
+    assert "Letters of a test." in card.text and "## Results" not in card.text and str(tmp_path) not in str(card)
+    assert "The weights are under `cc-by-sa-4.0`" in card.text
+    with pytest.raises(ValueError, match=r"tuned is under cc-by-sa-4.0, .* cannot be offered as apache-2.0"):
+        build_model_card(checkpoint, licence="apache-2.0")
+
+
+def test_a_permissive_licence_may_be_replaced_and_ids_on_the_hub_are_named(checkpoint, monkeypatch):
+    (checkpoint / "results.json").unlink()
+    text = "---\nlicense: mit\nlanguage: en\ndatasets:\n- me/texts\n---\n\n# base\n\n## Data\n\nMany.\n\n## Limits\n"
+    monkeypatch.setattr(ModelCard, "load", lambda name: {"me/base": ModelCard(text)}[name])
+    card = build_model_card(checkpoint, base_model="me/base", licence="cc-by-sa-4.0")
+    assert (card.data.license, card.data.base_model, card.data.datasets) == ("cc-by-sa-4.0", "me/base", ["me/texts"])
+    assert "fine-tuned from `me/base`" in card.text and "Many.\n\n## Limits" in card.text
+    assert metadata_errors(str(card)) == []
+    assert build_model_card(checkpoint, base_model="me/base").data.license == "mit"
+    # Also from what was fine-tuned from it.
+    (checkpoint / "results.json").write_text(json.dumps({"base_model": describe_base("me/base")}))
+    card = build_model_card(checkpoint, base_model=checkpoint)
+    assert (card.data.license, card.data.base_model) == ("mit", "me/base")
+    assert "fine-tuned from `checkpoint`" in card.text
 
 
 def test_the_snippet_of_the_card_runs_in_the_folder(checkpoint):
@@ -174,7 +231,8 @@ def test_the_shipped_card_is_what_the_shipped_results_say():
 def test_results_of_something_else_are_refused(checkpoint):
     (checkpoint / "results.json").write_text('{"accuracy": 1, "steps": 3}')
     with pytest.raises(
-        ValueError, match=r"lacks \['arguments', 'budget', .*expected the file that examples/pretrain.py"
+        ValueError,
+        match=r"lacks \['arguments', 'budget', .*expected the file that examples/pretrain.py writes, or one that says",
     ):
         build_model_card(checkpoint)
 

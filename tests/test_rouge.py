@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
+import math
+import re
 from itertools import combinations
+from pathlib import Path
 
 import evaluate
 import pytest
@@ -9,6 +12,7 @@ from hypothesis import strategies as st
 from modeling_stlm.training import rouge
 
 
+ROOT = Path(__file__).parents[1]
 TEXTS = st.lists(st.sampled_from(["a", "b", "C", "d1"]), max_size=7).map(" ".join)
 
 
@@ -49,6 +53,20 @@ def test_rouge_is_its_definition(prediction, reference):
 def test_words_are_letters_and_digits_in_lower_case():
     assert rouge.words_of("It's Zoë's 2nd, isn't it?") == ["it", "s", "zo", "s", "2nd", "isn", "t", "it"]
     assert rouge.rouge("", "...") == {"rouge1": 0.0, "rouge2": 0.0, "rougeL": 0.0}
+
+
+def test_the_metrics_of_the_readme_need_no_hub(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    readme = (ROOT / "examples" / "README.md").read_text(encoding="utf-8")
+    (snippet,) = re.findall(r"```python\n([^`]*accuracy_score.*?)```", readme, re.DOTALL)
+    names = {"labels": [0, 1, 1, 2], "predicted": [0, 1, 2, 2], "texts": ["a b c"], "references": ["a c"]}
+    names |= {"nats": [[math.log(2), 2 * math.log(2)]], "ids": [[65, 66]]}
+    exec(snippet, names)
+    assert names["accuracy"] == 0.75 and names["f1"] == pytest.approx((1 + 2 / 3 + 2 / 3) / 3)
+    assert names["rouge"]["rouge1"] == pytest.approx(0.8) and names["bits"] == {"bits_per_byte": pytest.approx(1.5)}
+    # Why: if this fails, the names work without the Hub, too.
+    with pytest.raises(FileNotFoundError):
+        evaluate.load("accuracy")
 
 
 def test_evaluate_loads_it_from_the_file_and_takes_the_best_of_several_references():

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checkpoints: what is in the folder, and that it loads where neither package can be imported."""
 
+import copy
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,13 +12,21 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from transformers import AutoModel, AutoModelForCausalLM
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSequenceClassification
 
 import modeling_stlm
-from modeling_stlm import STLMForCausalLM, STLMModel, STLMTokenizer
+from modeling_stlm import (
+    STLMForCausalLM,
+    STLMForMaskedLM,
+    STLMForQuestionAnswering,
+    STLMForSequenceClassification,
+    STLMModel,
+    STLMTokenizer,
+)
 from modeling_stlm.configuration_stlm import HEADS
 
-from .tiny import MIXERS, PATCHING, SHARING, TEXT, WITHOUT_PACKAGES, ids_of, tiny_model
+from .tiny import MIXERS, PATCHING, SHARING, TEXT, WITHOUT_PACKAGES, ids_of, tiny_config, tiny_model
 
 
 IDS = torch.tensor([ids_of(TEXT)])
@@ -106,6 +116,44 @@ def test_the_base_model_loads_from_a_head_and_back(tmp_path):
     base.save_pretrained(tmp_path / "base")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     assert torch.equal(again(IDS).logits, model(IDS).logits)
+
+
+def load_report(auto, folder, caplog, **options) -> str:
+    caplog.clear()
+    auto.from_pretrained(folder, **options)
+    return caplog.text
+
+
+def test_a_checkpoint_of_another_task_loads_without_a_report_of_its_head(tmp_path, caplog):
+    classifier, answers = STLMForSequenceClassification(tiny_config()), STLMForQuestionAnswering(tiny_config())
+    models = {"causal": tiny_model(tie_word_embeddings=False), "classifier": classifier, "answers": answers}
+    for name, model in models.items():
+        model.save_pretrained(tmp_path / name)
+        assert "LOAD REPORT" not in load_report(AutoModel, tmp_path / name, caplog)
+    for name in ("classifier", "answers"):
+        assert "LOAD REPORT" not in load_report(AutoModelForCausalLM, tmp_path / name, caplog)
+        assert "LOAD REPORT" not in load_report(AutoModelForMaskedLM, tmp_path / name, caplog, is_causal=False)
+    # What was not in the checkpoint, and what nobody knows, is still reported.
+    report = load_report(AutoModelForSequenceClassification, tmp_path / "causal", caplog)
+    assert re.search(r"score.weight +\| MISSING", report) and "lm_head" not in report
+    weights = tmp_path / "causal" / "model.safetensors"
+    save_file(load_file(weights) | {"model.trunk.lost.weight": torch.ones(3)}, weights, metadata={"format": "pt"})
+    assert re.search(r"trunk.lost.weight +\| UNEXPECTED", load_report(AutoModel, tmp_path / "causal", caplog))
+
+
+@pytest.mark.parametrize("cls", [STLMForCausalLM, STLMForMaskedLM])
+def test_a_state_without_the_tied_head_is_complete(cls, tmp_path):
+    model = cls(tiny_config(is_causal=cls is STLMForCausalLM))
+    model.save_pretrained(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    assert "lm_head.weight" not in state
+    model.load_state_dict(state)
+    copy.deepcopy(model).load_state_dict(state)
+    del state["model.embed_tokens.weight"]
+    assert model.load_state_dict(state, strict=False).missing_keys == ["model.embed_tokens.weight"]
+    untied = cls(tiny_config(is_causal=cls is STLMForCausalLM, tie_word_embeddings=False))
+    with pytest.raises(RuntimeError, match=r"Missing key.*lm_head\.weight"):
+        untied.load_state_dict(load_file(tmp_path / "model.safetensors"))
 
 
 def test_an_untied_head_is_stored_and_loaded(tmp_path):

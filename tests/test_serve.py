@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -42,7 +43,8 @@ def url(tmp_path_factory):
     command = [sys.executable, str(ROOT / "examples" / "serve.py"), SHIPPED, "--host", "127.0.0.1"]
     command += ["--port", str(port), "--device", "cpu", "--dtype", "float32"]
     with log.open("w") as output:
-        server = subprocess.Popen(command, stdout=output, stderr=output)
+        cache = {"HF_HOME": str(log.parent / "empty")}
+        server = subprocess.Popen(command, stdout=output, stderr=output, env=os.environ | cache)
     try:
         deadline = time.monotonic() + 300
         while True:
@@ -101,6 +103,35 @@ def test_completions_are_the_greedy_text(url, greedy):
         assert "".join(pieces) == streamed(expected) and len([piece for piece in pieces if piece]) > 3
     stopped = json.loads(post(f"{url}/completions", **request, stop=["the"]))["choices"][0]
     assert stopped["text"] == expected[: expected.index("the") + 3] if "the" in expected else expected
+
+
+@pytest.mark.slow
+def test_what_cannot_be_served_is_refused_in_words(url):
+    request = {"model": SHIPPED, "prompt": "The", "max_tokens": 4}
+    for change, words in (
+        ({"n": 2}, "n=2 is not supported"),
+        ({"logprobs": 0}, "logprobs is not supported"),
+        ({"echo": True}, "echo is not supported"),
+        ({"prompt": ""}, "prompt is empty"),
+        ({"max_tokens": 0}, "max_tokens=0 must be at least 1"),
+        ({"temperature": -1}, "temperature=-1 must be at least 0"),
+        ({"prompt": ["The", "A"]}, "prompt must be a string"),  # by the library
+        ({"model": "other"}, "Server is pinned to"),  # by the library
+    ):
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            post(f"{url}/completions", **request | change)
+        assert refused.value.code in (400, 422) and words in refused.value.read().decode()
+    with pytest.raises(urllib.error.HTTPError, match="422"):
+        post(f"{url}/chat/completions", model=SHIPPED, messages=[])
+    harmless = {"n": 1, "best_of": None, "logprobs": None, "echo": False, "temperature": 0, "user": "me"}
+    assert len(json.loads(post(f"{url}/completions", **request | harmless))["choices"][0]["text"]) == 4
+
+
+@pytest.mark.slow
+def test_the_model_is_listed_without_a_cache_of_the_hub(url):
+    with urllib.request.urlopen(f"{url}/models", timeout=60) as answer:
+        (model,) = json.loads(answer.read())["data"]
+    assert model["id"] == SHIPPED and model["status"] == {"value": "loaded"}
 
 
 @pytest.mark.slow

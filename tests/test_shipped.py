@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
 from safetensors import safe_open
+from sentence_transformers import SentenceTransformer
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -41,6 +43,17 @@ def test_weights_stored_in_bfloat16_load_in_float32(shipped):
     assert pipeline("text-classification", str(shipped)).model.dtype == torch.float32
     asked_for = AutoModelForCausalLM.from_pretrained(shipped, dtype=torch.bfloat16)
     assert asked_for.dtype == torch.bfloat16
+
+
+def test_adapters_and_sentence_vectors_start_in_float32(shipped, tmp_path):
+    lora = LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM")
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(shipped), lora)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    model.save_pretrained(tmp_path)
+    loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path)
+    assert {parameter.dtype for parameter in loaded.parameters()} == {torch.float32}
+    encoder = SentenceTransformer(str(shipped), device="cpu")
+    assert {parameter.dtype for parameter in encoder.parameters()} == {torch.float32}
 
 
 def test_a_length_is_that_of_the_user(shipped):

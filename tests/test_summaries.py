@@ -45,8 +45,9 @@ def test_rows_of_both_sets_are_read(tmp_path):
     assert first["prompt"] == "<bos>A: Zo\n\nSummary:" and first["completion"] == " first"
     assert second["text"] == "A: Hi." and second["completion"] == " They met."
     assert len(summarize.read_rows(tmp_path / "rows.jsonl.gz", 1, 6)) == 1
-    with pytest.raises(SystemExit, match="has no rows"):
-        summarize.read_rows(tmp_path / "rows.jsonl.gz", 0, 6)
+    (tmp_path / "empty.jsonl").touch()
+    with pytest.raises(SystemExit, match="has 0 rows, expected at least 1"):
+        summarize.read_rows(tmp_path / "empty.jsonl", None, 6)
     with pytest.raises(SystemExit, match=r"fields \['dialogue', 'text'\], expected"):
         summarize.to_example({"dialogue": "a", "text": "b"}, 6)
 

@@ -18,6 +18,7 @@ scales in `x.scale`), the fields of the configuration under `stlm.`, and the who
 import argparse
 import hashlib
 import json
+import re
 import zlib
 from pathlib import Path
 
@@ -218,13 +219,26 @@ def license_of(model: str) -> str:
     return ModelCard.load(card if card.is_file() else model).data.license or ""
 
 
+def folder_or_hub_id(value: str) -> str:
+    """A name whose folder exists here is a path: nobody asks the Hub about a slip of the pen."""
+    path, is_id = Path(value), re.fullmatch(r"[\w.-]+/[\w.-]+", value)
+    if not (path / "config.json").is_file() and (path.exists() or path.parent.is_dir() or not is_id):
+        found = "has no config.json" if path.is_dir() else "is a file" if path.is_file() else "does not exist"
+        raise argparse.ArgumentTypeError(
+            f"{value} {found}: expected a folder with a checkpoint, or a Hub id (owner/name)"
+        )
+    return value
+
+
 def main():
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="folder or Hub id")
+    parser.add_argument("model", type=folder_or_hub_id, help="folder or Hub id")
     parser.add_argument("output", type=Path, help="file to write, as model.gguf")
-    parser.add_argument("--type", choices=TYPES, default="f32")
+    parser.add_argument(
+        "--type", choices=TYPES, default="f32", help="of the matrices, see above (default: %(default)s)"
+    )
     args = parser.parse_args()
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(args.model)

@@ -1,30 +1,74 @@
 # SPDX-License-Identifier: Apache-2.0
 """The model card of a checkpoint folder, written from what lies there: `config.json` and `results.json`.
 
-`results.json` is that of `examples/pretrain.py` or `examples/export.py`; without one the card has no results and says
-nothing about training. A `README.md` that somebody wrote or edited is never replaced.
+`results.json` is that of `examples/pretrain.py` or `examples/research/export.py`, or says what was fine-tuned:
+
+```python
+{
+    "base_model": describe_base("examples/checkpoints/stlm-3m"),
+    "scores": {"test": {"accuracy": 0.88}},  # optional: any metrics of any splits
+    "arguments": {"text": "my.txt"},  # optional: names of files, no folders
+}
+```
+
+Without one the card has no results and says nothing about training. A `README.md` that somebody wrote or edited is never
+replaced.
 """
 
 import json
 import re
 from hashlib import sha256
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import AutoConfig
 
-from modeling_stlm import STLMConfig, STLMForCausalLM
+import modeling_stlm
+from modeling_stlm import STLMConfig, STLMPreTrainedModel
 
+
+class Task(NamedTuple):
+    tag: str  # as the Hub spells it
+    kind: str  # of model
+    text: str  # to try it on
+    use: str  # expression to print
+
+
+TASKS = {
+    "STLMModel": Task("feature-extraction", "encoder", "A text.", "model(**inputs).last_hidden_state"),
+    "STLMForCausalLM": Task(
+        "text-generation",
+        "language model",
+        "The history of",
+        "tokenizer.decode(model.generate(**inputs, max_new_tokens=100)[0])",
+    ),
+    "STLMForMaskedLM": Task(
+        "fill-mask",
+        "masked language model",
+        "The hist<mask>ry of",
+        "tokenizer.decode(model(**inputs).logits[0].argmax(-1))",
+    ),
+    "STLMForSequenceClassification": Task(
+        "text-classification", "classifier", "A text.", "model(**inputs).logits.softmax(-1), model.config.id2label"
+    ),
+    "STLMForTokenClassification": Task(
+        "token-classification", "tagger", "A text.", "model(**inputs).logits.argmax(-1), model.config.id2label"
+    ),
+    "STLMForQuestionAnswering": Task(
+        "question-answering", "model that finds answers", "What? A text.", "model(**inputs).start_logits"
+    ),
+}
 
 SNIPPET = """\
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {auto_class}, AutoTokenizer
 
 checkpoint = {checkpoint}
 tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=True)
-model = AutoModelForCausalLM.from_pretrained(checkpoint, trust_remote_code=True, dtype="float32")
-inputs = tokenizer("The history of", return_tensors="pt")
-print(tokenizer.decode(model.generate(**inputs, max_new_tokens=100)[0]))
+model = {auto_class}.from_pretrained(checkpoint, trust_remote_code=True, dtype="float32")
+inputs = tokenizer("{text}", return_tensors="pt")
+print({use})
 """
 
 CARD = """\
@@ -39,9 +83,37 @@ CARD = """\
 
 NEEDED = {"arguments", "budget", "bytes_seen", "commit", "device", "steps", "torch", "transformers"}
 
+# Weights under one of these may be offered under another licence, too. All others hold for what is made of the weights.
+PERMISSIVE = {"apache-2.0", "bsd-2-clause", "bsd-3-clause", "cc-by-4.0", "cc0-1.0", "mit", "unlicense"}
+
 LIMITS = """\
 A model of this size knows little and makes things up. It continues text; unless its training data say otherwise it
 follows no instructions, knows only the language of these data, and was not filtered for safety."""
+LIMITS_OF_ENCODERS = """\
+A model of this size knows little, and only the language of its training data, which were not filtered for bias."""
+
+
+def describe_base(checkpoint: str | Path) -> dict:
+    """What a model that is fine-tuned from `checkpoint` inherits, for `"base_model"` in its `results.json`.
+
+    Of a folder: its name, and `license`, `language`, `datasets`, `base_model` (ids on the Hub) and `data` (Markdown) as its
+    card says, or what it inherited itself. Of an id on the Hub: that; its card is read when the model is published.
+    """
+    folder = Path(checkpoint)
+    if not folder.is_dir():
+        return {"base_model": str(checkpoint)}
+    card, results = folder / "README.md", folder / "results.json"
+    base = json.loads(results.read_text(encoding="utf-8")).get("base_model", {}) if results.is_file() else {}
+    if card.is_file():
+        base = base | _inherited(ModelCard.load(card))
+    return base | {"name": folder.resolve().name}
+
+
+def _inherited(card: ModelCard) -> dict:
+    metadata = card.data.to_dict()
+    base = {name: metadata[name] for name in ("license", "language", "datasets", "base_model") if metadata.get(name)}
+    data = re.search(r"^## Data\n\n(.*?)\s*(?=^## |\Z)", card.text, re.DOTALL | re.MULTILINE)
+    return base | ({"data": data[1]} if data else {})
 
 
 def build_model_card(
@@ -49,6 +121,7 @@ def build_model_card(
     *,
     name: str | None = None,
     repo_id: str | None = None,
+    base_model: str | Path | None = None,
     licence: str | None = None,
     language: str | None = None,
     data: str | None = None,
@@ -58,66 +131,92 @@ def build_model_card(
         folder: the checkpoint.
         name: title; by default that of `repo_id`, of `results.json`, or of the folder.
         repo_id: id on the Hub, for the snippet; by default the snippet loads the folder it is run in.
-        licence: of the weights, as the Hub spells it (`"cc-by-sa-4.0"`).
-        language: of the training texts, as the Hub spells it (`"en"`).
-        data: Markdown about the training texts.
+        base_model: folder or id on the Hub of the checkpoint that was fine-tuned; by default that of `results.json`.
+        licence: of the weights, as the Hub spells it (`"cc-by-sa-4.0"`); by default that of the base model.
+        language: of the training texts, as the Hub spells it (`"en"`); by default that of the base model.
+        data: Markdown about the training texts; by default that of the base model.
 
     Raises:
-        ValueError: if the folder holds anything but a language model of this package, or if its `results.json` is not one
-            of `examples/pretrain.py`.
+        ValueError: if the folder holds anything but a model of this package, if its `results.json` is neither one of
+            `examples/pretrain.py` nor names a base model, or if the licence of the base model forbids `licence`.
     """
     folder = Path(folder)
     config = AutoConfig.from_pretrained(folder)
-    if not isinstance(config, STLMConfig) or config.architectures != [STLMForCausalLM.__name__]:
+    (class_name,) = config.architectures or [None]
+    if not isinstance(config, STLMConfig) or class_name not in TASKS:
         raise ValueError(
             f"{folder} holds {config.architectures} of type {config.model_type!r}: "
-            f"a card is written for {STLMForCausalLM.__name__} only"
+            f"a card is written for {', '.join(TASKS)} only"
         )
-    path = folder / "results.json"
+    task, path = TASKS[class_name], folder / "results.json"
     results = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    if results and (missing := sorted(NEEDED - set(results))):
-        raise ValueError(f"{path} lacks {missing}: expected the file that examples/pretrain.py writes")
+    base = describe_base(base_model) if base_model else results.get("base_model", {})
+    if results and not base and (missing := sorted(NEEDED - set(results))):
+        raise ValueError(
+            f"{path} lacks {missing}: expected the file that examples/pretrain.py writes, or one that says what was "
+            "fine-tuned (base_model)"
+        )
+    if isinstance(hub_id := base.get("base_model"), str) and "license" not in base:
+        base = {"name": hub_id} | _inherited(ModelCard.load(hub_id)) | base
+    licence = _licence(licence, base)
     name = name or (repo_id.split("/")[-1] if repo_id else results.get("model", folder.resolve().name))
     with torch.device("meta"):
-        model = STLMForCausalLM(config)
-    scores = results.get("exported", {}).get("scores") or {
-        split: {"bits_per_byte": bits} for split, bits in results.get("bits_per_byte", {}).items()
-    }
+        model = getattr(modeling_stlm, class_name)(config)
+    scores = results.get("exported", {}).get("scores") or results.get("scores") or {}
+    scores = scores or {split: {"bits_per_byte": bits} for split, bits in results.get("bits_per_byte", {}).items()}
+    metrics = sorted({metric for score in scores.values() for metric in score} - {"bytes"})
     metadata = ModelCardData(
         license=licence,
-        language=language,
+        language=language or base.get("language"),
         library_name="transformers",
-        pipeline_tag="text-generation",
+        pipeline_tag=task.tag,
         tags=["stlm", "byte-level", "tiny"],
-        metrics=["bits_per_byte"] if scores else None,
+        base_model=base.get("base_model"),
+        datasets=base.get("datasets"),
+        metrics=metrics or None,
         model_name=name,
-        eval_results=_eval_results(scores, results.get("arguments", {})) if scores else None,
+        eval_results=_eval_results(task, scores, results.get("arguments", {})) if scores else None,
     )
     budget = model.parameter_budget()
     description = (
-        f"A pooled byte-level, weight-tied language model with {budget['stored']['total']:,} stored "
+        f"A pooled byte-level, weight-tied {task.kind} with {budget['stored']['total']:,} stored "
         f"({budget['effective']['total']:,} effective) parameters:\n"
-        "[Super Tiny Language Models](https://arxiv.org/abs/2405.14159) as a transformers model. It reads and writes "
-        "bytes; the\ntrunk runs once per patch."
+        "[Super Tiny Language Models](https://arxiv.org/abs/2405.14159) as a transformers model. It reads "
+        f"{'and writes ' if model.can_generate() else ''}bytes; the\ntrunk runs once per patch."
     )
     sections = {
-        "Results": _results(scores, results),
-        "Architecture": _architecture(config),
+        "Results": _results(scores, metrics, results),
+        "Architecture": _architecture(config, task),
         "Budget": _budget(model, budget),
-        "Training": _training(results),
-        "Data": (data or "").strip(),
-        "Limits": LIMITS,
+        "Training": _fine_tuning(base, results) if base else _training(results),
+        "Data": (data or _data_of_base(base)).strip(),
+        "Limits": LIMITS if model.can_generate() else LIMITS_OF_ENCODERS,
         "Licence": f"The weights are under `{licence}`, the code files beside them under `apache-2.0`."
         if licence
         else "",
     }
+    snippet = SNIPPET.format(
+        auto_class="AutoModel" + class_name.removeprefix("STLM").removeprefix("Model"),
+        checkpoint=f'"{repo_id}"' if repo_id else '"."  # this folder, or its id on the Hub',
+        text=task.text,
+        use=task.use,
+    )
     body = CARD.format(
         name=name,
         description=description,
-        snippet=SNIPPET.format(checkpoint=f'"{repo_id}"' if repo_id else '"."  # this folder, or its id on the Hub'),
+        snippet=snippet,
         sections="\n".join(f"## {title}\n\n{text}\n" for title, text in sections.items() if text),
     )
     return ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n{body}")
+
+
+def _licence(licence: str | None, base: dict) -> str | None:
+    inherited = base.get("license")
+    if licence and inherited and licence != inherited and inherited not in PERMISSIVE:
+        raise ValueError(
+            f"{base['name']} is under {inherited}, and so is what was fine-tuned from it: it cannot be offered as {licence}"
+        )
+    return licence or inherited
 
 
 def write_model_card(folder: str | Path, card: ModelCard) -> bool:
@@ -137,44 +236,46 @@ def _mark(text: str) -> str:
     return f"<!-- Generated. Once edited, it is not generated again: {sha256(text.encode()).hexdigest()[:16]} -->\n"
 
 
-def _eval_results(scores: dict[str, dict], arguments: dict[str, str]) -> list[EvalResult]:
+def _eval_results(task: Task, scores: dict[str, dict], arguments: dict[str, str]) -> list[EvalResult]:
     return [
         EvalResult(
-            task_type="text-generation",
-            task_name="Text generation",
+            task_type=task.tag,
+            task_name=task.tag.replace("-", " ").capitalize(),
             dataset_type="text",
             dataset_name=arguments.get(split, split),
             dataset_split=split,
-            metric_type="bits_per_byte",
-            metric_name="bits per byte",
-            metric_value=round(score["bits_per_byte"], 4),
+            metric_type=metric,
+            metric_name=metric.replace("_", " "),
+            metric_value=round(value, 4),
         )
         for split, score in scores.items()
+        for metric, value in score.items()
+        if metric != "bytes"
     ]
 
 
-def _results(scores: dict[str, dict], results: dict) -> str:
+def _results(scores: dict[str, dict], metrics: list[str], results: dict) -> str:
     if not scores:
         return ""
-    dtype = results.get("exported", {}).get("dtype")
-    rounded = f", of these {dtype} weights computed in float32" if dtype else ""
-    rows = [
-        f"| {split} | {score['bits_per_byte']:.4f} | {format(score['bytes'], ',') if 'bytes' in score else ''} |"
-        for split, score in scores.items()
-    ]
-    return "\n".join(
-        [
+    introduction = "By split:"
+    if metrics == ["bits_per_byte"] and "block_bytes" in results.get("arguments", {}):
+        dtype = results.get("exported", {}).get("dtype")
+        rounded = f", of these {dtype} weights computed in float32" if dtype else ""
+        introduction = (
             f"Bits per byte, windows of {results['arguments']['block_bytes']} bytes without overlap, special tokens "
-            f"left out{rounded}:",
-            "",
-            "| split | bits per byte | bytes |",
-            "|---|---|---|",
-            *rows,
-        ]
-    )
+            f"left out{rounded}:"
+        )
+    has_bytes = any("bytes" in score for score in scores.values())
+    columns = [*(metric.replace("_", " ") for metric in metrics), *["bytes"] * has_bytes]
+    lines = [f"| split | {' | '.join(columns)} |", "|---" * (1 + len(columns)) + "|"]
+    for split, score in scores.items():
+        values = [f"{score[metric]:.4f}" if metric in score else "" for metric in metrics]
+        values += [f"{score['bytes']:,}" if "bytes" in score else ""] * has_bytes
+        lines.append(f"| {split} | {' | '.join(values)} |")
+    return "\n".join([introduction, "", *lines])
 
 
-def _architecture(config: STLMConfig) -> str:
+def _architecture(config: STLMConfig, task: Task) -> str:
     patches = {
         "spacelike": "at the end of words",
         "fixed": f"every {config.patch_bytes} bytes",
@@ -187,7 +288,14 @@ def _architecture(config: STLMConfig) -> str:
         patches += f" or {config.max_patch_characters} characters of three or more bytes"
     stored, passes = config.num_unique_trunk_layers, config.num_trunk_layers
     sharing = f"shared by the rule `{config.layer_sharing}`" if stored < passes else "each with its own weights"
-    head = "tied to" if config.tie_word_embeddings else "apart from"
+    tied = "tied to" if config.tie_word_embeddings else "apart from"
+    heads = {
+        "feature-extraction": "none",
+        "text-classification": f"{config.num_labels} classes of a text",
+        "token-classification": f"{config.num_labels} classes of a byte",
+        "question-answering": "the first and the last byte of the answer",
+    }
+    head = heads.get(task.tag, f"{tied} the byte embedding; {config.vocab_size} ids: bytes and special tokens")
     grams = [f"{order} bytes" for order in config.ngram_orders]
     if config.ngram_word_bytes:
         grams.append(f"the word so far (at most {config.ngram_word_bytes} bytes)")
@@ -202,15 +310,16 @@ def _architecture(config: STLMConfig) -> str:
             f"- patches (`{config.patching}`): they end {patches}; the trunk reads mean and last byte",
             f"- trunk, once per patch: {passes} passes over {stored} stored layers of width {config.trunk_hidden_size}, "
             f"{sharing}",
-            f"- head: {head} the byte embedding; {config.vocab_size} ids: bytes and special tokens",
+            f"- head: {head}",
         ]
     )
 
 
-def _budget(model: STLMForCausalLM, budget: dict[str, dict[str, int]]) -> str:
+def _budget(model: STLMPreTrainedModel, budget: dict[str, dict[str, int]]) -> str:
     config = model.config
     lengths = [config.patch_bytes] if config.patching == "fixed" else [4, 6]
     flops = ", ".join(f"{model.flops_per_byte(n) / 1e6:.2f} MFLOP at {n} bytes per patch" for n in lengths)
+    tied = "" if model.get_output_embeddings() is None else " and a tied head in addition to the embedding"
     groups = {group: (count, budget["effective"][group]) for group, count in budget["stored"].items()}
     rows = [f"| {group} | {stored:,} | {effective:,} |" for group, (stored, effective) in groups.items() if effective]
     return "\n".join(
@@ -219,8 +328,7 @@ def _budget(model: STLMForCausalLM, budget: dict[str, dict[str, int]]) -> str:
             "|---|---|---|",
             *rows,
             "",
-            "Effective parameters count a shared layer once per pass and a tied head in addition to the embedding. Forward "
-            f"pass,\nper byte of 1024: {flops}.",
+            f"Effective parameters count a shared layer once per pass{tied}. Forward pass,\nper byte of 1024: {flops}.",
         ]
     )
 
@@ -242,3 +350,15 @@ def _training(results: dict) -> str:
             "- curve: `loss.png`; all settings: `results.json`",
         ]
     )
+
+
+def _fine_tuning(base: dict, results: dict) -> str:
+    lines = [f"- fine-tuned from `{base['name']}`"]
+    if "steps" in results:
+        lines.append(f"- {results['steps']:,} steps")
+    lines += [f"- {name}: {value}" for name, value in results.get("arguments", {}).items()]
+    return "\n".join(lines)
+
+
+def _data_of_base(base: dict) -> str:
+    return f"Before fine-tuning, as the card of `{base['name']}` says:\n\n{base['data']}" if "data" in base else ""

@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fine-tune a checkpoint on chats with `SFTTrainer` of trl, so that it answers and ends its turn.
+
+    python examples/chat_sft.py                                    # 16 shipped chats: a minute, and no result
+    python examples/chat_sft.py --train my_chats.jsonl --max_steps 2000 --output runs/my-chat
+    python examples/generate.py --chat --checkpoint runs/my-chat
+
+The file has one chat a line: `{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]}`.
+Only what the assistant says, with the mark that ends it, is learned. That mark is an end in the generation config that is
+saved, so `generate`, pipelines, servers and the engine stop there. Prints one reply.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from inputs import HelpFormatter, at_least_one, checkpoint, quiet_exit, read_json_lines, text_file
+
+
+HERE = Path(__file__).parent
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser.add_argument(
+        "--checkpoint", type=checkpoint, default=str(HERE / "checkpoints" / "stlm-3m"), help="folder or Hub id"
+    )
+    parser.add_argument("--train", type=text_file, default=HERE / "data" / "chats.jsonl", help="JSON lines")
+    parser.add_argument("--output", type=Path, default=Path("runs/chat"), help="folder")
+    parser.add_argument("--max_steps", type=at_least_one, default=60, help="of training")
+    parser.add_argument("--batch_size", type=at_least_one, default=8, help="chats a step")
+    parser.add_argument("--max_length", type=at_least_one, default=2048, help="bytes of a chat; the rest is cut")
+    parser.add_argument("--learning_rate", type=float, default=1e-3, help="of AdamW")
+    parser.add_argument("--prompt", default="How much is the red lamp?", help="what is asked in the end")
+    return parser.parse_args()
+
+
+def read_chats(path: Path) -> list[dict]:
+    """Rows with `messages`, at least one of them of the assistant; what is wrong ends the program."""
+    rows = read_json_lines(path)
+    for number, row in enumerate(rows, 1):
+        messages = row.get("messages")
+        is_list = isinstance(messages, list) and len(messages) > 0
+        if not is_list or not all(isinstance(m, dict) and {"role", "content"} <= set(m) for m in messages):
+            found = f"fields {sorted(row)}" if messages is None else f"messages {str(messages)[:80]}"
+            raise SystemExit(f"{path}, row {number} has {found}: expected `messages`, each with role and content")
+        if all(message["role"] != "assistant" for message in messages):
+            raise SystemExit(f"{path}, row {number}: no message has the role assistant, so there is nothing to learn")
+    return [{"messages": row["messages"]} for row in rows]
+
+
+if __name__ == "__main__":
+    args = parse_arguments()
+
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import SFTConfig, SFTTrainer
+
+import modeling_stlm  # noqa: F401  (registers the Auto classes)
+from modeling_stlm.training.model_card import describe_base
+
+
+def reply(model, tokenizer, prompt: str) -> str:
+    turn = [{"role": "user", "content": prompt}]
+    inputs = tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_tensors="pt")
+    new = model.generate(**inputs.to(model.device), max_new_tokens=300, do_sample=False)
+    return tokenizer.decode(new[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def main(args: argparse.Namespace):
+    chats = read_chats(args.train)
+    tokenizer = AutoTokenizer.from_pretrained(args.checkpoint)
+    model = AutoModelForCausalLM.from_pretrained(args.checkpoint, dtype=torch.float32)
+    print(f"{args.checkpoint}: {model.num_parameters():,} parameters, {len(chats):,} chats")
+    end_of_turn = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    model.generation_config.eos_token_id = [tokenizer.eos_token_id, end_of_turn]
+    trainer = SFTTrainer(
+        model,
+        args=SFTConfig(
+            str(args.output / "trainer"),
+            assistant_only_loss=True,
+            max_length=args.max_length,
+            max_steps=args.max_steps,
+            per_device_train_batch_size=args.batch_size,
+            learning_rate=args.learning_rate,
+            warmup_steps=0.1,
+            logging_steps=max(1, args.max_steps // 10),
+            save_strategy="no",
+            report_to="none",
+            bf16=torch.cuda.is_available(),
+            activation_checkpointing=False,
+            use_cpu=not torch.cuda.is_available(),
+        ),
+        train_dataset=Dataset.from_list(chats),
+        processing_class=tokenizer,
+    )
+    trainer.train()
+    model.config.use_cache = True  # Trainer turns it off, and would save it so
+    model.save_pretrained(args.output)
+    tokenizer.save_pretrained(args.output)
+    arguments = {"train": args.train.name, "batch_size": args.batch_size, "learning_rate": args.learning_rate}
+    results = {"base_model": describe_base(args.checkpoint), "steps": args.max_steps, "arguments": arguments}
+    (args.output / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+
+    print(f"\n> {args.prompt}\n{reply(model.eval(), tokenizer, args.prompt)}")
+    print(f"\nnext: python examples/generate.py --chat --checkpoint {args.output}")
+
+
+if __name__ == "__main__":
+    with quiet_exit():
+        main(args)

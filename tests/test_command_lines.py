@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command lines of the examples: help at once, mistakes in words before anything loads, quiet ends."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+SCRIPTS = sorted(path.name for path in EXAMPLES.glob("*.py") if path.stem not in ("inputs", "run_folder"))
+assert len(SCRIPTS) >= 14
+SHIPPED = EXAMPLES / "checkpoints" / "stlm-3m"
+HEAVY = ["datasets", "evaluate", "huggingface_hub", "matplotlib", "modeling_stlm", "numpy", "torch", "transformers"]
+
+# Runs a script as its user does, and prints what it imported.
+RUN = f"""
+import runpy, sys
+sys.path.insert(0, {str(EXAMPLES)!r})
+script, sys.argv = sys.argv[1], sys.argv[1:]
+try:
+    runpy.run_path(script, run_name="__main__")
+finally:
+    print("imported:", sorted(set(sys.modules) & set({HEAVY!r})))
+"""
+
+
+def run(script: str, *arguments, cwd: Path, **options) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-c", RUN, str(EXAMPLES / script), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=300, **options)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_imports_nothing_slow_and_explains_every_option(script, tmp_path):
+    result = run(script, "--help", cwd=tmp_path, env=os.environ | {"COLUMNS": "500"})
+    assert result.returncode == 0 and result.stdout.endswith("imported: []\n"), result.stdout[-300:] + result.stderr
+    lines = result.stdout.splitlines()
+    options = [number for number, line in enumerate(lines) if line.startswith("  -")]
+    # What an option means follows in its line, or alone in the next.
+    bare = [lines[i] for i in options if "  " not in lines[i].strip() and not lines[i + 1].startswith(" " * 8)]
+    assert len(options) > 0 and bare == []
+    assert not any(f"(default: {trivial})" in result.stdout for trivial in (None, False, []))
+
+
+def test_help_shows_the_defaults_that_say_something(tmp_path):
+    shown = run("finetune.py", "--help", cwd=tmp_path, env=os.environ | {"COLUMNS": "500"}).stdout
+    assert "of training (default: 150)" in shown and "(default: runs/finetuned)" in shown
+
+
+CHECKPOINT = ["--checkpoint", str(SHIPPED)]
+MISTAKES = {
+    "no such checkpoint": (["generate.py", "--checkpoint", "stlm-4m"], "stlm-4m is no such folder"),
+    "an empty folder": (["finetune.py", "--checkpoint", "folder"], "folder is a folder without config.json"),
+    "a file": (["export_onnx.py", "--output", "x", "--checkpoint", "latin1.txt"], "latin1.txt is a file"),
+    "an adapter": (["generate.py", "--checkpoint", "adapter"], "adapter is an adapter of peft, not merged"),
+    "no such text": (["finetune.py", "--text", "none.txt"], "none.txt is no such file"),
+    "a folder as text": (["distill.py", "--text", "folder"], "folder is a folder: expected a text"),
+    "no such teacher": (["distill.py", "--teacher", "stlm-4m"], "argument --teacher: stlm-4m is no such folder"),
+    "no match": (["pretrain.py", "--train", "none/*.txt"], "no file matches none/*.txt"),
+    "a folder matches": (
+        ["inherit.py", "--train", "fol*"],
+        "folder is a folder: expected files, such as 'folder/*.txt'",
+    ),
+    "no file to score": (["scoring.py", str(SHIPPED), "none.txt"], "no file matches none.txt"),
+    "no table": (["committee.py", "--text", "latin1.txt", "--train", "no.csv"], "no.csv is no such file"),
+    "no task": (["evaluate_lm.py", "--blimp", "none.jsonl"], "none.jsonl is no such file"),
+    "nothing to evaluate": (["evaluate_lm.py"], "give at least one of --blimp, --hellaswag"),
+    "cold": (["generate.py", "--temperature", "-1"], "-1 must be at least 0"),
+    "no bytes": (["generate.py", "--max_new_tokens", "0"], "0 must be at least 1"),
+    "no chats": (["chat_sft.py", "--train", "none.jsonl"], "none.jsonl is no such file"),
+    "no dialogues": (["summarize.py", "--train", "folder"], "folder is a folder: expected a text"),
+    "no rows": (["self_play.py", "--test_rows", "0"], "0 must be at least 1"),
+    "nothing to serve": (["serve.py", "stlm-4m", "--port", "1"], "stlm-4m is no such folder"),
+    "no owner": (["push_to_hub.py", *CHECKPOINT, "--repo_id", "mine"], "'mine': expected YOUR_NAME/MODEL"),
+    "a Hub id to publish": (["push_to_hub.py", "--checkpoint", "me/x", "--repo_id", "a/b"], "me/x is no folder"),
+    "a card to edit": (
+        ["push_to_hub.py", *CHECKPOINT, "--repo_id", "a/b", "--licence", "mit"],
+        "has a card: change its README.md",
+    ),
+    "of unknown origin": (
+        ["push_to_hub.py", "--checkpoint", "bare", "--repo_id", "a/b", "--licence", "mit"],
+        "bare does not say what it was made from: give --base_model",
+    ),
+    "no such base": (
+        ["push_to_hub.py", "--checkpoint", "bare", "--repo_id", "a/b", "--base_model", "stlm-4m"],
+        "stlm-4m is no such folder",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def mistakes(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("mistakes")
+    for name in ("folder", "adapter", "bare"):
+        (folder / name).mkdir()
+    (folder / "adapter" / "adapter_config.json").write_text("{}")
+    (folder / "bare" / "config.json").write_text("{}")
+    (folder / "latin1.txt").write_bytes("one t\u00e9".encode("latin-1"))
+    return folder
+
+
+@pytest.mark.parametrize(("command", "message"), MISTAKES.values(), ids=MISTAKES)
+def test_mistakes_are_told_before_anything_is_imported(command, message, mistakes):
+    result = run(*command, cwd=mistakes)
+    assert result.returncode == 2 and message in result.stderr.splitlines()[-1], result.stderr
+    assert result.stdout == "imported: []\n"
+
+
+def test_every_script_has_a_mistake_to_tell():
+    assert {command[0] for command, _ in MISTAKES.values()} == set(SCRIPTS)
+
+
+@pytest.fixture
+def inputs(monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    return pytest.importorskip("inputs")
+
+
+def test_json_lines_are_read_or_told_by_file_and_line(inputs, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"a": 1}\n\n{"a": "Zo\u00eb\u2028"}\n', encoding="utf-8")
+    assert inputs.read_json_lines(path) == [{"a": 1}, {"a": "Zo\u00eb\u2028"}]
+    for text, words in (
+        (b'{"a": 1}\n{"a"\n', "rows.jsonl, line 2: no JSON"),
+        (b'{"a": 1}\n[2]\n', "rows.jsonl, line 2: a list, expected one object per line"),
+        (b"", "has 0 rows, expected at least 1"),
+        (b'{"a": "\xe9"}', "not UTF-8: byte 0xe9 at offset 7"),
+    ):
+        path.write_bytes(text)
+        with pytest.raises(SystemExit, match=words):
+            inputs.read_json_lines(path)
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "printed"),
+    [
+        ("while True: print('line')", 141, "line"),
+        ("print('once'); raise KeyboardInterrupt", 130, "once"),
+        ("print('all')", 0, "all"),
+        ("print('mine'); raise ValueError('mine')", 1, "mine"),
+    ],
+    ids=["the reader leaves", "Ctrl-C", "nothing", "an error"],
+)
+def test_scripts_end_quietly_but_for_errors(body, status, printed):
+    code = f"import sys; sys.path.insert(0, {str(EXAMPLES)!r})\nfrom inputs import quiet_exit\nwith quiet_exit():\n    {body}"
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout.readline().strip() == printed
+    process.stdout.close()
+    errors = process.stderr.read()
+    process.stderr.close()
+    assert process.wait(timeout=60) == status
+    assert ("ValueError: mine" in errors) if status == 1 else errors == ""
+
+
+def test_every_script_ends_quietly():
+    for script in SCRIPTS:
+        if script != "serve.py":  # the library ends it
+            assert (EXAMPLES / script).read_text().rstrip().endswith("with quiet_exit():\n        main(args)"), script
+
+
+def test_chats_are_checked(inputs, tmp_path, monkeypatch):
+    chat_sft = pytest.importorskip("chat_sft")
+    path = tmp_path / "chats.jsonl"
+    user, assistant = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}
+    path.write_text(json.dumps({"messages": [user, assistant], "id": 3}))
+    assert chat_sft.read_chats(path) == [{"messages": [user, assistant]}]
+    for row, words in (
+        ({"text": "Hi"}, r"row 1 has fields \['text'\]: expected `messages`"),
+        ({"messages": []}, r"row 1 has messages \[\]: expected"),
+        ({"messages": 5}, "row 1 has messages 5: expected"),
+        ({"messages": ["Hi"]}, r"row 1 has messages \['Hi'\]: expected"),
+        ({"messages": [user]}, "row 1: no message has the role assistant"),
+    ):
+        path.write_text(json.dumps(row))
+        with pytest.raises(SystemExit, match=words):
+            chat_sft.read_chats(path)
