@@ -60,13 +60,9 @@ class Collector(BaseStreamer):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def built(tmp_path_factory):
-    """The library, compiled from the source as it is."""
-    folder = tmp_path_factory.mktemp("build")
-    command = [sys.executable, "setup.py", "--quiet", "build_ext", "--build-lib", folder, "--build-temp", folder]
-    subprocess.run(command, check=True, cwd=ROOT)
+def built(engine_build):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine_module, "FOLDER", folder / "modeling_stlm" / "inference")
+        patch.setattr(engine_module, "FOLDER", engine_build / "modeling_stlm" / "inference")
         yield
 
 
@@ -249,8 +245,8 @@ def test_ids_are_drawn_as_often_as_the_processors_of_the_library_say(tiny, optio
     ]
     scores = LogitsProcessorList(warpers)(torch.tensor([text]), torch.from_numpy(rows.logits()[:1]))
     expected = scores.softmax(-1)[0].numpy()
-    _, sampling, _, _ = engine._start([b"x"], do_sample=True, **options)
-    drawn = rows.write(sampling, np.arange(count).astype(np.uint64), np.ones(count, np.uint8), 1)[:, 0]
+    samplings = [engine.sampling(do_sample=True, **options)] * count
+    drawn = np.array(rows.write(samplings, range(count), bytearray(b"\1" * count), 1))[:, 0]
     found = np.bincount(drawn, minlength=engine.vocab_size) / count
     assert (found[expected == 0] == 0).all()
     # Six standard deviations: the seeds are fixed, so that this fails always or never.

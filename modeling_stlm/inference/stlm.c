@@ -161,6 +161,13 @@ typedef struct {
   int num_slots, num_grams;  // a power of two; slots in use
 } Row;
 
+struct stlm_snapshot {
+  const stlm_model *model;
+  Position at;
+  uint64_t digest;
+  float state[];
+};
+
 struct stlm_batch {
   const stlm_model *model;
   int num_rows;
@@ -1117,17 +1124,34 @@ static int read_choice(File *f, const char *name, const char *const *choices, in
   return 0;
 }
 
-// Adler-32 (RFC 1950) of the whole file, with its own value in the header taken as zero.
+// Continues the sums a and b of Adler-32 (RFC 1950).
+static void add_bytes(const uint8_t *bytes, size_t size, uint32_t *a, uint32_t *b) {
+  for (size_t i = 0; i < size;) {
+    const size_t end = size - i < 5552 ? size : i + 5552;  // before which b cannot overflow
+    for (; end - i >= 32; i += 32) {  // in sums that compilers make vectors of
+      uint32_t sum = 0, weighted = 0;
+      for (uint32_t j = 0; j < 32; j++) {
+        sum += bytes[i + j];
+        weighted += (32 - j) * bytes[i + j];
+      }
+      *b += 32 * *a + weighted;
+      *a += sum;
+    }
+    for (; i < end; i++) *b += *a += bytes[i];
+    *a %= 65521;
+    *b %= 65521;
+  }
+}
+
+// Adler-32 of the whole file, with its own value in the header taken as zero.
 static void verify(File *f) {
   const uint32_t expected = (uint32_t)read_int(f, "stlm.checksum", 0, UINT32_MAX);
   const size_t own = f->at - 4;
   uint32_t a = 1, b = 0;
-  for (size_t i = 0; i < f->size && !*f->error;) {
-    const size_t end = f->size - i < 5552 ? f->size : i + 5552;  // before which b cannot overflow
-    for (; i < end; i++) b += a += i - own < 4 ? 0 : f->bytes[i];
-    a %= 65521;
-    b %= 65521;
-  }
+  if (*f->error) return;
+  add_bytes(f->bytes, own, &a, &b);
+  add_bytes((const uint8_t[4]){0}, 4, &a, &b);
+  add_bytes(f->bytes + own + 4, f->size - own - 4, &a, &b);
   if ((b << 16 | a) != expected)
     fail(f, "the file is damaged or truncated: its checksum is %08x, expected %08x", b << 16 | a, expected);
 }
@@ -1192,11 +1216,15 @@ static void pack_row(Matrix *m, int r, const uint8_t *data, int from, const uint
   const size_t blocks = in / Q4_BLOCK, item = m->type == BF16 ? 2 : 4;
   if (m->type == Q8) {
     int8_t *to = (int8_t *)m->weights + pack * (size_t)round_up(m->in, 4) * LANES + lane * 4;
-    for (size_t i = 0; i < in; i++) {
-      const int number = max_int(-127, (int8_t)data[row * in + i]);
-      to[i / 4 * 64 + i % 4] = (int8_t)number;
-      m->sums[r] += 128 * number;
-    }
+    const int8_t *numbers = (const int8_t *)data + row * in;
+    int32_t sum = 0;
+    for (size_t i = 0; i < in; i += 4, to += 64)
+      for (size_t j = 0; j < 4 && i + j < in; j++) {
+        const int number = max_int(-127, numbers[i + j]);
+        to[j] = (int8_t)number;
+        sum += number;
+      }
+    m->sums[r] = 128 * sum;
     memcpy(m->scales + r, scales + row * 4, 4);
   } else if (m->type == Q4) {
     for (size_t b = 0; b < blocks; b++) {
@@ -1408,6 +1436,7 @@ static void read_model(File *f, stlm_model *m) {
   m->output = m->visible + (size_t)m->width;
   m->before = m->output + (size_t)m->width;
   m->state_floats = m->before + (size_t)m->width;
+  m->about.snapshot_size = sizeof(stlm_snapshot) + sizeof(float) * m->state_floats;
 }
 
 stlm_model *stlm_load(const void *file, size_t size, const char *isa, char *error) {
@@ -1436,6 +1465,7 @@ void stlm_free(stlm_model *model) {
   free(model);
 }
 
+int stlm_version(void) { return STLM_VERSION; }
 const stlm_about *stlm_describe(const stlm_model *model) { return &model->about; }
 
 // ---- Rows ----
@@ -1710,7 +1740,9 @@ static int pick(stlm_batch *b, const Row *row, const stlm_sampling *s, uint64_t 
   return best;  // by rounding, or if there are no numbers
 }
 
-int stlm_write(stlm_batch *b, const stlm_sampling *s, const uint64_t *seeds, uint8_t *active, int count, int32_t *ids) {
+// Row r is sampled as s[r * step] says.
+static int write_rows(stlm_batch *b, const stlm_sampling *s, int step, const uint64_t *seeds, uint8_t *active, int count,
+                      int32_t *ids) {
   for (size_t i = 0; i < (size_t)b->num_rows * (size_t)count; i++) ids[i] = -1;
   for (int i = 0; i < count; i++) {
     for (int first = 0; first < b->num_rows;) {
@@ -1718,9 +1750,11 @@ int stlm_write(stlm_batch *b, const stlm_sampling *s, const uint64_t *seeds, uin
       if (n < 0) return -1;
       const int last = n < MAX_TOKENS ? b->num_rows : b->row_of[n - 1];
       for (int j = 0; j < n; j++) {
-        int r = b->row_of[j], id = pick(b, b->rows + r, s, seeds[r], b->y + j * b->model->vocab);
+        const int r = b->row_of[j];
+        const stlm_sampling *sampling = s + r * step;
+        const int id = pick(b, b->rows + r, sampling, seeds[r], b->y + j * b->model->vocab);
         ids[(size_t)r * (size_t)count + (size_t)i] = id;
-        for (int e = 0; e < s->num_ends; e++) active[r] &= id != s->ends[e];
+        for (int e = 0; e < sampling->num_ends; e++) active[r] &= id != sampling->ends[e];
         if (!active[r]) continue;
         b->row_of[num_going_on] = r;
         b->id_of[num_going_on++] = id;
@@ -1732,14 +1766,15 @@ int stlm_write(stlm_batch *b, const stlm_sampling *s, const uint64_t *seeds, uin
   return 0;
 }
 
-// ---- Snapshots ----
+int stlm_write(stlm_batch *b, const stlm_sampling *s, const uint64_t *seeds, uint8_t *active, int count, int32_t *ids) {
+  return write_rows(b, s, 0, seeds, active, count, ids);
+}
 
-struct stlm_snapshot {
-  const stlm_model *model;
-  Position at;
-  uint64_t digest;
-  float state[];
-};
+int stlm_write_each(stlm_batch *b, const stlm_sampling *s, const uint64_t *seeds, uint8_t *active, int count, int32_t *ids) {
+  return write_rows(b, s, 1, seeds, active, count, ids);
+}
+
+// ---- Snapshots ----
 
 static uint64_t digest_of(const Row *row, int bytes) { return bytes ? row->digests[bytes - 1] : 0; }
 

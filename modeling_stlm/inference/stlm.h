@@ -16,7 +16,10 @@
 extern "C" {
 #endif
 
-enum { STLM_ERROR_SIZE = 256 };
+enum {
+  STLM_VERSION = 2,  // of this interface: raised with every change of a struct or of the arguments of a function
+  STLM_ERROR_SIZE = 256
+};
 
 typedef struct stlm_model stlm_model;        // weights, read only: any number of batches and threads share one
 typedef struct stlm_batch stlm_batch;        // rows of text with their states, and scratch memory: one thread at a time
@@ -28,6 +31,7 @@ typedef struct {
   int32_t vocab_size, bos_id;
   int32_t num_ends;
   const int32_t *ends;  // ids that end a text
+  size_t snapshot_size;  // bytes of a snapshot
 } stlm_about;
 
 typedef struct {
@@ -38,6 +42,8 @@ typedef struct {
   int32_t num_ends;
   const int32_t *ends;  // ids that end a row
 } stlm_sampling;
+
+STLM_API int stlm_version(void);  // STLM_VERSION of the library
 
 // A model from the bytes of a GGUF file, which may be freed afterwards. `isa` is "scalar", "avx2", "avx512", or "" for the
 // fastest that this CPU has. NULL with a sentence in `error` (STLM_ERROR_SIZE chars) if that fails.
@@ -63,6 +69,9 @@ STLM_API int stlm_logits(stlm_batch *batch, float *logits);
 // text ended is no longer active. The draw depends on seeds[r] and the length of the row only.
 STLM_API int stlm_write(stlm_batch *batch, const stlm_sampling *sampling, const uint64_t *seeds, uint8_t *active, int count,
                         int32_t *ids);
+// As stlm_write with samplings[r] for row r.
+STLM_API int stlm_write_each(stlm_batch *batch, const stlm_sampling *samplings, const uint64_t *seeds, uint8_t *active,
+                             int count, int32_t *ids);
 STLM_API const char *stlm_error(const stlm_batch *batch);
 
 // Back to an earlier state, in time that depends on the bytes taken back only (a few ns each). NULL without memory.

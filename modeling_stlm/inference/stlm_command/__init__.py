@@ -1,0 +1,22 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command `stlm`, without what `import modeling_stlm` costs: it registers classes with transformers (and so imports torch).
+
+A package of its own, `stlm_command`, because importing any part of `modeling_stlm` runs its `__init__.py` first. Here an
+empty module with the same folder stands in its place, in the process of the command only.
+"""
+
+import sys
+from types import ModuleType
+
+
+def main() -> int:
+    # `importlib.util.find_spec`, without its import.
+    spec = next(spec for finder in sys.meta_path if (spec := finder.find_spec("modeling_stlm", None)))
+    package = sys.modules["modeling_stlm"] = ModuleType("modeling_stlm")
+    package.__path__ = spec.submodule_search_locations
+    try:
+        from modeling_stlm.inference.cli import main
+
+        return main()
+    except KeyboardInterrupt:
+        return 130  # 128 + SIGINT, as shells have it
