@@ -28,7 +28,7 @@ class BuildLibrary(build_ext):
 FLAGS = "-std=c99 -O3 -fno-wrapv -ffp-contract=off -fvisibility=hidden -g0 -Wno-psabi".split()
 ENGINE = Extension(
     "modeling_stlm.inference._stlm",
-    ["modeling_stlm/inference/stlm.c"],
+    ["modeling_stlm/inference/stlm.c", "modeling_stlm/inference/zip.c"],
     depends=["modeling_stlm/inference/stlm.h"],
     extra_compile_args=[] if sys.platform == "win32" else FLAGS,
     py_limited_api=True,

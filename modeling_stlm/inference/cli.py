@@ -64,6 +64,20 @@ def bench(args: argparse.Namespace) -> None:
         print(f"| {num_rows} | {prompt:,.0f} | {generation:,.0f} |")
 
 
+def zip_file(args: argparse.Namespace) -> None:
+    from .archive import pack_file
+
+    num_read, num_written = pack_file(Engine(args.model), args.source, args.target)
+    ratio = f", {8 * num_written / num_read:.3f} bits per byte" if num_read else ""
+    print(f"{num_read:,} -> {num_written:,} bytes{ratio}", file=sys.stderr)
+
+
+def unzip_file(args: argparse.Namespace) -> None:
+    from .archive import unpack_file
+
+    unpack_file(Engine(args.model), args.source, args.target)
+
+
 def serve(args: argparse.Namespace) -> None:
     from .server import serve
 
@@ -80,12 +94,12 @@ def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("stlm", description=__doc__, formatter_class=formatter)
     commands = parser.add_subparsers(required=True, metavar="command", prog="stlm")
 
-    def command(function, help: str) -> argparse.ArgumentParser:
-        options = commands.add_parser(function.__name__, help=help, description=help, formatter_class=formatter)
+    def command(name: str, function, help: str) -> argparse.ArgumentParser:
+        options = commands.add_parser(name, help=help, description=help, formatter_class=formatter)
         options.set_defaults(function=function)
         return options
 
-    options = command(run, "write what follows a prompt")
+    options = command("run", run, "write what follows a prompt")
     options.add_argument("model", help="file of modeling_stlm.inference.export")
     options.add_argument("-p", "--prompt", help="standard input if left out")
     options.add_argument("-n", "--num_bytes", type=int, default=200, help="at most, default 200")
@@ -93,14 +107,22 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--top_k", type=int, default=0, help="default 0: all")
     options.add_argument("--top_p", type=float, default=0.95, help="default 0.95")
     options.add_argument("--seed", type=int, default=0, help="default 0")
-    options = command(bench, "bytes per CPU second of prompts and of writing, for 1 and 16 rows")
+    options = command("bench", bench, "bytes per CPU second of prompts and of writing, for 1 and 16 rows")
     options.add_argument("model")
     options.add_argument("--repeats", type=int, default=3)
-    options = command(serve, "completions over HTTP, in the format of OpenAI")
+    options = command("serve", serve, "completions over HTTP, in the format of OpenAI")
     options.add_argument("model")
     options.add_argument("--host", default="127.0.0.1")
     options.add_argument("--port", type=int, default=8000)
     options.add_argument("--rows", type=int, default=16, help="texts that are written at once, default 16")
+    for name, function, help in (
+        ("zip", zip_file, "compress a file with the probabilities of a model"),
+        ("unzip", unzip_file, "the content of what zip wrote with the same file of a model"),
+    ):
+        options = command(name, function, help)
+        options.add_argument("source", help="- for standard input")
+        options.add_argument("target", help="- for standard output")
+        options.add_argument("--model", required=True)
     return parser
 
 

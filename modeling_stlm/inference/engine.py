@@ -105,6 +105,11 @@ def load_library() -> ctypes.CDLL:
         ("stlm_take", pointer, pointer, number),
         ("stlm_rewind", number, pointer, number, pointer),
         ("stlm_drop", None, pointer),
+        ("stlm_encoder", pointer, pointer),
+        ("stlm_decoder", pointer, pointer, pointer, ctypes.c_size_t),
+        ("stlm_coder_close", None, pointer),
+        ("stlm_encode", number, pointer, pointer, text, number, pointer),
+        ("stlm_decode", number, pointer, pointer, pointer),
     ):
         function = getattr(library, name)
         function.restype, function.argtypes = result, arguments

@@ -1612,7 +1612,7 @@ static void log_softmax(const stlm_batch *b, int n, const float *logits, float *
 }
 
 // Reads the n tokens whose row_of and id_of are set.
-static int advance(stlm_batch *b, int n, float *log_probabilities) {
+static int advance(stlm_batch *b, int n, float *log_probabilities, float *logits) {
   const stlm_model *m = b->model;
   const size_t size = sizeof(float) * (size_t)m->width;
   for (int i = 0; i < n;) {
@@ -1622,20 +1622,20 @@ static int advance(stlm_batch *b, int n, float *log_probabilities) {
     memcpy(b->before + first * m->width, b->rows[b->row_of[first]].state + m->output, size);
   }
   m->kernels->forward(b, n);
-  if (log_probabilities) {
+  if (log_probabilities || logits) {
     for (int i = 1; i < n; i++)
       if (b->row_of[i] == b->row_of[i - 1]) memcpy(b->before + i * m->width, b->hidden + (i - 1) * m->width, size);
-    m->kernels->product(b, &m->head, b->before, n, b->y);
-    log_softmax(b, n, b->y, log_probabilities);
+    m->kernels->product(b, &m->head, b->before, n, logits ? logits : b->y);
+    if (log_probabilities) log_softmax(b, n, b->y, log_probabilities);
   }
   return 0;
 }
 
-static int read_rows(stlm_batch *b, const int32_t *counts, const int32_t *ids, float *log_probabilities) {
+static int read_rows(stlm_batch *b, const int32_t *counts, const int32_t *ids, float *log_probabilities, float *logits) {
   const int32_t *next = ids;
   for (int r = 0; r < b->num_rows; r++) {
     if (counts[r] < 0) return refuse(b, "row %d reads %d bytes", r, (int)counts[r]);
-    if (log_probabilities && counts[r] && !b->rows[r].at.num_bytes)
+    if ((log_probabilities || logits) && counts[r] && !b->rows[r].at.num_bytes)
       return refuse(b, "row %d is empty: there is nothing to predict its first id from", r);
     for (int i = 0; i < counts[r]; i++, next++)
       if (*next < 0 || *next >= b->model->vocab)
@@ -1647,18 +1647,23 @@ static int read_rows(stlm_batch *b, const int32_t *counts, const int32_t *ids, f
       b->row_of[n] = r;
       b->id_of[n++] = *ids++;
       if (n < MAX_TOKENS) continue;
-      if (advance(b, n, log_probabilities)) return -1;
+      if (advance(b, n, log_probabilities, logits)) return -1;
       if (log_probabilities) log_probabilities += n;
+      if (logits) logits += (size_t)n * (size_t)b->model->vocab;
       n = 0;
     }
   }
-  return n ? advance(b, n, log_probabilities) : 0;
+  return n ? advance(b, n, log_probabilities, logits) : 0;
 }
 
-int stlm_read(stlm_batch *b, const int32_t *counts, const int32_t *ids) { return read_rows(b, counts, ids, NULL); }
+int stlm_read(stlm_batch *b, const int32_t *counts, const int32_t *ids) { return read_rows(b, counts, ids, NULL, NULL); }
 
 int stlm_score(stlm_batch *b, const int32_t *counts, const int32_t *ids, float *log_probabilities) {
-  return read_rows(b, counts, ids, log_probabilities);
+  return read_rows(b, counts, ids, log_probabilities, NULL);
+}
+
+int stlm_read_logits(stlm_batch *b, const int32_t *counts, const int32_t *ids, float *logits) {
+  return read_rows(b, counts, ids, NULL, logits);
 }
 
 // Logits of up to MAX_TOKENS rows from `first` on that are active, or all.
@@ -1760,7 +1765,7 @@ static int write_rows(stlm_batch *b, const stlm_sampling *s, int step, const uin
         b->id_of[num_going_on++] = id;
       }
       first = last + 1;
-      if (num_going_on && advance(b, num_going_on, NULL)) return -1;
+      if (num_going_on && advance(b, num_going_on, NULL, NULL)) return -1;
     }
   }
   return 0;

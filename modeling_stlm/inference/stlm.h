@@ -18,12 +18,15 @@ extern "C" {
 
 enum {
   STLM_VERSION = 2,  // of this interface: raised with every change of a struct or of the arguments of a function
-  STLM_ERROR_SIZE = 256
+  STLM_ERROR_SIZE = 256,
+  STLM_SEGMENT = 512  // bytes
 };
 
 typedef struct stlm_model stlm_model;        // weights, read only: any number of batches and threads share one
 typedef struct stlm_batch stlm_batch;        // rows of text with their states, and scratch memory: one thread at a time
 typedef struct stlm_snapshot stlm_snapshot;  // the state of a row after some byte
+
+typedef struct stlm_coder stlm_coder;        // see stlm_encoder
 
 typedef struct {
   const char *isa;  // instructions in use
@@ -63,6 +66,8 @@ STLM_API int stlm_length(const stlm_batch *batch, int row);
 STLM_API int stlm_read(stlm_batch *batch, const int32_t *counts, const int32_t *ids);
 // As stlm_read, with the natural logarithm of the probability that each id had in `log_probabilities`.
 STLM_API int stlm_score(stlm_batch *batch, const int32_t *counts, const int32_t *ids, float *log_probabilities);
+// As stlm_read, with the logits before each id: (number of ids, vocab_size).
+STLM_API int stlm_read_logits(stlm_batch *batch, const int32_t *counts, const int32_t *ids, float *logits);
 // Logits of the next id: (num_rows, vocab_size).
 STLM_API int stlm_logits(stlm_batch *batch, float *logits);
 // Up to `count` more ids for every row r with active[r], to ids (num_rows, count), -1 past the end of a row. A row whose
@@ -79,6 +84,18 @@ STLM_API stlm_snapshot *stlm_take(const stlm_batch *batch, int row);
 // Fails if the row no longer begins with the text that it had when the snapshot was taken.
 STLM_API int stlm_rewind(stlm_batch *batch, int row, const stlm_snapshot *snapshot);
 STLM_API void stlm_drop(stlm_snapshot *snapshot);
+
+// zip.c: bytes in an arithmetic code with the probabilities that the only row of `batch` gives them, in segments of
+// STLM_SEGMENT bytes and a shorter one (also of none), with which the code ends. NULL without memory, or for a vocabulary
+// without all bytes. The code of a decoder must outlive it.
+STLM_API stlm_coder *stlm_encoder(const stlm_model *model);
+STLM_API stlm_coder *stlm_decoder(const stlm_model *model, const void *code, size_t size);
+STLM_API void stlm_coder_close(stlm_coder *coder);
+// The code of the next segment goes to `to`, with room for 2 * STLM_SEGMENT. Returns its length; -1: see stlm_error(batch).
+STLM_API int stlm_encode(stlm_coder *coder, stlm_batch *batch, const uint8_t *bytes, int count, uint8_t *to);
+// The next segment goes to `to`, with room for STLM_SEGMENT. Returns its length; -1: see stlm_error(batch); -2: the code ends
+// before it.
+STLM_API int stlm_decode(stlm_coder *coder, stlm_batch *batch, uint8_t *to);
 
 #ifdef __cplusplus
 }
