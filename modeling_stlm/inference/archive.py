@@ -52,22 +52,26 @@ class Coder:
         self.rows.rewind(self.empty)
         self.rows.read([[self.rows.engine.bos_token_id, *self.context]])
 
+    def _run(self, function, *arguments) -> int:
+        """Bytes that a function of C left in the room."""
+        (batch,) = (part.handle for part in self.rows._parts)
+        length = function(self.handle, batch, *arguments, self.room)
+        if length < 0:
+            error = self.library.stlm_error(batch) if length == -1 else b"the code ends before its content"
+            raise ValueError(error.decode(errors="replace"))
+        return length
+
     def encode(self, segment: bytes) -> bytes:
         """The code of the next SEGMENT bytes, or of fewer at the end of the content."""
         self._begin()
-        length = self.library.stlm_encode(self.handle, self.rows._handle, segment, len(segment), self.room)
-        self.rows._check(min(length, 0))
+        length = self._run(self.library.stlm_encode, segment, len(segment))
         self.context = (self.context + segment)[-CONTEXT:]
         return self.room[:length]
 
     def decode(self) -> bytes:
         """The next SEGMENT bytes, or fewer at the end of the content."""
         self._begin()
-        length = self.library.stlm_decode(self.handle, self.rows._handle, self.room)
-        if length == -2:
-            raise ValueError("the code ends before its content")
-        self.rows._check(min(length, 0))
-        segment = self.room[:length]
+        segment = self.room[: self._run(self.library.stlm_decode)]
         self.context = (self.context + segment)[-CONTEXT:]
         return segment
 

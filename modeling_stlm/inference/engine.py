@@ -21,7 +21,8 @@ import os
 import threading
 import weakref
 from array import array
-from collections.abc import Iterator, Sequence
+from collections import namedtuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from operator import index
 
 
@@ -129,75 +130,115 @@ class Snapshot:
     """The state of a row after some byte, for [`Rows.rewind`]."""
 
     def __init__(self, rows: "Rows", row: int):
-        library = rows.engine._library
+        library, (part, index_in_part) = rows.engine._library, rows._place(row)
         self.length = rows.length(row)
-        self.handle = library.stlm_take(rows._handle, row)
+        self.handle = library.stlm_take(part.handle, index_in_part)
         if not self.handle:
             raise MemoryError("not enough memory for a snapshot")
         self.rows = rows  # keeps the model alive
         _free_with(self, library.stlm_drop, self.handle)
 
 
+_Part = namedtuple(
+    "_Part", "handle first end"
+)  # rows from `first` to before `end`, which are a batch of their own in C
+
+
 class Rows:
-    """B rows of text, empty at first, and the states of the model after them. Not for several threads at once."""
+    """B rows of text, empty at first, and the states of the model after them. Not for several threads at once.
+
+    With `engine.num_threads` they are so many parts, each a batch of its own that C computes on a thread. Threads wait for
+    each other at the end of a call only, so the more bytes it reads or writes the better.
+    """
 
     def __init__(self, engine: "Engine", num_rows: int):
         num_rows = index(num_rows)
         if not 1 <= num_rows <= MAX_INT32:
             raise ValueError(f"num_rows={num_rows} must be at least 1 and at most {MAX_INT32}")
         self.engine, self.num_rows, library = engine, num_rows, engine._library
-        self._handle = library.stlm_open(engine._handle, num_rows)
-        if not self._handle:
-            raise MemoryError(f"not enough memory for {num_rows} rows")
-        _free_with(self, library.stlm_close, self._handle)
+        self._parts: list[_Part] = []
+        count = min(engine.num_threads, num_rows)
+        for i in range(count):
+            first, end = num_rows * i // count, num_rows * (i + 1) // count
+            handle = library.stlm_open(engine._handle, end - first)
+            if not handle:
+                raise MemoryError(f"not enough memory for {num_rows} rows")
+            _free_with(self, library.stlm_close, handle)
+            self._parts.append(_Part(handle, first, end))
 
-    def _check(self, status: int) -> None:
-        if status:
-            raise ValueError(self.engine._library.stlm_error(self._handle).decode(errors="replace"))
+    def _run(self, call: Callable[[_Part], int]) -> None:
+        """`call` every part, each on a thread: C runs without the lock of Python."""
+        runs = map if len(self._parts) == 1 else self.engine._pool.map
+        for part, status in zip(self._parts, list(runs(call, self._parts))):
+            if status:
+                raise ValueError(self.engine._library.stlm_error(part.handle).decode(errors="replace"))
 
-    def _joined(self, texts: Sequence[Sequence[int]]) -> tuple[array, array]:
-        """Length of every text, and all ids after each other."""
+    def _place(self, row: int) -> tuple[_Part, int]:
+        """The part of `row`, and its index there."""
+        if not 0 <= (row := index(row)) < self.num_rows:
+            raise IndexError(f"row {row} of {self.num_rows}")
+        part = next(part for part in self._parts if row < part.end)
+        return part, row - part.first
+
+    def _joined(self, texts: Sequence[Sequence[int]]) -> tuple[array, array, list[int]]:
+        """Length of every text, all ids after each other, and where those of every row begin."""
         if len(texts) != self.num_rows:
             raise ValueError(f"{len(texts)} texts for {self.num_rows} rows")
-        counts, ids = array("i"), array("i")
+        counts, ids, starts = array("i"), array("i"), []
         for row, text in enumerate(texts):
+            starts.append(len(ids))
             try:
                 ids.extend(text)
             except (OverflowError, TypeError) as error:
-                raise ValueError(f"text {row}: expected bytes or a sequence of ids below 2**31, {error}") from None
-            counts.append(len(text))
-        return counts, ids
+                raise ValueError(f"row {row}: expected bytes or ids below 2**31, {error}") from None
+            counts.append(len(ids) - starts[row])
+        if ids and not 0 <= min(ids) <= max(ids) < self.engine.vocab_size:
+            at = next(at for at, i in enumerate(ids) if not 0 <= i < self.engine.vocab_size)
+            row = max(row for row, start in enumerate(starts) if start <= at)
+            expected = f"expected 0 to {self.engine.vocab_size - 1}"
+            raise ValueError(f"id {at - starts[row]} of row {row} is {ids[at]}, {expected}")
+        return counts, ids, starts
+
+    def _refuse_empty(self, rows: Iterable[int]) -> None:
+        for row in rows:
+            if not self.length(row):
+                raise ValueError(f"row {row} is empty: there is nothing to predict its first id from")
 
     def length(self, row: int) -> int:
         """Bytes and special tokens that `row` has read."""
-        return self.engine._library.stlm_length(self._handle, self._row(row))
-
-    def _row(self, row: int) -> int:
-        if not 0 <= (row := index(row)) < self.num_rows:
-            raise IndexError(f"row {row} of {self.num_rows}")
-        return row
+        part, index_in_part = self._place(row)
+        return self.engine._library.stlm_length(part.handle, index_in_part)
 
     def read(self, texts: Sequence[Sequence[int]]) -> None:
         """Every row reads its text, bytes or ids of any length, also none."""
-        counts, ids = self._joined(texts)
-        self._check(self.engine._library.stlm_read(self._handle, _address(counts), _address(ids)))
+        counts, ids, starts = self._joined(texts)
+        read = self.engine._library.stlm_read
+        self._run(lambda part: read(part.handle, _address(counts, part.first), _address(ids, starts[part.first])))
 
     def score(self, texts: Sequence[Sequence[int]]) -> list["np.ndarray"]:
         """As [`Rows.read`]; the natural logarithm of the probability that each id had, float32."""
         import numpy as np
 
-        counts, ids = self._joined(texts)
-        scores = np.empty(len(ids), np.float32)
-        pointers = _address(counts), _address(ids), scores.ctypes.data
-        self._check(self.engine._library.stlm_score(self._handle, *pointers))
-        return np.split(scores, np.cumsum(counts)[:-1])
+        counts, ids, starts = self._joined(texts)
+        self._refuse_empty(row for row, count in enumerate(counts) if count)
+        scores, score = np.empty(len(ids), np.float32), self.engine._library.stlm_score
+
+        def call(part: _Part) -> int:
+            at = starts[part.first]
+            pointers = _address(counts, part.first), _address(ids, at), scores.ctypes.data + scores.itemsize * at
+            return score(part.handle, *pointers)
+
+        self._run(call)
+        return np.split(scores, starts[1:])
 
     def logits(self) -> "np.ndarray":
         """Logits of the next id of every row: (B, V) float32."""
         import numpy as np
 
+        self._refuse_empty(range(self.num_rows))
         logits = np.empty((self.num_rows, self.engine.vocab_size), np.float32)
-        self._check(self.engine._library.stlm_logits(self._handle, logits.ctypes.data))
+        address, step, call = logits.ctypes.data, logits.strides[0], self.engine._library.stlm_logits
+        self._run(lambda part: call(part.handle, address + step * part.first))
         return logits
 
     def write(
@@ -207,14 +248,22 @@ class Rows:
 
         A row whose text ended is no longer active. `seeds` are from 0 to 2**64 - 1.
         """
+        self._refuse_empty(row for row, is_active in enumerate(active) if is_active)
         size, ids = self.num_rows, array("i", bytes(4 * self.num_rows * count))
-        options = (_Sampling * size)(*samplings), (ctypes.c_uint64 * size)(*seeds)
+        options, numbers = (_Sampling * size)(*samplings), array("Q", seeds)
         flags = (ctypes.c_uint8 * size).from_buffer(active)
-        self._check(self.engine._library.stlm_write_each(self._handle, *options, flags, count, _address(ids)))
+
+        def call(part: _Part) -> int:
+            first = part.first
+            pointers = ctypes.byref(options[first]), _address(numbers, first), ctypes.addressof(flags) + first
+            write = self.engine._library.stlm_write_each
+            return write(part.handle, *pointers, count, _address(ids, first * count))
+
+        self._run(call)
         return [[i for i in ids[row * count : (row + 1) * count] if i >= 0] for row in range(size)]
 
     def take(self, row: int = 0) -> Snapshot:
-        return Snapshot(self, self._row(row))
+        return Snapshot(self, row)
 
     def rewind(self, snapshot: Snapshot, row: int = 0) -> None:
         """Back to an earlier state of `row`, which must still begin with the text that it had then.
@@ -222,7 +271,9 @@ class Rows:
         Raises:
             ValueError: if it does not.
         """
-        self._check(self.engine._library.stlm_rewind(self._handle, self._row(row), snapshot.handle))
+        part, index_in_part = self._place(row)
+        if self.engine._library.stlm_rewind(part.handle, index_in_part, snapshot.handle):
+            raise ValueError(f"row {row} does not begin with the {snapshot.length} bytes of the snapshot")
 
 
 class Engine:
@@ -232,13 +283,16 @@ class Engine:
         path (`str` or `Path`): file that [`export_gguf`] wrote.
         isa (`str`, *optional*): `"scalar"`, `"avx2"` or `"avx512"`; the best of this CPU, or `STLM_ISA` of the environment,
             if left out. The results are the same.
+        num_threads (`int`, defaults to 1): rows of a batch are shared out among so many threads. The results are the same.
 
     Raises:
         ValueError: in words, for a damaged, foreign or newer file.
         ImportError: if the engine was not built.
     """
 
-    def __init__(self, path: "str | Path", isa: str | None = None):
+    def __init__(self, path: "str | Path", isa: str | None = None, num_threads: int = 1):
+        if index(num_threads) < 1:
+            raise ValueError(f"num_threads={num_threads} must be at least 1")
         self.path, self._library = path, load_library()
         data, error = mapped(path), ctypes.create_string_buffer(ERROR_SIZE)
         isa = os.environ.get("STLM_ISA", "") if isa is None else isa
@@ -246,12 +300,17 @@ class Engine:
         if not self._handle:
             raise ValueError(f"{path}: {error.value.decode(errors='replace')}")
         _free_with(self, self._library.stlm_free, self._handle)
+        self.num_threads = index(num_threads)
+        if num_threads > 1:
+            from concurrent.futures import ThreadPoolExecutor
+
+            self._pool = ThreadPoolExecutor(num_threads, "stlm")
         about = self._library.stlm_describe(self._handle).contents
         self.isa, self.vocab_size, self.bos_token_id = about.isa.decode(), about.vocab_size, about.bos_id
         self.eos_token_ids = about.ends[: about.num_ends]
         self._ends = (ctypes.c_int32 * about.num_ends)(*self.eos_token_ids)
         self._sources = about.source.decode().split()  # digests of the exported model, as it was and as it is stored
-        self._snapshots = max(1, MAX_SNAPSHOT_BYTES // about.snapshot_size)
+        self.snapshot_size = about.snapshot_size  # bytes
         self._known = weakref.WeakKeyDictionary()  # models that were compared, with the versions of their weights
         self._typing = threading.Lock()
         self._typed: tuple[Rows, bytes, list[Snapshot]] | None = None  # of `complete`: a row, its text, states in it
@@ -365,7 +424,8 @@ class Engine:
                 rows.read([text[known:] or [self.bos_token_id]])
             if text[known:]:
                 snapshots.append(rows.take())
-                del snapshots[1 : max(1, len(snapshots) - self._snapshots)]
+                most = max(1, MAX_SNAPSHOT_BYTES // self.snapshot_size)
+                del snapshots[1 : max(1, len(snapshots) - most)]
             self._typed = rows, text, snapshots
             return self._write(rows, [self.sampling()], [0], max_new_tokens)[0]
 
@@ -392,8 +452,8 @@ def _free_with(owner: object, free, handle: int) -> None:
     weakref.finalize(owner, free, handle).atexit = False
 
 
-def _address(numbers: array) -> int:
-    return numbers.buffer_info()[0]
+def _address(numbers: array, at: int = 0) -> int:
+    return numbers.buffer_info()[0] + numbers.itemsize * at
 
 
 def _written(ids: Sequence[int]) -> bytes:
