@@ -658,7 +658,7 @@ def test_a_build_with_sanitizers_survives_mutated_files(tmp_path):
         "-g -O1 -std=c99 -fsanitize=address,undefined,float-cast-overflow -fno-sanitize-recover=all -Wno-psabi".split()
     )
     source = ROOT / "modeling_stlm" / "inference"
-    sources = [f"-I{source}", ROOT / "tests" / "fuzz_engine.c", source / "stlm.c", "-lm"]
+    sources = [f"-I{source}", ROOT / "tests" / "fuzz_engine.c", source / "stlm.c", source / "zip.c", "-lm"]
     program = tmp_path / "fuzz"
     if subprocess.run(["cc", *flags, *sources, "-o", program], capture_output=True).returncode:
         pytest.skip("no sanitizers here")

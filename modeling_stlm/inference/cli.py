@@ -135,7 +135,7 @@ def main() -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         return 130
-    except (ImportError, OSError, OverflowError, ValueError) as error:
+    except (ImportError, MemoryError, OSError, OverflowError, ValueError) as error:
         print(f"stlm: {error}", file=sys.stderr)
         return 1
     return 0

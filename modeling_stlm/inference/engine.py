@@ -10,7 +10,7 @@
 `stlm.c` does the work; nothing here runs per layer. Rows of a batch are independent to the last bit: a text has the same
 logits alone, in a batch, in one piece or byte by byte.
 
-Imports no torch and numpy only where arrays are returned: the command `stlm` starts in a few milliseconds.
+Imports no torch, and numpy only where arrays are returned: the command `stlm` is there in tens of milliseconds.
 
 Shapes: B rows, T bytes, V vocabulary.
 """
@@ -75,7 +75,8 @@ def load_library() -> ctypes.CDLL:
     Raises:
         ImportError: if it was not built, or from other sources than these.
     """
-    names = sorted(name for name in os.listdir(FOLDER) if name.startswith("_stlm"))
+    suffixes = (".so", ".pyd", ".dylib")
+    names = sorted(name for name in os.listdir(FOLDER) if name.startswith("_stlm") and name.endswith(suffixes))
     if not names:
         raise ImportError(
             f"the engine is not built: {FOLDER} has no _stlm library. It is compiled when the package is installed on a "
@@ -139,9 +140,8 @@ class Snapshot:
         _free_with(self, library.stlm_drop, self.handle)
 
 
-_Part = namedtuple(
-    "_Part", "handle first end"
-)  # rows from `first` to before `end`, which are a batch of their own in C
+# Rows `first` to `end`, which is not included: a batch of their own in C.
+_Part = namedtuple("_Part", "handle first end")
 
 
 class Rows:
@@ -188,7 +188,7 @@ class Rows:
         for row, text in enumerate(texts):
             starts.append(len(ids))
             try:
-                ids.extend(text)
+                ids.extend(iter(text))
             except (OverflowError, TypeError) as error:
                 raise ValueError(f"row {row}: expected bytes or ids below 2**31, {error}") from None
             counts.append(len(ids) - starts[row])
