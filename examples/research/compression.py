@@ -6,7 +6,7 @@
     taskset -c 0 python examples/research/compression.py stlm-10m.gguf prose=test.jsonl.gz code=code.jsonl.gz
 
 A text is a file, or the field `text` of all lines of a `.jsonl.gz`; the first `--limit` bytes of it are packed as one file, and
-the first 100 pieces of 1,000 bytes each alone, as messages are. Random bytes come last. Everything that is packed is unpacked
+the first 40 pieces of 1,000 bytes each alone, as messages are. Random bytes come last. Everything that is packed is unpacked
 and compared. The last line is one JSON document.
 """
 
@@ -28,7 +28,7 @@ from modeling_stlm.inference.archive import pack, unpack
 from modeling_stlm.inference.engine import Engine
 
 
-PIECES, PIECE = 100, 1000
+PIECES, PIECE = 40, 1000
 
 
 def methods(engine: Engine) -> dict[str, tuple[Callable[[bytes], bytes], Callable[[bytes], bytes]]]:
@@ -84,7 +84,7 @@ def main():
     for name, text in texts.items():
         contents[f"{name}, {len(text):,} bytes"] = [text]
         contents[f"{name}, pieces of {PIECE:,} bytes"] = [text[i * PIECE : (i + 1) * PIECE] for i in range(PIECES)]
-    contents["random, 100,000 bytes"] = [random.Random(0).randbytes(100_000)]
+    contents["random, 50,000 bytes"] = [random.Random(0).randbytes(50_000)]
     engine = Engine(args.model)
     info = run_info() | {name: version(name) for name in ("zstandard", "brotli", "pyppmd")}
     results = {
