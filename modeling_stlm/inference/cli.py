@@ -4,8 +4,8 @@
     stlm run model.gguf -p "The history of" -n 200
     stlm bench model.gguf
     stlm serve model.gguf --port 8000
-    stlm zip notes.txt notes.stlm --model model.gguf
-    stlm unzip notes.stlm notes.txt --model model.gguf
+    stlm zip notes.txt notes.stlz --model model.gguf
+    stlm unzip notes.stlz notes.txt --model model.gguf
 
 Imports neither torch nor transformers nor numpy, and the parts of a command only when it runs: a text begins after tens of
 milliseconds. `python -m modeling_stlm.inference.cli` is the same command, with the start-up time of the package.
@@ -81,13 +81,12 @@ def unzip_file(args: argparse.Namespace) -> None:
 def serve(args: argparse.Namespace) -> None:
     from .server import serve
 
-    serve(Engine(args.model), args.host, args.port, args.rows)
+    serve(Engine(args.model, num_threads=args.threads), args.host, args.port, args.rows)
 
 
 def formatter(prog: str) -> argparse.HelpFormatter:
-    return argparse.RawDescriptionHelpFormatter(
-        prog, width=119
-    )  # without one it imports shutil, where no help is asked for, too
+    # Without a width it imports shutil, even where nobody asks for help.
+    return argparse.RawDescriptionHelpFormatter(prog, width=119)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -114,6 +113,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("model")
     options.add_argument("--host", default="127.0.0.1")
     options.add_argument("--port", type=int, default=8000)
+    options.add_argument("--threads", type=int, default=1, help="that share the texts, default 1")
     options.add_argument("--rows", type=int, default=16, help="texts that are written at once, default 16")
     for name, function, help in (
         ("zip", zip_file, "compress a file with the probabilities of a model"),
