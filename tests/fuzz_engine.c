@@ -81,7 +81,7 @@ static void use(const stlm_model *model) {
 
 // What is coded must come back, whatever the model says; code that was changed, or another text, may.
 static void code(const stlm_model *model) {
-  uint8_t bytes[STLM_SEGMENT], code[2 * STLM_SEGMENT], decoded[STLM_SEGMENT];
+  uint8_t bytes[STLM_SEGMENT], code[16 * STLM_SEGMENT], decoded[STLM_SEGMENT];
   const int count = (int)draw(100), bos = 257;
   const int32_t one = 1, start = bos < stlm_describe(model)->vocab_size ? bos : 0;
   for (int i = 0; i < count; i++) bytes[i] = (uint8_t)(draw(4) ? "ab \n"[draw(4)] : (int)draw(256));

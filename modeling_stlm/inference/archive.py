@@ -4,7 +4,7 @@
 An archive is MAGIC, a version, 8 bytes of the SHA-256 of the model's file, the code (`zip.c`), and the CRC-32 of the content
 and of all bytes before it. The code has segments of 512 bytes. The model reads each after the 512 bytes before it: longer
 texts than the windows it was trained on cost more time and, measured, more bits. Repetition over up to 4 MB corrects its
-probabilities. What neither can compress is stored: no archive is more than 64 bytes longer than its content.
+probabilities. What neither can compress is stored, and at most 64 bytes longer, unless it was made against this very coder.
 
 The engine computes the same logits to the last bit on every CPU, and `zip.c` makes integers of them in operations that IEEE 754
 and C define: an archive of one machine is read on any other.
@@ -46,7 +46,7 @@ class Coder:
             raise MemoryError("not enough memory to code bytes")
         _free_with(self, self.library.stlm_coder_close, self.handle)
         self.empty, self.context = self.rows.take(), b""
-        self.room = ctypes.create_string_buffer(2 * SEGMENT)
+        self.room = ctypes.create_string_buffer(16 * SEGMENT)
 
     def _begin(self) -> None:
         self.rows.rewind(self.empty)

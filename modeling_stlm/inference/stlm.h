@@ -91,7 +91,7 @@ STLM_API void stlm_drop(stlm_snapshot *snapshot);
 STLM_API stlm_coder *stlm_encoder(const stlm_model *model);
 STLM_API stlm_coder *stlm_decoder(const stlm_model *model, const void *code, size_t size);
 STLM_API void stlm_coder_close(stlm_coder *coder);
-// The code of the next segment goes to `to`, with room for 2 * STLM_SEGMENT. Returns its length; -1: see stlm_error(batch).
+// The code of the next segment goes to `to`, with room for 16 * STLM_SEGMENT. Returns its length; -1: see stlm_error(batch).
 STLM_API int stlm_encode(stlm_coder *coder, stlm_batch *batch, const uint8_t *bytes, int count, uint8_t *to);
 // The next segment goes to `to`, with room for STLM_SEGMENT. Returns its length; -1: see stlm_error(batch); -2: the code ends
 // before it.

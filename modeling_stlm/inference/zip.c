@@ -147,7 +147,7 @@ static void put(Range *r, uint64_t byte) {
   r->at++;
 }
 
-// The part `interval` of the range. Puts the bytes that all of its numbers begin with; returns how many there are.
+// The part `interval` of the range. Puts the bytes that all of its numbers begin with; returns how many there are, up to 8.
 static int narrow(Range *r, Interval interval) {
   int shifts = 0;
   r->range /= interval.total;
