@@ -238,6 +238,7 @@ def test_models_and_health(url):
         ({"max_tokens": 0}, 400, "max_tokens should be at least 1"),
         ({"max_tokens": True}, 400, "max_tokens should be an integer, got true"),
         ({"temperature": -1}, 400, "temperature=-1 is out of its range"),
+        ({"temperature": 10**400}, 400, "too large"),
         ({"temperature": "hot"}, 400, 'temperature should be a number, got "hot"'),
         ({"top_k": 2.5}, 400, "top_k should be an integer"),
         ({"stop": [""]}, 400, "stop should be"),
@@ -251,7 +252,9 @@ def test_bad_requests_are_refused_in_words(url, body, status, words):
         post(url, body)
     error = json.load(refusal.value)["error"]
     assert refusal.value.code == status and words in error["message"] and error["type"] == "invalid_request_error"
-    assert post(url, {"prompt": "x", "logprobs": None, "best_of": 1, "seed": 2**70, "top_k": 2**40})["choices"]
+    assert post(url, {"prompt": "x", "logprobs": None, "best_of": 1, "seed": 2**70, "top_k": 2**40, "stop": "\ud800"})[
+        "choices"
+    ]
 
 
 def test_unknown_addresses_are_refused_in_words(url):

@@ -164,22 +164,18 @@ class Completion:
             raise Refusal(f"{len(prompts)} prompts times n={copies} should be 1 to {MAX_TEXTS} texts", "n")
         if max_bytes < 1:
             raise Refusal(f"max_tokens should be at least 1, got {max_bytes}", "max_tokens")
-        options = {
-            name: field(
-                body, name, int if name == "top_k" else (int, float), None, whole if name == "top_k" else number
-            )
-            for name in OPTIONS
-        }
+        kinds = dict.fromkeys(OPTIONS, ((int, float), number)) | {"top_k": (int, whole)}
+        options = {name: field(body, name, kind, None, words) for name, (kind, words) in kinds.items()}
         options = {name: value for name, value in options.items() if value is not None}
         do_sample = options.get("temperature") != 0
         if not do_sample:
             del options["temperature"]
         try:
             sampling = engine.sampling(do_sample, **options)
-        except ValueError as error:
+        except (OverflowError, ValueError) as error:
             raise Refusal(str(error)) from None
         seed = field(body, "seed", int, int.from_bytes(os.urandom(8), "little"), whole)
-        self.model, self.stops = model, [stop.encode() for stop in stops]
+        self.model, self.stops = model, [_encoded(stop) for stop in stops]
         self.stream = field(body, "stream", bool, False, "true or false")
         self.echo = field(body, "echo", bool, False, "true or false")
         self.num_written = 0  # bytes so far
