@@ -25,7 +25,7 @@ from modeling_stlm import STLMConfig, STLMTokenizer
 from modeling_stlm.training.bits_per_byte import BitsPerByteEvaluator
 from modeling_stlm.training.corpus import PackedWindows, write_corpus
 from modeling_stlm.training.long_runs import SaveByTime, StopOnSignal
-from modeling_stlm.training.optimizer import MuonRecipe
+from modeling_stlm.training.optimizer import MuonRecipe, has_bfloat16
 from modeling_stlm.training.time_budget import TimeBudget
 
 
@@ -50,7 +50,12 @@ def argument_parser():
     parser.add_argument("--batch_size", type=int, default=8, help="windows per step")
     parser.add_argument("--muon_lr", type=float, default=0.02, help="learning rate of the matrices")
     parser.add_argument("--adamw_lr", type=float, default=4e-3, help="learning rate of all other parameters")
-    parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast; always on with a GPU")
+    parser.add_argument("--decay", type=float, default=0.6, help="share of the budget in which the rates fall to zero")
+    parser.add_argument(
+        "--bf16",
+        action=argparse.BooleanOptionalAction,
+        help="bfloat16 autocast; by default where the GPU or CPU has instructions for it",
+    )
     parser.add_argument("--eval_steps", type=int, default=500, help="steps between evaluated checkpoints")
     parser.add_argument("--seed", type=int, default=1)
     return parser, budget
@@ -90,14 +95,14 @@ def load_config(model: str, changes: list[str]) -> STLMConfig:
 
 
 def training_arguments(args: argparse.Namespace, step_bytes: float, **changes) -> TrainingArguments:
-    if args.max_minutes is None:  # warm up for 2% of the steps, decay to zero over the last 60%
+    if args.max_minutes is None:  # warm up for 2% of the steps
         steps = args.max_steps or max(1, round(args.max_bytes / step_bytes))
-        decay = {"num_decay_steps": int(0.6 * steps), "decay_type": "linear"}
+        decay = {"num_decay_steps": int(args.decay * steps), "decay_type": "linear"}
         schedule = {"lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": decay}
         schedule |= {"max_steps": steps, "warmup_steps": max(1, int(0.02 * steps))}
     else:  # the same, but by the clock of `TimeBudget`
         schedule = {"lr_scheduler_type": "constant", "max_steps": 10**9}
-    has_gpu = torch.cuda.is_available()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     batch = {"per_device_train_batch_size": args.batch_size, "per_device_eval_batch_size": args.batch_size}
     every = {"eval_strategy": "steps", "eval_steps": args.eval_steps, "save_steps": args.eval_steps}
     settings = (
@@ -109,8 +114,8 @@ def training_arguments(args: argparse.Namespace, step_bytes: float, **changes) -
     settings |= {
         "batch_eval_metrics": True,
         "disable_tqdm": True,
-        "bf16": args.bf16 or has_gpu,
-        "use_cpu": not has_gpu,
+        "bf16": has_bfloat16(device) if args.bf16 is None else args.bf16,
+        "use_cpu": device == "cpu",
         "report_to": "none",
     }
     return TrainingArguments(str(args.output), **settings | changes)
@@ -160,7 +165,7 @@ def main():
         compute_metrics=evaluator,
         preprocess_logits_for_metrics=evaluator.nats,
         optimizer_cls_and_kwargs=(MuonRecipe, {"muon_lr": args.muon_lr, "adamw_lr": args.adamw_lr}),
-        callbacks=[TimeBudget(args.max_minutes, clock=args.clock)] if timed else [],
+        callbacks=[TimeBudget(args.max_minutes, decay=args.decay, clock=args.clock)] if timed else [],
     )
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()

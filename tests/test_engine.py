@@ -80,7 +80,8 @@ def tiny(tmp_path_factory):
 
 def isas() -> list[str]:
     """What this CPU has, the slowest first."""
-    return ["scalar", "avx2", "avx512"][: 1 + ON_X86 * (("avx2" in CPU) + ("avx512_vnni" in CPU))]
+    has_simd128 = platform.machine() in ("x86_64", "AMD64", "aarch64", "arm64")
+    return ["scalar", "simd128", "avx2", "avx512"][: 1 + has_simd128 + ("avx2" in CPU) + ("avx512_vnni" in CPU)]
 
 
 CPU = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
@@ -132,7 +133,7 @@ def test_rows_are_the_same_bits_alone_in_a_batch_in_pieces_and_on_every_cpu(type
     )
     export_gguf(model, tmp_path / "model.gguf", type)
     alone = step_logits(Rows(Engine(tmp_path / "model.gguf", "scalar"), 1), IDS)
-    assert len(isas()) > 1 or not ON_X86, "an x86 CPU without AVX2"
+    assert len(isas()) > 2 or not ON_X86, "an x86 CPU without AVX2"
     for isa in isas():
         engine = Engine(tmp_path / "model.gguf", isa)
         assert engine.isa == isa
@@ -147,6 +148,39 @@ def test_rows_are_the_same_bits_alone_in_a_batch_in_pieces_and_on_every_cpu(type
     rows = Rows(engine, 150)
     rows.read([IDS[: 1 + i] for i in range(150)])
     assert np.array_equal(rows.logits(), alone[:150])
+
+
+@pytest.mark.skipif(
+    not shutil.which("aarch64-linux-gnu-gcc") or not shutil.which("qemu-aarch64"),
+    reason="no aarch64-linux-gnu-gcc and qemu-aarch64",
+)
+@pytest.mark.parametrize("isa", ["scalar", "simd128"])
+def test_logits_on_arm64_are_the_same_bits(isa, tmp_path):
+    source, program, path = ROOT / "modeling_stlm" / "inference", tmp_path / "logits", tmp_path / "model.gguf"
+    command = ["aarch64-linux-gnu-gcc", "-std=c99", "-O3", "-ffp-contract=off", "-Wno-psabi", "-static", f"-I{source}"]
+    command += [ROOT / "tests" / "logits_engine.c", source / "stlm.c", "-lm", "-o", program]
+    subprocess.run(command, check=True)
+    model = tiny_model(**MIXERS["both"], trunk_hidden_size=64, ngram_embedding_size=32, hidden_size=96)
+    text = bytes(ids_of(TEXT))
+    for type in TYPES:
+        expected = step_logits(Rows(engine_of(model, tmp_path, type), 1), list(text))
+        run = subprocess.run(["qemu-aarch64", program, path, isa], input=text, capture_output=True, check=True)
+        assert np.array_equal(np.frombuffer(run.stdout, np.float32).reshape(expected.shape), expected), type
+
+
+@pytest.mark.parametrize("name", PATCHING)
+def test_patches_end_where_they_end_in_the_model(name, tmp_path):
+    model = tiny_model(**PATCHING[name])
+    with torch.no_grad():
+        boundaries = model(torch.tensor([IDS]), output_boundaries=True).boundaries[0]
+    rows = Rows(engine_of(model, tmp_path), 2)
+    assert rows.patch_ends(0) == []
+    rows.read([[], IDS[:30]])
+    snapshot = rows.take(1)
+    rows.read([IDS[:1], b"other text"])
+    rows.rewind(snapshot, 1)
+    rows.read([[], IDS[30:]])
+    assert rows.patch_ends(1) == (boundaries.nonzero()[:, 0] + 1).tolist() and rows.patch_ends(1)
 
 
 def test_an_instruction_set_that_is_not_there_is_refused_in_words(tiny):

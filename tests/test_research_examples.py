@@ -30,8 +30,8 @@ from .tiny import tiny_model
 
 RESEARCH = ROOT / "examples" / "research"
 sys.path[:0] = [str(RESEARCH), str(ROOT / "examples")]
-EXAMPLES = ("ablate", "controls", "costs", "noise", "scoring")
-ablate, controls, costs, noise, scoring = (importlib.import_module(name) for name in EXAMPLES)
+EXAMPLES = ("ablate", "controls", "costs", "noise", "report", "scoring")
+ablate, controls, costs, noise, report, scoring = (importlib.import_module(name) for name in EXAMPLES)
 
 
 def train(small_text: Path, output: Path, *more) -> dict:
@@ -254,6 +254,35 @@ def test_ablations_leave_a_table_and_are_not_repeated(small_text, tmp_path):
         (tmp_path / "tiny" / "fixed-s1.json").unlink(missing_ok=True)
 
 
+def test_repetition_is_told_from_text_that_goes_on():
+    class Writes(torch.nn.Module):
+        """Writes the bytes of `text`, whatever it reads."""
+
+        def __init__(self, text: bytes):
+            super().__init__()
+            self.text = text
+
+        def generate(self, input_ids, max_new_tokens, **_):
+            new = torch.tensor([list(self.text[:max_new_tokens])]).expand(len(input_ids), -1)
+            return torch.cat([input_ids, new], dim=1)
+
+    rows = [{"text": TEXT.read_text(encoding="utf-8")[:20_000]}]
+    loop, no_loop = (
+        report.repeated_share(Writes(text), STLMTokenizer(), rows) for text in (b"ab" * 128, bytes(range(128)))
+    )
+    assert no_loop == 0 and loop == 1 - 2 / (256 - 15)
+
+
+def test_bits_of_a_doubled_text_are_those_of_a_loop():
+    model, text = tiny_model(), "Once upon a time"
+    ids = torch.tensor([[257, *text.encode(), *text.encode()]])
+    nats = 0
+    for place in range(len(text) + 1, 2 * len(text) + 1):
+        nats -= model(ids[:, :place]).logits[0, -1].log_softmax(-1)[ids[0, place]].item()
+    bits = report.doubled_bits(model, STLMTokenizer(), [{"text": text}])
+    assert bits == pytest.approx(nats / math.log(2) / len(text), rel=1e-4)
+
+
 def test_the_report_measures_and_writes(tmp_path):
     model = tiny_model()
     model.generation_config.max_new_tokens = 8
@@ -292,6 +321,7 @@ def test_the_report_measures_and_writes(tmp_path):
     scored = run("evaluate_lm.py", "--checkpoint", tmp_path / "model", "--copa", choices, cwd=tmp_path)
     assert f"| copa_file | acc | {measured['tasks']['copa_file']['acc']:.4f} |" in scored
     assert measured["tasks"]["copa_file"]["rows"] == 3 and measured["tasks"]["blimp_file"]["rows"] == 30
+    assert len(measured["repetition"]) == 2
     assert all(sample["text"].startswith(sample["prompt"]) for sample in measured["samples"])
     run(
         "research/report.py",
@@ -350,6 +380,17 @@ def test_start_up_and_memory_are_measured(tmp_path):
     assert (
         11 < ours["weights and cache MB"] < 20 and 2 < ours["peak MB"] < 40
     )  # pages of weights come when they are read
+
+
+def test_the_survey_measures_cost_beside_quality(tmp_path):
+    systems = ["stlm-3m, generate", "stlm-3m, engine q8"]
+    options = ["--repeats", 1, "--plot", "plot.png", "--systems", *systems]
+    results = json.loads(run("research/survey.py", *options, cwd=tmp_path).splitlines()[-1])["results"]
+    assert list(results) == systems and (tmp_path / "plot.png").stat().st_size > 0
+    slow, fast = results.values()
+    assert fast["bytes a second"]["median"] > slow["bytes a second"]["median"]
+    assert fast["MB"] < slow["MB"] and fast["MB of memory"]["median"] < slow["MB of memory"]["median"]
+    assert 0 < fast["bits per byte"] == slow["bits per byte"]
 
 
 def test_export_publishes_what_the_rounded_weights_score(small_text, tmp_path):

@@ -14,6 +14,7 @@ letters of the words they share.
 
 import argparse
 import json
+import math
 import sys
 import tempfile
 from collections import defaultdict
@@ -26,6 +27,7 @@ from lm_eval.models.huggingface import HFLM
 from noise import KINDS, add_noise
 from provenance import run_info
 from tables import markdown_table, replace_section
+from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 
@@ -39,7 +41,7 @@ import modeling_stlm  # noqa: F401  (registers the Auto classes)
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
-NOISE_RATE, NOISE_BYTES, WINDOW_BYTES = 0.1, 200_000, 1024
+NOISE_RATE, NOISE_BYTES, WINDOW_BYTES, GREEDY_TEXTS = 0.1, 200_000, 1024, 200
 PROMPTS = ("The history of the", "In this chapter, you will", '"I do not know," said the old man, ')
 
 
@@ -132,6 +134,36 @@ def samples(model, tokenizer) -> list[dict[str, str]]:
     return out
 
 
+@torch.no_grad()
+def doubled_bits(model, tokenizer, rows: list[dict]) -> float:
+    """Bits per byte of the second half of texts of 2 kB that are written twice: does the model copy?"""
+    nats = num_bytes = 0
+    for row in rows:
+        text = row["text"].encode()[:2048].decode(errors="ignore")
+        half = tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids = torch.tensor([[tokenizer.bos_token_id, *half, *half]])
+        logits = model(ids).logits[0, len(half) : -1]  # those that predict the second half
+        nats += cross_entropy(logits, ids[0, -len(half) :], reduction="sum").item()
+        num_bytes += len(text.encode())
+    return nats / math.log(2) / num_bytes
+
+
+def repeated_share(model, tokenizer, rows: list[dict]) -> float:
+    """Share of the windows of 16 bytes in greedy continuations of about 256 bytes that stood earlier in the same one."""
+    text = "\n\n".join(row["text"] for row in rows)
+    step, length = len(text) // GREEDY_TEXTS, 256 if len(tokenizer) < 512 else 80
+    prompts = [text[i * step : i * step + 64] for i in range(GREEDY_TEXTS)]
+    inputs = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left", return_token_type_ids=False)
+    new = model.generate(**inputs, max_new_tokens=length, do_sample=False)[:, inputs["input_ids"].shape[1] :]
+    repeated = num_windows = 0
+    for continuation in tokenizer.batch_decode(new, skip_special_tokens=True):
+        written = continuation.encode()
+        windows = [written[i : i + 16] for i in range(len(written) - 15)]
+        repeated += len(windows) - len(set(windows))
+        num_windows += len(windows)
+    return repeated / max(1, num_windows)
+
+
 def measure(args: argparse.Namespace) -> dict:
     info = run_info("lm_eval")
     run = Path(args.checkpoint) / "results.json"
@@ -148,6 +180,12 @@ def measure(args: argparse.Namespace) -> dict:
     results["tasks"] = score(lm, {task: file for task, file in files.items() if file}, args.limit)
     if args.blimp:
         results["noise"]["blimp"] = noised_blimp(lm, args.blimp, args.limit)
+    results["repetition"] = {
+        "second half of a doubled text of 2 kB, bits per byte": doubled_bits(model, tokenizer, texts["validation"]),
+        "16-byte windows of greedy text that stood in it before, share": repeated_share(
+            model, tokenizer, texts["validation"]
+        ),
+    }
     results["samples"] = samples(model, tokenizer)
     results["training"] = {key: trained[key] for key in ("bytes_seen", "budget", "commit", "device") if key in trained}
     names = {name: Path(value).name for name in ("validation", "test", *TASKS) if (value := getattr(args, name))}
@@ -198,6 +236,10 @@ def document(results: list[dict]) -> str:
         + markdown_table(["noise", *names], noise)
         + "\n\nAccuracy on every tenth pair of BLiMP with the same noise in both sentences:\n\n"
         + markdown_table(["noise", *names], lines("noise", "blimp", digits=4, value=lambda cell: cell["acc"]))
+    )
+    sections.append(
+        f"### Repetition\n\nDoes the model copy a text that it reads twice, and does its greedy text ({GREEDY_TEXTS} "
+        "continuations of about 256 bytes) loop?\n\n" + markdown_table(["", *names], lines("repetition"))
     )
     tasks = dict.fromkeys(task for result in results for task in result["tasks"])
     rows = []

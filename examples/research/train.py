@@ -142,7 +142,7 @@ def main():
     if args.max_flops is not None:
         args.max_bytes = args.max_flops / (3 * flops)
     stopwatch = Stopwatch()
-    callbacks = [stopwatch, *([TimeBudget(args.max_minutes, clock=args.clock)] if timed else [])]
+    callbacks = [stopwatch, *([TimeBudget(args.max_minutes, decay=args.decay, clock=args.clock)] if timed else [])]
     if args.curriculum_steps:
         callbacks.append(PatchLengthCurriculum(args.curriculum_steps))
     changes, train_set = {"eval_strategy": "no"} if args.eval_at_end else {}, sets["train"]

@@ -99,6 +99,7 @@ def load_library() -> ctypes.CDLL:
         ("stlm_open", pointer, pointer, number),
         ("stlm_close", None, pointer),
         ("stlm_length", number, pointer, number),
+        ("stlm_patches", ctypes.POINTER(ctypes.c_int32), pointer, number, ctypes.POINTER(number)),
         ("stlm_error", text, pointer),
         ("stlm_read", number, pointer, pointer, pointer),
         ("stlm_score", number, pointer, pointer, pointer, pointer),
@@ -209,6 +210,12 @@ class Rows:
         part, index_in_part = self._place(row)
         return self.engine._library.stlm_length(part.handle, index_in_part)
 
+    def patch_ends(self, row: int) -> list[int]:
+        """Bytes and special tokens up to the end of every patch of `row` that is complete."""
+        count, (part, index_in_part) = ctypes.c_int(), self._place(row)
+        ends = self.engine._library.stlm_patches(part.handle, index_in_part, ctypes.byref(count))
+        return ends[: count.value]
+
     def read(self, texts: Sequence[Sequence[int]]) -> None:
         """Every row reads its text, bytes or ids of any length, also none."""
         counts, ids, starts = self._joined(texts)
@@ -281,8 +288,8 @@ class Engine:
 
     Args:
         path (`str` or `Path`): file that [`export_gguf`] wrote.
-        isa (`str`, *optional*): `"scalar"`, `"avx2"` or `"avx512"`; the best of this CPU, or `STLM_ISA` of the environment,
-            if left out. The results are the same.
+        isa (`str`, *optional*): `"scalar"`, `"simd128"` (SSE2 or NEON), `"avx2"` or `"avx512"`; the best of this CPU, or
+            `STLM_ISA` of the environment, if left out. The results are the same.
         num_threads (`int`, defaults to 1): rows of a batch are shared out among so many threads. The results are the same.
 
     Raises:

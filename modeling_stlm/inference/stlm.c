@@ -33,6 +33,10 @@ enum { LANES = 16, MAX_TOKENS = 64, MAX_CONTEXT = 64, PART = 128, MAX_BYTES = 1 
 #ifdef __x86_64__
 #define HAS_X86
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#elif defined(__wasm_simd128__)
+#include <wasm_simd128.h>
 #endif
 
 INLINE int round_up(int n, int step) { return (n + step - 1) / step * step; }
@@ -156,6 +160,7 @@ typedef struct {
   uint64_t *digests;  // (bytes) of the text up to each byte, to know it again
   int32_t *earlier;  // (bytes) the place before of the gram that ends at a byte, for match embeddings
   int byte_room, patch_room;
+  int32_t *patch_ends;  // (patches) bytes up to the end of each
   char *keys, *values;  // (passes), each as in `attend`
   Slot *slots;
   int num_slots, num_grams;  // a power of two; slots in use
@@ -378,6 +383,81 @@ OUTLINE void sums_q4_scalar(const uint8_t *w, const float *scales, int blocks, c
   }
 }
 
+INLINE int32_t quad_of(const uint8_t *x) { int32_t four; memcpy(&four, x, 4); return four; }
+
+// 128-bit vectors, which every x86-64 and arm64 has, and WebAssembly with -msimd128.
+#if defined(HAS_X86) || defined(__aarch64__) || defined(__wasm_simd128__)
+#define HAS_SIMD128
+typedef int16_t Shorts __attribute__((vector_size(16)));
+typedef uint16_t UShorts __attribute__((vector_size(16)));
+typedef int32_t Ints __attribute__((vector_size(16)));
+typedef uint32_t UInts __attribute__((vector_size(16)));
+typedef float Floats4 __attribute__((vector_size(16)));
+
+// `repeat`: x[0] to x[3] twice. `add_pairs`: adds w[0] x[0] + w[1] x[1], w[2] x[2] + w[3] x[3], and so on.
+#if defined(__wasm_simd128__)
+INLINE UShorts repeat(const uint8_t *x) { return (UShorts)wasm_u16x8_extend_low_u8x16(wasm_v128_load32_splat(x)); }
+INLINE Ints add_pairs(Ints total, const int8_t *w, Shorts x) {
+  return total + (Ints)wasm_i32x4_dot_i16x8(wasm_i16x8_load8x8(w), (v128_t)x);
+}
+#elif defined(__aarch64__)
+INLINE UShorts repeat(const uint8_t *x) { return (UShorts)vmovl_u8(vreinterpret_u8_s32(vdup_n_s32(quad_of(x)))); }
+INLINE Ints add_pairs(Ints total, const int8_t *w, Shorts x) {
+  return (Ints)vpadalq_s16((int32x4_t)total, vmull_s8(vld1_s8(w), vmovn_s16((int16x8_t)x)));
+}
+#else
+INLINE UShorts repeat(const uint8_t *x) {
+  return (UShorts)_mm_unpacklo_epi8(_mm_set1_epi32(quad_of(x)), _mm_setzero_si128());
+}
+INLINE Ints add_pairs(Ints total, const int8_t *w, Shorts x) {
+  const __m128i eight = _mm_loadl_epi64((const void *)w);
+  return total + (Ints)_mm_madd_epi16(_mm_srai_epi16(_mm_unpacklo_epi8(eight, eight), 8), (__m128i)x);
+}
+#endif
+
+OUTLINE void sums_q8_simd128(const int8_t *w, size_t pack_step, int quads, const uint8_t *x, size_t x_step,
+                             const int32_t *row_sums, int packs, int vectors, int32_t *sums) {
+  (void)row_sums;
+  for (int v = 0; v < vectors; v++, x += x_step)
+    for (int p = 0; p < packs; p++, sums += LANES) {
+      const int8_t *from = w + (size_t)p * pack_step;
+      Ints pairs[8] = {{0}};  // two of each lane
+      for (int q = 0; q < quads; q++, from += 4 * LANES) {
+        const Shorts four = (Shorts)(repeat(x + 4 * q) - 128);
+        UNROLL for (int i = 0; i < 8; i++) pairs[i] = add_pairs(pairs[i], from + i * 8, four);
+      }
+      for (int lane = 0; lane < LANES; lane++)
+        sums[lane] = pairs[lane / 2][lane % 2 * 2] + pairs[lane / 2][lane % 2 * 2 + 1];
+    }
+}
+
+// Of two bytes of weights w and W in 16 bits, inputs are w & 15 (first), w >> 4 (third), W & 15 (second), W >> 4 (fourth).
+OUTLINE void sums_q4_simd128(const uint8_t *w, const float *scales, int blocks, const uint8_t *x, const int32_t *x_sums,
+                             float *sums) {
+  Floats4 total[4] = {{0}};
+  for (int b = 0; b < blocks; b++, w += 256, x += Q4_BLOCK, scales += LANES) {
+    UShorts pairs[4] = {{0}};  // two of each lane, sums of up to 16 products of 15 * 127
+    for (int q = 0; q < 4; q++) {
+      const UInts low = (UInts){0} + (uint32_t)quad_of(x + q * 4), high = (UInts){0} + (uint32_t)quad_of(x + 16 + q * 4);
+      const UShorts first = (UShorts)(low & 0x00ff00ff) - 128, second = (UShorts)(low >> 8 & 0x00ff00ff) - 128;
+      const UShorts third = (UShorts)(high & 0x00ff00ff) - 128, fourth = (UShorts)(high >> 8 & 0x00ff00ff) - 128;
+      UNROLL for (int i = 0; i < 4; i++) {
+        UShorts four;
+        memcpy(&four, w + q * 64 + i * 16, 16);
+        pairs[i] += (four & 15) * first + (four >> 8 & 15) * second + (four >> 4 & 15) * third + (four >> 12) * fourth;
+      }
+    }
+    UNROLL for (int i = 0; i < 4; i++) {
+      Floats4 scale;
+      memcpy(&scale, scales + 4 * i, 16);
+      const Ints sum = ((Ints)((UInts)pairs[i] << 16) >> 16) + ((Ints)pairs[i] >> 16) - 8 * x_sums[b];
+      total[i] += __builtin_convertvector(sum, Floats4) * scale;
+    }
+  }
+  memcpy(sums, total, sizeof total);
+}
+#endif
+
 #ifdef HAS_X86
 #define AVX2 __attribute__((target("avx2")))
 #ifdef __clang__
@@ -389,8 +469,6 @@ FLOAT_SUMS(sums_f32_avx2, AVX2, 32, 4, 1, float, FROM_F32)
 FLOAT_SUMS(sums_bf16_avx2, AVX2, 32, 4, 1, uint16_t, FROM_BF16)
 FLOAT_SUMS(sums_f32_avx512, AVX512, 64, 4, 4, float, FROM_F32)
 FLOAT_SUMS(sums_bf16_avx512, AVX512, 64, 4, 4, uint16_t, FROM_BF16)
-
-INLINE int32_t quad_of(const uint8_t *x) { int32_t four; memcpy(&four, x, 4); return four; }
 
 // |x| times w with the sign of x: 16-bit sums of two products stay below 2 * 127 * 127.
 AVX2 OUTLINE void sums_q8_avx2(const int8_t *w, size_t pack_step, int quads, const uint8_t *x, size_t x_step,
@@ -866,6 +944,7 @@ INLINE int find_patches(stlm_batch *b, int n, const Kernels *k) {
     // Forced ends, and the first patch of a row, are not smoothed.
     b->share[num_patches] = m->rule != LEARNED || shares[i] < 0.5f || row->at.num_patches == 0 ? 1.0f : shares[i];
     b->patch_row[num_patches] = b->row_of[i];
+    row->patch_ends[row->at.num_patches] = b->at_of[i] + 1;
     b->patch_index[num_patches++] = row->at.num_patches++;
   }
   return num_patches;
@@ -949,7 +1028,14 @@ INLINE void forward(stlm_batch *b, int n, const Kernels *k) {
   static const Kernels isa = {#isa, forward_##isa, product_##isa, norm_##isa, add_row_##isa, attend_##isa};     \
   TARGET static void forward_##isa(stlm_batch *b, int n) { forward(b, n, &isa); }
 
+#ifndef __wasm_simd128__  // a module for browsers with SIMD has no use for it
 KERNELS(scalar, )
+#endif
+#ifdef HAS_SIMD128
+#define sums_f32_simd128 sums_f32_scalar  // vectors of 128 bits already
+#define sums_bf16_simd128 sums_bf16_scalar
+KERNELS(simd128, )
+#endif
 #ifdef HAS_X86
 KERNELS(avx2, AVX2)
 KERNELS(avx512, AVX512)
@@ -962,7 +1048,13 @@ static const Kernels *find_kernels(const char *isa) {
   if (has_avx512 && (!*isa || !strcmp(isa, "avx512"))) return &avx512;
   if (__builtin_cpu_supports("avx2") && (!*isa || !strcmp(isa, "avx2"))) return &avx2;
 #endif
-  return !*isa || !strcmp(isa, "scalar") ? &scalar : NULL;
+#ifdef HAS_SIMD128
+  if (!*isa || !strcmp(isa, "simd128")) return &simd128;
+#endif
+#ifndef __wasm_simd128__
+  if (!*isa || !strcmp(isa, "scalar")) return &scalar;
+#endif
+  return NULL;
 }
 
 // ---- The file: GGUF, version 3. Every number in it is checked before it is used ----
@@ -1514,7 +1606,7 @@ void stlm_close(stlm_batch *b) {
   if (!b) return;
   for (int r = 0; b->rows && r < b->num_rows; r++) {
     Row *row = b->rows + r;
-    free(row->keys), free(row->values), free(row->state);
+    free(row->keys), free(row->values), free(row->patch_ends), free(row->state);
     free(row->ids), free(row->digests), free(row->earlier), free(row->slots);
   }
   free(b->rows), free(b->hidden), free(b->quantized), free(b->block_sums), free(b->scores);
@@ -1522,6 +1614,12 @@ void stlm_close(stlm_batch *b) {
 }
 
 int stlm_length(const stlm_batch *b, int row) { return b->rows[row].at.num_bytes; }
+
+const int32_t *stlm_patches(const stlm_batch *b, int row, int *count) {
+  *count = b->rows[row].at.num_patches;
+  return b->rows[row].patch_ends;
+}
+
 const char *stlm_error(const stlm_batch *b) { return b->error; }
 
 static int refuse(stlm_batch *b, const char *format, ...) {
@@ -1569,7 +1667,7 @@ static int reserve(stlm_batch *b, Row *row, int more) {
     const size_t key = (size_t)(m->item * a->width), value = (size_t)(m->item * round_up(a->width, LANES));
     char *keys = widened(row->keys, parts, old * key, room * key);
     char *values = widened(row->values, parts, old * value, room * value);
-    if (!keys || !values) {
+    if (!keys || !values || !resize(&row->patch_ends, old, room, sizeof *row->patch_ends)) {
       free(keys), free(values);
       return refuse(b, "not enough memory for %d patches", patches);
     }

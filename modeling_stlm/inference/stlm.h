@@ -48,8 +48,8 @@ typedef struct {
 
 STLM_API int stlm_version(void);  // STLM_VERSION of the library
 
-// A model from the bytes of a GGUF file, which may be freed afterwards. `isa` is "scalar", "avx2", "avx512", or "" for the
-// fastest that this CPU has. NULL with a sentence in `error` (STLM_ERROR_SIZE chars) if that fails.
+// A model from the bytes of a GGUF file, which may be freed afterwards. `isa` is "scalar", "simd128", "avx2", "avx512", or ""
+// for the fastest that this CPU has. NULL with a sentence in `error` (STLM_ERROR_SIZE chars) if that fails.
 STLM_API stlm_model *stlm_load(const void *file, size_t size, const char *isa, char *error);
 STLM_API void stlm_free(stlm_model *model);
 STLM_API const stlm_about *stlm_describe(const stlm_model *model);
@@ -58,6 +58,8 @@ STLM_API const stlm_about *stlm_describe(const stlm_model *model);
 STLM_API stlm_batch *stlm_open(const stlm_model *model, int num_rows);
 STLM_API void stlm_close(stlm_batch *batch);
 STLM_API int stlm_length(const stlm_batch *batch, int row);
+// Ids up to the end of every complete patch of a row, valid until it changes; `count` of them, perhaps NULL for none.
+STLM_API const int32_t *stlm_patches(const stlm_batch *batch, int row, int *count);
 
 // The functions below return 0, or -1 with a sentence in stlm_error(batch); the rows are then as after the last success
 // or, without memory in the middle of a long text, after the part of it that was read.
