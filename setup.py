@@ -28,7 +28,7 @@ class BuildLibrary(build_ext):
 FLAGS = "-std=c99 -O3 -fno-wrapv -ffp-contract=off -fvisibility=hidden -g0 -Wno-psabi".split()
 ENGINE = Extension(
     "modeling_stlm.inference._stlm",
-    ["modeling_stlm/inference/stlm.c"],
+    ["modeling_stlm/inference/stlm.c", "modeling_stlm/inference/zip.c"],
     depends=["modeling_stlm/inference/stlm.h"],
     extra_compile_args=[] if sys.platform == "win32" else FLAGS,
     py_limited_api=True,
@@ -43,12 +43,19 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=["modeling_stlm", "modeling_stlm.training", "modeling_stlm.inference", "tokenization_stlm"],
-    package_dir={"tokenization_stlm": "tokenization"},
+    packages=[
+        "modeling_stlm",
+        "modeling_stlm.training",
+        "modeling_stlm.inference",
+        "stlm_command",
+        "tokenization_stlm",
+    ],
+    package_dir={"stlm_command": "modeling_stlm/inference/stlm_command", "tokenization_stlm": "tokenization"},
     package_data={"modeling_stlm": ["presets/*.json"]},
     ext_modules=[ENGINE],
     cmdclass={"build_ext": BuildLibrary},
     options={"bdist_wheel": {"py_limited_api": "cp311"}},
+    entry_points={"console_scripts": ["stlm = stlm_command:main"]},
     install_requires=["torch>=2.11", "transformers>=5.24,<6", "numpy"],
     extras_require={
         "train": ["accelerate>=1.15", "datasets>=4.7", "evaluate>=0.4", "matplotlib>=3.9", "peft>=0.20", "trl>=1.16"],

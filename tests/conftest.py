@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -39,3 +42,12 @@ def pytest_configure(config):
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def engine_build(tmp_path_factory) -> Path:
+    """What `setup.py` installs, with the engine compiled from the source as it is."""
+    folder = tmp_path_factory.mktemp("build")
+    command = [sys.executable, "setup.py", "--quiet", "build", "--build-lib", folder, "--build-temp", folder / "temp"]
+    subprocess.run(command, check=True, cwd=Path(__file__).parents[1])
+    return folder

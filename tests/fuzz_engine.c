@@ -2,7 +2,7 @@
 // Mutated files and random calls for a build with sanitizers:
 //
 //   gcc -g -O1 -std=c99 -fsanitize=address,undefined,float-cast-overflow -fno-sanitize-recover=all -Wno-psabi
-//       -I modeling_stlm/inference tests/fuzz_engine.c modeling_stlm/inference/stlm.c -lm -o fuzz
+//       -I modeling_stlm/inference tests/fuzz_engine.c modeling_stlm/inference/stlm.c modeling_stlm/inference/zip.c -lm -o fuzz
 //   ./fuzz COUNT SEED model.gguf ...
 //
 // Prints how many files were tried and how many of them were loaded. Most mutations get a checksum that fits.
@@ -79,6 +79,27 @@ static void use(const stlm_model *model) {
   free(floats);
 }
 
+// What is coded must come back, whatever the model says; code that was changed, or another text, may.
+static void code(const stlm_model *model) {
+  uint8_t bytes[STLM_SEGMENT], code[16 * STLM_SEGMENT], decoded[STLM_SEGMENT];
+  const int count = (int)draw(100), bos = 257;
+  const int32_t one = 1, start = bos < stlm_describe(model)->vocab_size ? bos : 0;
+  for (int i = 0; i < count; i++) bytes[i] = (uint8_t)(draw(4) ? "ab \n"[draw(4)] : (int)draw(256));
+  for (int is_changed = 0; is_changed < 2; is_changed++) {
+    stlm_batch *writer = stlm_open(model, 1), *reader = stlm_open(model, 1);
+    stlm_coder *encoder = stlm_encoder(model), *decoder = NULL;
+    int size = -1, length = -1;
+    if (!writer || !reader) exit(2);
+    if (encoder && !stlm_read(writer, &one, &start)) size = stlm_encode(encoder, writer, bytes, count, code);
+    if (is_changed && size > 0) code[draw((uint32_t)size)] ^= (uint8_t)(1 << draw(8));
+    if (size > 0) decoder = stlm_decoder(model, code, (size_t)size);
+    if (decoder && !stlm_read(reader, &one, &start)) length = stlm_decode(decoder, reader, decoded);
+    if (decoder && !is_changed && (length != count || memcmp(bytes, decoded, (size_t)count))) exit(4);
+    stlm_coder_close(encoder), stlm_coder_close(decoder);
+    stlm_close(writer), stlm_close(reader);
+  }
+}
+
 int main(int count, char **arguments) {
   static const char *const isas[] = {"", "scalar", "avx2", "avx512"};
   const long tries = count > 3 ? atol(arguments[1]) : 0;
@@ -103,7 +124,7 @@ int main(int count, char **arguments) {
     stlm_model *model = stlm_load(exact, size, isas[draw(4)], error);
     free(exact);
     if (!model && !*error) return 3;  // no words
-    if (model) use(model);
+    if (model) use(model), code(model);
     loaded += model != NULL;
     stlm_free(model);
   }

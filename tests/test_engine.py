@@ -2,6 +2,7 @@
 """The engine against the model: logits, text, states, files."""
 
 import argparse
+import copy
 import platform
 import shutil
 import struct
@@ -24,7 +25,7 @@ from transformers.generation import (
 
 from modeling_stlm.inference import engine as engine_module
 from modeling_stlm.inference.engine import Engine, Rows
-from modeling_stlm.inference.export import CHECKSUM, TYPES, export_gguf, folder_or_hub_id, load_gguf
+from modeling_stlm.inference.export import CHECKSUM, SIZES, TYPES, export_gguf, folder_or_hub_id, load_gguf
 
 from .tiny import MIXERS, PATCHING, SHARING, TEXT, assert_equal, batch, ids_of, tiny_model
 
@@ -61,13 +62,9 @@ class Collector(BaseStreamer):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def built(tmp_path_factory):
-    """The library, compiled from the source as it is."""
-    folder = tmp_path_factory.mktemp("build")
-    command = [sys.executable, "setup.py", "--quiet", "build_ext", "--build-lib", folder, "--build-temp", folder]
-    subprocess.run(command, check=True, cwd=ROOT)
+def built(engine_build):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine_module, "FOLDER", folder / "modeling_stlm" / "inference")
+        patch.setattr(engine_module, "FOLDER", engine_build / "modeling_stlm" / "inference")
         yield
 
 
@@ -284,8 +281,8 @@ def test_ids_are_drawn_as_often_as_the_processors_of_the_library_say(tiny, optio
     ]
     scores = LogitsProcessorList(warpers)(torch.tensor([text]), torch.from_numpy(rows.logits()[:1]))
     expected = scores.softmax(-1)[0].numpy()
-    _, sampling, _, _ = engine._start([b"x"], do_sample=True, **options)
-    drawn = rows.write(sampling, np.arange(count).astype(np.uint64), np.ones(count, np.uint8), 1)[:, 0]
+    samplings = [engine.sampling(do_sample=True, **options)] * count
+    drawn = np.array(rows.write(samplings, range(count), bytearray(b"\1" * count), 1))[:, 0]
     found = np.bincount(drawn, minlength=engine.vocab_size) / count
     assert (found[expected == 0] == 0).all()
     # Six standard deviations: the seeds are fixed, so that this fails always or never.
@@ -385,6 +382,21 @@ def test_weights_that_were_trained_since_are_noticed(tmp_path):
         model.generate(ids, max_new_tokens=2, custom_generate=engine)
 
 
+@pytest.mark.parametrize("type", TYPES)
+def test_the_exported_model_and_the_model_of_the_file_are_accepted(type, tmp_path):
+    model = tiny_model(use_cache=True)
+    engine, ids = engine_of(model, tmp_path, type), torch.tensor(ROWS[3:])
+    loaded, options = load_gguf(tmp_path / "model.gguf"), {"max_new_tokens": 30, "do_sample": False}
+    written = loaded.generate(ids, custom_generate=engine, **options)
+    assert torch.equal(model.generate(ids, custom_generate=engine, **options), written)
+    if type in ("f32", "bf16"):  # the others round what goes into a matrix, too
+        assert torch.equal(loaded.generate(ids, **options), written)
+    with torch.no_grad():
+        loaded.model.final_norm.weight[0] += 1e-6
+    with pytest.raises(ValueError, match="other weights"):
+        loaded.generate(ids, custom_generate=engine, **options)
+
+
 # States
 
 
@@ -433,6 +445,96 @@ def test_completions_are_those_of_fresh_rows_whatever_is_typed(tiny):
         assert engine.complete(text, 5) == engine.generate(text, 5)
 
 
+@pytest.mark.parametrize("most", [1, 30])
+def test_the_states_that_completions_keep_are_bounded_in_bytes(most, tiny, monkeypatch):
+    monkeypatch.setattr(engine_module, "MAX_SNAPSHOT_BYTES", most * tiny[1].snapshot_size + 5)
+    engine, text = Engine(tiny[1].path), TEXT.encode() * 2
+    for typed, n in enumerate(range(60, 110), 1):
+        assert engine.complete(text[:n], 3) == tiny[1].generate(text[:n], 3)
+        assert len(engine._typed[2]) == 1 + min(typed, most)  # the first is that of an empty row
+    for n in [*range(110, 50, -7), 130, 0, 5]:
+        assert engine.complete(text[:n], 3) == tiny[1].generate(text[:n], 3)
+        assert len(engine._typed[2]) <= 1 + most
+
+
+def test_numbers_of_numpy_and_of_64_bits_are_right_or_refused_in_words(tiny):
+    engine = tiny[1]
+    options = {"do_sample": True, "temperature": 0.7, "top_p": 0.5}
+    expected = engine.generate(b"ab", 70, seed=3, **options)
+    same = {"do_sample": np.bool_(True), "temperature": np.float64(0.7), "top_p": np.float32(0.5)}
+    for top_k in (2**32, np.int64(2**33), np.uint8(0), engine.vocab_size):
+        assert engine.generate(b"ab", np.int64(70), top_k=top_k, seed=np.int32(3), **same) == expected
+    assert engine.generate(b"ab", 9, seed=-1, **options) == engine.generate(b"ab", 9, seed=2**64 - 1, **options)
+    assert engine.complete(b"ab", np.int16(5)) == engine.generate(b"ab", 5) and engine.generate(b"ab", -1) == b""
+    rows = Rows(engine, np.int64(2))
+    rows.read([np.array([1, 2], np.int64), torch.tensor([1, 2])])
+    rows.read([np.array([3], np.uint16), (3,)])
+    assert np.array_equal(*rows.logits()) and rows.length(np.int8(1)) == 3
+    for texts, words in (
+        ([[1], [2**40]], "row 1: expected bytes or ids below 2\\*\\*31"),
+        ([[1], np.array([0, 2**40])], "row 1: expected bytes or ids"),
+        ([[1.0], [1]], "row 0: expected bytes or ids"),
+        (["ab", [1]], "row 0: expected bytes or ids"),
+        ([np.array([1.5]), [1]], "row 0: expected bytes or ids"),
+        ([[[1]], [1]], "row 0: expected bytes or ids"),
+        ([[1], [3, -1]], "id 1 of row 1 is -1, expected 0 to 319"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            rows.read(texts)
+    assert [rows.length(0), rows.length(1)] == [3, 3]
+    for num_rows in (2**32 + 1, 2**31, -1):
+        with pytest.raises(ValueError, match="num_rows="):
+            Rows(engine, num_rows)
+    for name, value in (("temperature", float("nan")), ("top_p", np.float32("nan")), ("min_p", 1.5)):
+        with pytest.raises(ValueError, match=f"{name}=.* is out of its range"):
+            engine.generate(b"x", do_sample=True, **{name: value})
+    with pytest.raises(TypeError):
+        engine.generate(b"x", top_k=2.0)
+
+
+def test_rows_on_several_threads_are_the_same_bits(tiny):
+    engine, random = tiny[1], np.random.default_rng(0)
+    for num_threads, num_rows in ((2, 5), (3, 7), (4, 2), (8, 1)):
+        alone, shared = Rows(engine, num_rows), Rows(Engine(engine.path, num_threads=num_threads), num_rows)
+        samplings = [engine.sampling(True, 0.5 + row / 4) for row in range(num_rows)]
+        snapshots = []
+        for call in range(12):
+            texts = [IDS[: random.integers(0, 70)] or [1] for _ in range(num_rows)]
+            for rows in (alone, shared):
+                rows.read(texts)
+            assert np.array_equal(alone.logits(), shared.logits())
+            for ours, theirs in zip(alone.score(texts), shared.score(texts)):
+                assert np.array_equal(ours, theirs)
+            active, row = bytearray(random.integers(0, 2, num_rows).astype(np.uint8)), call % num_rows
+            flags = [bytearray(active), bytearray(active)]
+            written = [rows.write(samplings, range(num_rows), flag, 20) for rows, flag in zip((alone, shared), flags)]
+            assert written[0] == written[1] and flags[0] == flags[1]
+            snapshots.append((row, alone.take(row), shared.take(row)))
+        for row, ours, theirs in snapshots[::-1]:
+            alone.rewind(ours, row), shared.rewind(theirs, row)
+            assert ours.length == theirs.length == shared.length(row)
+        assert np.array_equal(alone.logits(), shared.logits())
+
+
+def test_rows_on_several_threads_are_refused_as_on_one(tiny):
+    rows = Rows(Engine(tiny[1].path, num_threads=2), 4)
+    for call, words in (
+        (lambda: rows.read([[1], [1], [1], [2, 320]]), "id 1 of row 3 is 320, expected 0 to 319"),
+        (rows.logits, "row 0 is empty"),
+        (lambda: rows.score([[], [], [], [1]]), "row 3 is empty"),
+        (lambda: rows.write([tiny[1].sampling()] * 4, range(4), bytearray(b"\0\0\1\0"), 1), "row 2 is empty"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            call()
+    assert [rows.length(row) for row in range(4)] == [0] * 4
+    rows.read([[1], [1], [1], [2]])
+    with pytest.raises(ValueError, match="row 2 does not begin with the 1 bytes"):
+        rows.rewind(rows.take(3), 2)
+    for num_threads in (0, -1):
+        with pytest.raises(ValueError, match=f"num_threads={num_threads}"):
+            Engine(tiny[1].path, num_threads=num_threads)
+
+
 def test_wrong_calls_are_refused_in_words(tiny):
     rows = Rows(tiny[1], 2)
     with pytest.raises(ValueError, match="id 2 of row 1 is 320, expected 0 to 319"):
@@ -466,6 +568,15 @@ def test_a_file_becomes_a_model_again(type, tmp_path):
     assert load_gguf(tmp_path / "again.gguf").state_dict().keys() == model.state_dict().keys()
 
 
+def changed(data: bytes, key: bytes, value: bytes, skip: int = 4) -> bytes:
+    """A file with `value` at `skip` bytes after `key`, and a checksum that fits."""
+    own = data.index(CHECKSUM) + len(CHECKSUM) + 4
+    at = data.index(struct.pack("<Q", len(key)) + key) + 8 + len(key) + skip
+    new = data[:at] + value + data[at + len(value) :]
+    new = new[:own] + bytes(4) + new[own + 4 :]
+    return new[:own] + struct.pack("<I", zlib.adler32(new)) + new[own + 4 :]
+
+
 def test_damaged_foreign_and_newer_files_are_refused_in_words(tiny, tmp_path):
     data, path = tiny[1].path.read_bytes(), tmp_path / "bad.gguf"
 
@@ -488,18 +599,11 @@ def test_damaged_foreign_and_newer_files_are_refused_in_words(tiny, tmp_path):
     assert "not a GGUF" in refusal(b"PK\x03\x04" + data[4:])
     assert "version 9 of GGUF" in refusal(data[:4] + struct.pack("<I", 9) + data[8:])
 
-    def changed(key: bytes, value: bytes, skip: int) -> bytes:
-        """The file with `value` at `skip` bytes after `key`, and a checksum that fits."""
-        at, own = data.index(key) + len(key) + skip, data.index(CHECKSUM) + len(CHECKSUM) + 4
-        new = data[:at] + value + data[at + len(value) :]
-        new = new[:own] + bytes(4) + new[own + 4 :]
-        return new[:own] + struct.pack("<I", zlib.adler32(new)) + new[own + 4 :]
-
-    assert "version 7 of the format" in refusal(changed(b"stlm.format_version", struct.pack("<I", 7), 4))
-    path.write_bytes(changed(b"general.architecture", b"lama", 12))
+    assert "version 7 of the format" in refusal(changed(data, b"stlm.format_version", struct.pack("<I", 7)))
+    path.write_bytes(changed(data, b"general.architecture", b"lama", 12))
     with pytest.raises(ValueError, match="architecture 'lama'"):
         Engine(path)
-    path.write_bytes(changed(b"stlm.hidden_size", struct.pack("<I", 17), 4))
+    path.write_bytes(changed(data, b"stlm.hidden_size", struct.pack("<I", 17)))
     with pytest.raises(ValueError, match="shape"):
         Engine(path)
     with pytest.raises(FileNotFoundError):
@@ -545,6 +649,53 @@ def test_a_slip_of_the_pen_is_no_name_on_the_hub(name, found, monkeypatch):
         assert folder_or_hub_id(good) == good
 
 
+@pytest.mark.parametrize("name", SIZES)
+def test_sizes_out_of_bounds_are_refused_at_export_as_by_the_engine(name, tiny, tmp_path):
+    lowest, highest = SIZES[name]
+    model = tiny_model(**PATCHING["fixed"] if name == "patch_bytes" else {})
+    for size in (highest + 1, lowest - 1) if lowest else (highest + 1,):
+        bad = copy.deepcopy(model)
+        vars(bad.config)[name] = size  # its own check refuses some
+        with pytest.raises(ValueError, match=f"the engine takes {name} from {lowest} to {highest}, got {size}"):
+            export_gguf(bad, tmp_path / "bad.gguf")
+        # What the engine says of a file that has it all the same.
+        export_gguf(model, tmp_path / "bad.gguf")
+        value = struct.pack("<I", size)
+        (tmp_path / "bad.gguf").write_bytes(
+            changed((tmp_path / "bad.gguf").read_bytes(), f"stlm.{name}".encode(), value)
+        )
+        highest_here = {"num_key_value_heads": 2, "trunk_num_key_value_heads": 4, "bos_token_id": 319}.get(
+            name, highest
+        )
+        with pytest.raises(ValueError, match=f"stlm.{name} is {size}, expected {lowest} to {highest_here}"):
+            Engine(tmp_path / "bad.gguf")
+
+
+def test_lists_out_of_bounds_are_refused_at_export(tmp_path):
+    model = tiny_model()
+    model.generation_config.eos_token_id = list(range(65))
+    with pytest.raises(ValueError, match="tokens that end a text from 0 to 64, got 65"):
+        export_gguf(model, tmp_path / "bad.gguf")
+    for options, words in (
+        ({"ngram_orders": [2, 65]}, "the longest of ngram_orders from 0 to 64, got 65"),
+        ({"ngram_orders": list(range(2, 18))}, "lengths of n-grams from 0 to 15, got 16"),
+        (
+            {"layer_sharing": "cycle", "num_trunk_layers": 1025, "num_unique_trunk_layers": 1},
+            "from 1 to 1024, got 1025",
+        ),
+    ):
+        with pytest.raises(ValueError, match=words):
+            export_gguf(tiny_model(**options), tmp_path / "bad.gguf")
+
+
+def test_a_library_of_other_sources_is_refused(tiny, monkeypatch):
+    header = (ROOT / "modeling_stlm" / "inference" / "stlm.h").read_text()
+    assert f"STLM_VERSION = {engine_module.VERSION}," in header
+    monkeypatch.setattr(engine_module, "VERSION", 99)
+    with pytest.raises(ImportError, match=f"version {tiny[1]._library.stlm_version()} of the interface, expected 99"):
+        Engine(tiny[1].path)
+
+
 def test_without_a_library_the_engine_says_what_to_do(tiny, monkeypatch, tmp_path):
     monkeypatch.setattr(engine_module, "FOLDER", tmp_path)
     with pytest.raises(ImportError, match="C compiler"):
@@ -560,7 +711,7 @@ def test_a_build_with_sanitizers_survives_mutated_files(tmp_path):
         "-g -O1 -std=c99 -fsanitize=address,undefined,float-cast-overflow -fno-sanitize-recover=all -Wno-psabi".split()
     )
     source = ROOT / "modeling_stlm" / "inference"
-    sources = [f"-I{source}", ROOT / "tests" / "fuzz_engine.c", source / "stlm.c", "-lm"]
+    sources = [f"-I{source}", ROOT / "tests" / "fuzz_engine.c", source / "stlm.c", source / "zip.c", "-lm"]
     program = tmp_path / "fuzz"
     if subprocess.run(["cc", *flags, *sources, "-o", program], capture_output=True).returncode:
         pytest.skip("no sanitizers here")

@@ -66,13 +66,19 @@ def test_examples_in_docstrings_run(module):
         assert runner.run(test).failed == 0
 
 
-def test_the_wheel_holds_only_the_two_packages(tmp_path):
+def test_the_wheel_holds_only_the_packages(tmp_path):
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(tmp_path), str(ROOT)]
     subprocess.run(command, check=True)
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     tops = {name.split("/")[0] for name in names}
-    assert {top for top in tops if not top.endswith(".dist-info")} == {"modeling_stlm", "tokenization_stlm"}
+    assert {top for top in tops if not top.endswith(".dist-info")} == {
+        "modeling_stlm",
+        "stlm_command",
+        "tokenization_stlm",
+    }
+    (entries,) = (name for name in names if name.endswith("/entry_points.txt"))
+    assert b"stlm = stlm_command:main" in zipfile.ZipFile(wheel).read(entries)
     presets = {name for name in names if name.startswith("modeling_stlm/presets/")}
     assert len(presets) == 4
     assert "modeling_stlm/training/corpus.py" in names

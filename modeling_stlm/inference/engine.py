@@ -10,33 +10,38 @@
 `stlm.c` does the work; nothing here runs per layer. Rows of a batch are independent to the last bit: a text has the same
 logits alone, in a batch, in one piece or byte by byte.
 
+Imports no torch, and numpy only where arrays are returned: the command `stlm` is there in tens of milliseconds.
+
 Shapes: B rows, T bytes, V vocabulary.
 """
 
 import ctypes
+import mmap
 import os
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
-from pathlib import Path
-
-import numpy as np
-import torch
-from transformers import (
-    GenerationConfig,
-    LogitsProcessorList,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    StoppingCriteriaList,
-)
-from transformers.generation import BaseStreamer, GenerateDecoderOnlyOutput, GenerationMode
-
-from modeling_stlm.inference.export import check, fingerprint
+from array import array
+from collections import namedtuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from operator import index
 
 
-FOLDER = Path(__file__).parent  # of the compiled library
+TYPE_CHECKING = False  # what type checkers take for true; the import of typing takes some milliseconds
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import numpy as np
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers.generation import BaseStreamer
+
+
+FOLDER = os.path.dirname(__file__)  # of the compiled library
+VERSION = 2  # STLM_VERSION of stlm.h
 ERROR_SIZE = 256
-MAX_SNAPSHOTS = 256
+PIECE = 64  # bytes that C writes before Python can be interrupted
+MAX_SNAPSHOT_BYTES = 1 << 21  # of `complete`
+MAX_INT32 = 2**31 - 1
 Text = bytes | str
 
 
@@ -48,6 +53,7 @@ class _About(ctypes.Structure):
         ("bos_id", ctypes.c_int32),
         ("num_ends", ctypes.c_int32),
         ("ends", ctypes.POINTER(ctypes.c_int32)),
+        ("snapshot_size", ctypes.c_size_t),
     ]
 
 
@@ -67,19 +73,27 @@ def load_library() -> ctypes.CDLL:
     """The compiled `stlm.c` in `FOLDER`.
 
     Raises:
-        ImportError: if it was not built.
+        ImportError: if it was not built, or from other sources than these.
     """
-    files = sorted(path for suffix in ("so", "pyd", "dylib") for path in FOLDER.glob(f"_stlm*.{suffix}"))
-    if not files:
+    suffixes = (".so", ".pyd", ".dylib")
+    names = sorted(name for name in os.listdir(FOLDER) if name.startswith("_stlm") and name.endswith(suffixes))
+    if not names:
         raise ImportError(
             f"the engine is not built: {FOLDER} has no _stlm library. It is compiled when the package is installed on a "
             "machine with a C compiler (gcc, clang): install one and install the package again with `--force-reinstall --no-deps "
             "--no-cache-dir`, or run `python setup.py build_ext --inplace` in a checkout"
         )
-    library = ctypes.CDLL(str(files[0]))
+    file = os.path.join(FOLDER, names[0])
+    library = ctypes.CDLL(file)
+    found = library.stlm_version() if hasattr(library, "stlm_version") else 1
+    if found != VERSION:
+        raise ImportError(
+            f"{file} has version {found} of the interface, expected {VERSION}: it was compiled from other sources. "
+            "Install the package again, or run `python setup.py build_ext --inplace --force` in a checkout"
+        )
     pointer, number, text = ctypes.c_void_p, ctypes.c_int, ctypes.c_char_p
     for name, result, *arguments in (
-        ("stlm_load", pointer, text, ctypes.c_size_t, text, text),
+        ("stlm_load", pointer, pointer, ctypes.c_size_t, text, text),
         ("stlm_free", None, pointer),
         ("stlm_describe", ctypes.POINTER(_About), pointer),
         ("stlm_open", pointer, pointer, number),
@@ -90,93 +104,173 @@ def load_library() -> ctypes.CDLL:
         ("stlm_read", number, pointer, pointer, pointer),
         ("stlm_score", number, pointer, pointer, pointer, pointer),
         ("stlm_logits", number, pointer, pointer),
-        ("stlm_write", number, pointer, ctypes.POINTER(_Sampling), pointer, pointer, number, pointer),
+        ("stlm_write_each", number, pointer, ctypes.POINTER(_Sampling), pointer, pointer, number, pointer),
         ("stlm_take", pointer, pointer, number),
         ("stlm_rewind", number, pointer, number, pointer),
         ("stlm_drop", None, pointer),
+        ("stlm_encoder", pointer, pointer),
+        ("stlm_decoder", pointer, pointer, pointer, ctypes.c_size_t),
+        ("stlm_coder_close", None, pointer),
+        ("stlm_encode", number, pointer, pointer, text, number, pointer),
+        ("stlm_decode", number, pointer, pointer, pointer),
     ):
         function = getattr(library, name)
         function.restype, function.argtypes = result, arguments
     return library
 
 
+def mapped(path: "str | Path") -> ctypes.Array:
+    """The bytes of a file, without a copy."""
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        return (ctypes.c_char * size).from_buffer(
+            mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY) if size else bytearray()
+        )
+
+
 class Snapshot:
     """The state of a row after some byte, for [`Rows.rewind`]."""
 
     def __init__(self, rows: "Rows", row: int):
-        library = rows.engine._library
-        self.handle = library.stlm_take(rows._handle, row)
+        library, (part, index_in_part) = rows.engine._library, rows._place(row)
+        self.length = rows.length(row)
+        self.handle = library.stlm_take(part.handle, index_in_part)
         if not self.handle:
             raise MemoryError("not enough memory for a snapshot")
         self.rows = rows  # keeps the model alive
-        weakref.finalize(self, library.stlm_drop, self.handle)
+        _free_with(self, library.stlm_drop, self.handle)
+
+
+# Rows `first` to `end`, which is not included: a batch of their own in C.
+_Part = namedtuple("_Part", "handle first end")
 
 
 class Rows:
-    """B rows of text, empty at first, and the states of the model after them. Not for several threads at once."""
+    """B rows of text, empty at first, and the states of the model after them. Not for several threads at once.
+
+    With `engine.num_threads` they are so many parts, each a batch of its own that C computes on a thread. Threads wait for
+    each other at the end of a call only, so the more bytes it reads or writes the better.
+    """
 
     def __init__(self, engine: "Engine", num_rows: int):
-        if num_rows < 1:
-            raise ValueError(f"num_rows={num_rows} must be at least 1")
+        num_rows = index(num_rows)
+        if not 1 <= num_rows <= MAX_INT32:
+            raise ValueError(f"num_rows={num_rows} must be at least 1 and at most {MAX_INT32}")
         self.engine, self.num_rows, library = engine, num_rows, engine._library
-        self._handle = library.stlm_open(engine._handle, num_rows)
-        if not self._handle:
-            raise MemoryError(f"not enough memory for {num_rows} rows")
-        weakref.finalize(self, library.stlm_close, self._handle)
+        self._parts: list[_Part] = []
+        count = min(engine.num_threads, num_rows)
+        for i in range(count):
+            first, end = num_rows * i // count, num_rows * (i + 1) // count
+            handle = library.stlm_open(engine._handle, end - first)
+            if not handle:
+                raise MemoryError(f"not enough memory for {num_rows} rows")
+            _free_with(self, library.stlm_close, handle)
+            self._parts.append(_Part(handle, first, end))
 
-    def _check(self, status: int) -> None:
-        if status:
-            raise ValueError(self.engine._library.stlm_error(self._handle).decode(errors="replace"))
+    def _run(self, call: Callable[[_Part], int]) -> None:
+        """`call` every part, each on a thread: C runs without the lock of Python."""
+        runs = map if len(self._parts) == 1 else self.engine._pool.map
+        for part, status in zip(self._parts, list(runs(call, self._parts))):
+            if status:
+                raise ValueError(self.engine._library.stlm_error(part.handle).decode(errors="replace"))
 
-    def _joined(self, texts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+    def _place(self, row: int) -> tuple[_Part, int]:
+        """The part of `row`, and its index there."""
+        if not 0 <= (row := index(row)) < self.num_rows:
+            raise IndexError(f"row {row} of {self.num_rows}")
+        part = next(part for part in self._parts if row < part.end)
+        return part, row - part.first
+
+    def _joined(self, texts: Sequence[Sequence[int]]) -> tuple[array, array, list[int]]:
+        """Length of every text, all ids after each other, and where those of every row begin."""
         if len(texts) != self.num_rows:
             raise ValueError(f"{len(texts)} texts for {self.num_rows} rows")
-        counts = np.array([len(text) for text in texts], np.int32)
-        return counts, np.concatenate([_int32(text) for text in texts])
+        counts, ids, starts = array("i"), array("i"), []
+        for row, text in enumerate(texts):
+            starts.append(len(ids))
+            try:
+                ids.extend(iter(text))
+            except (OverflowError, TypeError) as error:
+                raise ValueError(f"row {row}: expected bytes or ids below 2**31, {error}") from None
+            counts.append(len(ids) - starts[row])
+        if ids and not 0 <= min(ids) <= max(ids) < self.engine.vocab_size:
+            at = next(at for at, i in enumerate(ids) if not 0 <= i < self.engine.vocab_size)
+            row = max(row for row, start in enumerate(starts) if start <= at)
+            expected = f"expected 0 to {self.engine.vocab_size - 1}"
+            raise ValueError(f"id {at - starts[row]} of row {row} is {ids[at]}, {expected}")
+        return counts, ids, starts
+
+    def _refuse_empty(self, rows: Iterable[int]) -> None:
+        for row in rows:
+            if not self.length(row):
+                raise ValueError(f"row {row} is empty: there is nothing to predict its first id from")
 
     def length(self, row: int) -> int:
         """Bytes and special tokens that `row` has read."""
-        return self.engine._library.stlm_length(self._handle, self._row(row))
+        part, index_in_part = self._place(row)
+        return self.engine._library.stlm_length(part.handle, index_in_part)
 
     def patch_ends(self, row: int) -> list[int]:
         """Bytes and special tokens up to the end of every patch of `row` that is complete."""
-        count = ctypes.c_int()
-        ends = self.engine._library.stlm_patches(self._handle, self._row(row), ctypes.byref(count))
+        count, (part, index_in_part) = ctypes.c_int(), self._place(row)
+        ends = self.engine._library.stlm_patches(part.handle, index_in_part, ctypes.byref(count))
         return ends[: count.value]
-
-    def _row(self, row: int) -> int:
-        if not 0 <= row < self.num_rows:
-            raise IndexError(f"row {row} of {self.num_rows}")
-        return row
 
     def read(self, texts: Sequence[Sequence[int]]) -> None:
         """Every row reads its text, bytes or ids of any length, also none."""
-        counts, ids = self._joined(texts)
-        self._check(self.engine._library.stlm_read(self._handle, counts.ctypes.data, ids.ctypes.data))
+        counts, ids, starts = self._joined(texts)
+        read = self.engine._library.stlm_read
+        self._run(lambda part: read(part.handle, _address(counts, part.first), _address(ids, starts[part.first])))
 
-    def score(self, texts: Sequence[Sequence[int]]) -> list[np.ndarray]:
+    def score(self, texts: Sequence[Sequence[int]]) -> list["np.ndarray"]:
         """As [`Rows.read`]; the natural logarithm of the probability that each id had, float32."""
-        counts, ids = self._joined(texts)
-        scores = np.empty(len(ids), np.float32)
-        status = self.engine._library.stlm_score(self._handle, counts.ctypes.data, ids.ctypes.data, scores.ctypes.data)
-        self._check(status)
-        return np.split(scores, np.cumsum(counts)[:-1])
+        import numpy as np
 
-    def logits(self) -> np.ndarray:
+        counts, ids, starts = self._joined(texts)
+        self._refuse_empty(row for row, count in enumerate(counts) if count)
+        scores, score = np.empty(len(ids), np.float32), self.engine._library.stlm_score
+
+        def call(part: _Part) -> int:
+            at = starts[part.first]
+            pointers = _address(counts, part.first), _address(ids, at), scores.ctypes.data + scores.itemsize * at
+            return score(part.handle, *pointers)
+
+        self._run(call)
+        return np.split(scores, starts[1:])
+
+    def logits(self) -> "np.ndarray":
         """Logits of the next id of every row: (B, V) float32."""
+        import numpy as np
+
+        self._refuse_empty(range(self.num_rows))
         logits = np.empty((self.num_rows, self.engine.vocab_size), np.float32)
-        self._check(self.engine._library.stlm_logits(self._handle, logits.ctypes.data))
+        address, step, call = logits.ctypes.data, logits.strides[0], self.engine._library.stlm_logits
+        self._run(lambda part: call(part.handle, address + step * part.first))
         return logits
 
-    def write(self, sampling: _Sampling, seeds: np.ndarray, active: np.ndarray, count: int) -> np.ndarray:
-        """Up to `count` more ids of the rows that are `active` (B,) uint8: (B, count) int32, -1 past the end of a row."""
-        ids = np.empty((self.num_rows, count), np.int32)
-        pointers = seeds.ctypes.data, active.ctypes.data
-        self._check(self.engine._library.stlm_write(self._handle, sampling, *pointers, count, ids.ctypes.data))
-        return ids
+    def write(
+        self, samplings: Sequence[_Sampling], seeds: Sequence[int], active: bytearray, count: int
+    ) -> list[list[int]]:
+        """Up to `count` more ids of the rows r with `active[r]`, those of each row.
+
+        A row whose text ended is no longer active. `seeds` are from 0 to 2**64 - 1.
+        """
+        self._refuse_empty(row for row, is_active in enumerate(active) if is_active)
+        size, ids = self.num_rows, array("i", bytes(4 * self.num_rows * count))
+        options, numbers = (_Sampling * size)(*samplings), array("Q", seeds)
+        flags = (ctypes.c_uint8 * size).from_buffer(active)
+
+        def call(part: _Part) -> int:
+            first = part.first
+            pointers = ctypes.byref(options[first]), _address(numbers, first), ctypes.addressof(flags) + first
+            write = self.engine._library.stlm_write_each
+            return write(part.handle, *pointers, count, _address(ids, first * count))
+
+        self._run(call)
+        return [[i for i in ids[row * count : (row + 1) * count] if i >= 0] for row in range(size)]
 
     def take(self, row: int = 0) -> Snapshot:
-        return Snapshot(self, self._row(row))
+        return Snapshot(self, row)
 
     def rewind(self, snapshot: Snapshot, row: int = 0) -> None:
         """Back to an earlier state of `row`, which must still begin with the text that it had then.
@@ -184,7 +278,9 @@ class Rows:
         Raises:
             ValueError: if it does not.
         """
-        self._check(self.engine._library.stlm_rewind(self._handle, self._row(row), snapshot.handle))
+        part, index_in_part = self._place(row)
+        if self.engine._library.stlm_rewind(part.handle, index_in_part, snapshot.handle):
+            raise ValueError(f"row {row} does not begin with the {snapshot.length} bytes of the snapshot")
 
 
 class Engine:
@@ -194,28 +290,37 @@ class Engine:
         path (`str` or `Path`): file that [`export_gguf`] wrote.
         isa (`str`, *optional*): `"scalar"`, `"simd128"` (SSE2 or NEON), `"avx2"` or `"avx512"`; the best of this CPU, or
             `STLM_ISA` of the environment, if left out. The results are the same.
+        num_threads (`int`, defaults to 1): rows of a batch are shared out among so many threads. The results are the same.
 
     Raises:
         ValueError: in words, for a damaged, foreign or newer file.
         ImportError: if the engine was not built.
     """
 
-    def __init__(self, path: str | Path, isa: str | None = None):
-        self.path, self._library = Path(path), load_library()
-        data, error = self.path.read_bytes(), ctypes.create_string_buffer(ERROR_SIZE)
+    def __init__(self, path: "str | Path", isa: str | None = None, num_threads: int = 1):
+        if index(num_threads) < 1:
+            raise ValueError(f"num_threads={num_threads} must be at least 1")
+        self.path, self._library = path, load_library()
+        data, error = mapped(path), ctypes.create_string_buffer(ERROR_SIZE)
         isa = os.environ.get("STLM_ISA", "") if isa is None else isa
         self._handle = self._library.stlm_load(data, len(data), isa.encode(), error)
         if not self._handle:
             raise ValueError(f"{path}: {error.value.decode(errors='replace')}")
-        weakref.finalize(self, self._library.stlm_free, self._handle)
+        _free_with(self, self._library.stlm_free, self._handle)
+        self.num_threads = index(num_threads)
+        if num_threads > 1:
+            from concurrent.futures import ThreadPoolExecutor
+
+            self._pool = ThreadPoolExecutor(num_threads, "stlm")
         about = self._library.stlm_describe(self._handle).contents
         self.isa, self.vocab_size, self.bos_token_id = about.isa.decode(), about.vocab_size, about.bos_id
         self.eos_token_ids = about.ends[: about.num_ends]
         self._ends = (ctypes.c_int32 * about.num_ends)(*self.eos_token_ids)
-        self._source = about.source.decode()
+        self._sources = about.source.decode().split()  # digests of the exported model, as it was and as it is stored
+        self.snapshot_size = about.snapshot_size  # bytes
         self._known = weakref.WeakKeyDictionary()  # models that were compared, with the versions of their weights
         self._typing = threading.Lock()
-        self._typed: tuple[Rows, list[tuple[bytes, Snapshot]]] | None = None  # of `complete`
+        self._typed: tuple[Rows, bytes, list[Snapshot]] | None = None  # of `complete`: a row, its text, states in it
 
     # Text
 
@@ -223,33 +328,39 @@ class Engine:
         """The bytes of `text`; the token that begins documents if there are none."""
         return list(_bytes(text)) or [self.bos_token_id]
 
-    def _start(
+    def sampling(
         self,
-        prompts: Sequence[Text],
         do_sample: bool = False,
         temperature: float = 1.0,
         top_k: int = 0,
         top_p: float = 1.0,
         min_p: float = 0.0,
         repetition_penalty: float = 1.0,
-        seed: int = 0,
-    ) -> tuple[Rows, _Sampling, np.ndarray, np.ndarray]:
-        """Rows that have read the prompts, and what [`Rows.write`] takes."""
+    ) -> _Sampling:
+        """What [`Rows.write`] takes for a row.
+
+        Raises:
+            ValueError: for an option that is out of its range.
+        """
         for name, value, is_allowed in (
             ("temperature", temperature, temperature > 0),  # for the likeliest bytes: do_sample=False
-            ("top_k", top_k, top_k >= 0),
+            ("top_k", top_k, index(top_k) >= 0),
             ("top_p", top_p, 0 < top_p <= 1),
             ("min_p", min_p, 0 <= min_p <= 1),
             ("repetition_penalty", repetition_penalty, repetition_penalty > 0),
         ):
             if not is_allowed:
                 raise ValueError(f"{name}={value} is out of its range")
-        temperature = temperature if do_sample else 0.0
-        sampling = _Sampling(temperature, top_p, min_p, repetition_penalty, top_k, len(self._ends), self._ends)
+        temperature, top_k = temperature if do_sample else 0.0, min(index(top_k), self.vocab_size)
+        return _Sampling(temperature, top_p, min_p, repetition_penalty, top_k, len(self._ends), self._ends)
+
+    def _start(
+        self, prompts: Sequence[Text], sampling: _Sampling, seed: int
+    ) -> tuple[Rows, list[_Sampling], list[int]]:
+        """Rows that have read the prompts, and what [`Rows.write`] takes."""
         rows = Rows(self, len(prompts))
         rows.read([self._ids(prompt) for prompt in prompts])
-        seeds = (np.arange(len(prompts)) + seed).astype(np.uint64)
-        return rows, sampling, seeds, np.ones(len(prompts), np.uint8)
+        return rows, [sampling] * len(prompts), [(index(seed) + row) % 2**64 for row in range(len(prompts))]
 
     def generate(
         self,
@@ -270,26 +381,29 @@ class Engine:
         """
         is_one = isinstance(prompt, (bytes, bytearray, str))
         prompts = [prompt] if is_one else prompt
-        options = do_sample, temperature, top_k, top_p, min_p, repetition_penalty, seed
-        rows, sampling, seeds, active = self._start(prompts, *options)
-        pieces = []
-        while max_new_tokens > 0 and active.any():  # in pieces, between which Python can be interrupted
-            count = min(max_new_tokens, 64)
-            pieces.append(rows.write(sampling, seeds, active, count))
-            max_new_tokens -= count
-        written = [_written(ids) for ids in np.concatenate([np.empty((len(prompts), 0), np.int32), *pieces], axis=1)]
+        sampling = self.sampling(do_sample, temperature, top_k, top_p, min_p, repetition_penalty)
+        written = self._write(*self._start(prompts, sampling, seed), max_new_tokens)
         return written[0] if is_one else written
 
-    def stream(self, prompt: Text, max_new_tokens: int = 256, **options) -> Iterator[bytes]:
+    def _write(self, rows: Rows, samplings: list[_Sampling], seeds: list[int], max_new_tokens: int) -> list[bytes]:
+        active, left, written = bytearray(b"\1" * rows.num_rows), index(max_new_tokens), [b""] * rows.num_rows
+        while left > 0 and any(active):
+            pieces = rows.write(samplings, seeds, active, min(left, PIECE))
+            written = [text + _written(piece) for text, piece in zip(written, pieces)]
+            left -= PIECE
+        return written
+
+    def stream(self, prompt: Text, max_new_tokens: int = 256, seed: int = 0, **options) -> Iterator[bytes]:
         """As [`Engine.generate`] of one prompt, with its `options`, byte by byte."""
-        rows, sampling, seeds, active = self._start([prompt], **options)
-        for _ in range(max_new_tokens):
-            if byte := _written(rows.write(sampling, seeds, active, 1)[0]):  # no special token
+        rows, samplings, seeds = self._start([prompt], self.sampling(**options), seed)
+        active = bytearray(b"\1")
+        for _ in range(index(max_new_tokens)):
+            if byte := _written(rows.write(samplings, seeds, active, 1)[0]):  # no special token
                 yield byte
             if not active[0]:
                 return
 
-    def score(self, text: Text, context: Text = b"") -> np.ndarray:
+    def score(self, text: Text, context: Text = b"") -> "np.ndarray":
         """Natural logarithm of the probability of every byte of `text` after `context`: (T,) float32.
 
         Without a context, after the token that begins documents.
@@ -307,116 +421,48 @@ class Engine:
         with self._typing:  # the row is one for all calls
             if self._typed is None:
                 rows = Rows(self, 1)
-                self._typed = rows, [(b"", rows.take())]
-            rows, snapshots = self._typed
-            while not text.startswith(snapshots[-1][0]):
+                self._typed = rows, b"", [rows.take()]
+            rows, last, snapshots = self._typed
+            while text[: snapshots[-1].length] != last[: snapshots[-1].length]:
                 snapshots.pop()
-            known, snapshot = snapshots[-1]
-            rows.rewind(snapshot)
-            if text != known or not text:
-                rows.read([text[len(known) :] or [self.bos_token_id]])
-            if text != known:
-                snapshots.append((text, rows.take()))
-                del snapshots[1 : max(1, len(snapshots) - MAX_SNAPSHOTS)]
-            sampling = _Sampling(0.0, 1.0, 0.0, 1.0, 0, len(self._ends), self._ends)
-            return _written(rows.write(sampling, np.zeros(1, np.uint64), np.ones(1, np.uint8), max_new_tokens)[0])
-
-    # generate(custom_generate=engine)
-
-    def _check(self, model: PreTrainedModel, generation_config: GenerationConfig, model_kwargs: dict) -> None:
-        """Raise a `ValueError` unless the file is that of `model` and its options are known here."""
-        check(model)
-        # What writes through `tensor.data` is not noticed after the first call.
-        versions = [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in model.parameters()]
-        if self._known.get(model) != versions:
-            if fingerprint(model) != self._source:
-                raise ValueError(f"{self.path} was exported from a model with other weights: export this one")
-            self._known[model] = versions
-        cache = model_kwargs.get("cache")
-        mode = generation_config.get_generation_mode()
-        refused = {
-            f"generation mode {mode.value}": mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE),
-            "inputs_embeds": model_kwargs.get("inputs_embeds") is not None,
-            "a filled cache": cache is not None and int(cache.get_seq_length()) > 0,
-            "dropout (call eval())": model.training
-            and (model.config.hidden_dropout or model.config.attention_dropout),
-            "output_attentions": generation_config.output_attentions,
-            "output_hidden_states": generation_config.output_hidden_states,
-        }
-        if names := [name for name, is_asked in refused.items() if is_asked]:
-            raise ValueError(f"the engine does not know {', '.join(names)}: leave out custom_generate")
+            rows.rewind(snapshots[-1])
+            known = snapshots[-1].length
+            if text[known:] or not text:
+                rows.read([text[known:] or [self.bos_token_id]])
+            if text[known:]:
+                snapshots.append(rows.take())
+                most = max(1, MAX_SNAPSHOT_BYTES // self.snapshot_size)
+                del snapshots[1 : max(1, len(snapshots) - most)]
+            self._typed = rows, text, snapshots
+            return self._write(rows, [self.sampling()], [0], max_new_tokens)[0]
 
     def __call__(
         self,
-        model: PreTrainedModel,
-        input_ids: torch.LongTensor,
-        logits_processor: LogitsProcessorList,
-        stopping_criteria: StoppingCriteriaList,
-        generation_config: GenerationConfig,
-        streamer: BaseStreamer | None = None,
-        tokenizer: PreTrainedTokenizerBase | None = None,
-        **model_kwargs,
-    ) -> torch.LongTensor | GenerateDecoderOnlyOutput:
-        """The sampling loop of `generate`, with the engine in place of the model, which computes as one in float32.
+        model: "PreTrainedModel",
+        input_ids: "torch.LongTensor",
+        streamer: "BaseStreamer | None" = None,  # named, for `generate` passes on only what is in the signature
+        tokenizer: "PreTrainedTokenizerBase | None" = None,
+        **options,
+    ):
+        """What `generate(custom_generate=engine)` calls: see [`write_with`]."""
+        from .custom_generate import write_with  # imports torch
 
-        `tokenizer` is for stop strings, of which `generate` makes stopping criteria.
-
-        Raises:
-            ValueError: for a model with other weights than the file, and for what the engine cannot do, by name.
-        """
-        self._check(model, generation_config, model_kwargs)
-        device, mask = input_ids.device, model_kwargs.get("attention_mask")
-        given = input_ids.cpu().numpy()
-        valid = np.ones(given.shape, bool) if mask is None else mask.cpu().numpy() != 0
-        positions = model_kwargs.get("position_ids")
-        if positions is not None and positions.shape[-1] == given.shape[1]:
-            steps = np.diff(np.broadcast_to(positions.cpu().numpy(), given.shape))
-            if (steps[valid[:, 1:] & valid[:, :-1]] != 1).any():
-                raise ValueError("position_ids restart, but a row of the engine is one document")
-        rows = Rows(self, len(given))
-        rows.read([ids[is_valid] for ids, is_valid in zip(given, valid)])
-        pad, kept = generation_config._pad_token_tensor, generation_config.return_dict_in_generate
-        keeps_scores, keeps_logits = kept and generation_config.output_scores, kept and generation_config.output_logits
-        all_scores, all_logits = () if keeps_scores else None, () if keeps_logits else None
-        has_end = any(hasattr(criteria, "eos_token_id") for criteria in stopping_criteria)
-        unfinished = torch.ones(len(given), dtype=torch.long, device=device)
-        while True:
-            logits = torch.from_numpy(rows.logits()).to(device)
-            scores = logits.clone() if keeps_logits else logits
-            for processor in logits_processor:  # the list itself would look at the signature of each
-                scores = processor(input_ids, scores)
-            if keeps_scores:
-                all_scores += (scores,)
-            if keeps_logits:
-                all_logits += (logits,)
-            if generation_config.do_sample:
-                ids = torch.multinomial(scores.softmax(-1), num_samples=1)[:, 0]
-            else:
-                ids = scores.argmax(-1)
-            if has_end:
-                ids = ids * unfinished + pad * (1 - unfinished)
-            input_ids = torch.cat([input_ids, ids[:, None]], dim=1)
-            if streamer is not None:
-                streamer.put(ids.cpu())
-            unfinished = unfinished & ~stopping_criteria(input_ids, all_scores)
-            if not unfinished.any():
-                break
-            rows.read(ids[:, None].cpu().numpy())
-        if streamer is not None:
-            streamer.end()
-        if kept:
-            return GenerateDecoderOnlyOutput(sequences=input_ids, scores=all_scores, logits=all_logits)
-        return input_ids
+        return write_with(self, model, input_ids, streamer=streamer, tokenizer=tokenizer, **options)
 
 
 def _bytes(text: Text) -> bytes:
     return text.encode() if isinstance(text, str) else bytes(memoryview(text))  # which refuses a number
 
 
-def _int32(text: Sequence[int]) -> np.ndarray:
-    return np.frombuffer(text, np.uint8).astype(np.int32) if isinstance(text, bytes) else np.asarray(text, np.int32)
+def _free_with(owner: object, free, handle: int) -> None:
+    """Free `handle` with `owner`; not at the end of the process, when a thread may still be computing with it."""
+    weakref.finalize(owner, free, handle).atexit = False
 
 
-def _written(ids: np.ndarray) -> bytes:
-    """The bytes among `ids` (T,)."""
-    return bytes(ids[(ids >= 0) & (ids < 256)].astype(np.uint8))
+def _address(numbers: array, at: int = 0) -> int:
+    return numbers.buffer_info()[0] + numbers.itemsize * at
+
+
+def _written(ids: Sequence[int]) -> bytes:
+    """The bytes among `ids`."""
+    return bytes(i for i in ids if i < 256)

@@ -34,24 +34,42 @@ from modeling_stlm.patching_stlm import VocabularyRule
 FORMAT_VERSION = 1
 TYPES = ("f32", "bf16", "q8", "q4_0")
 ACTIVATIONS = ("relu2", "relu", "silu")
-SIZES = (
-    *("vocab_size", "hidden_size", "intermediate_size", "num_local_encoder_layers", "num_local_decoder_layers"),
-    *("conv_kernel_size", "attention_window_bytes", "num_attention_heads", "num_key_value_heads", "head_dim"),
-    *("ngram_word_bytes", "ngram_rows", "ngram_embedding_size", "match_bytes", "patch_bytes"),
-    *(
-        "max_patch_bytes",
-        "max_patch_characters",
-        "trunk_hidden_size",
-        "trunk_intermediate_size",
-        "trunk_num_attention_heads",
-    ),
-    *("trunk_num_key_value_heads", "trunk_head_dim", "bos_token_id"),
-)
+# What `stlm.c` takes, lowest and highest. The number of key and value heads has those of the heads.
+SIZES = {
+    "vocab_size": (1, 65535),
+    "hidden_size": (1, 8192),
+    "intermediate_size": (1, 32768),
+    "num_local_encoder_layers": (1, 1024),
+    "num_local_decoder_layers": (1, 1024),
+    "conv_kernel_size": (1, 64),
+    "attention_window_bytes": (1, 4096),
+    "num_attention_heads": (1, 1024),
+    "num_key_value_heads": (1, 1024),
+    "head_dim": (2, 1024),
+    "ngram_word_bytes": (0, 64),
+    "ngram_rows": (1, 1 << 26),
+    "ngram_embedding_size": (0, 2048),
+    "match_bytes": (0, 6),
+    "patch_bytes": (1, 1 << 20),
+    "max_patch_bytes": (1, 1 << 20),
+    "max_patch_characters": (1, 1 << 20),
+    "trunk_hidden_size": (1, 8192),
+    "trunk_intermediate_size": (1, 32768),
+    "trunk_num_attention_heads": (1, 1024),
+    "trunk_num_key_value_heads": (1, 1024),
+    "trunk_head_dim": (2, 1024),
+    "bos_token_id": (0, 65534),
+}
+MAX_PASSES, MAX_INPUTS, MAX_ORDERS, MAX_ORDER, MAX_ENDS = 1024, 32768, 15, 64, 64
 CHECKSUM = b"stlm.checksum"
 
 
-def fingerprint(model: STLMForCausalLM) -> str:
-    """The same for two models with the same configuration and weights, in any precision that holds them."""
+def fingerprint(model: STLMForCausalLM, rounded: dict[str, np.ndarray] | None = None) -> str:
+    """The same for two models with the same configuration and weights, in any precision that holds them.
+
+    Args:
+        rounded (`dict[str, np.ndarray]`, *optional*): weights in place of those of `model`.
+    """
     names = (
         *SIZES,
         "byte_mixers",
@@ -66,7 +84,8 @@ def fingerprint(model: STLMForCausalLM) -> str:
     digest = hashlib.sha256(json.dumps(settings).encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())
-        digest.update(tensor.detach().float().cpu().numpy().tobytes())
+        array = tensor.detach().float().cpu().numpy() if rounded is None else rounded[name]
+        digest.update(array.tobytes())
     return digest.hexdigest()
 
 
@@ -83,6 +102,22 @@ def check(model: STLMForCausalLM) -> None:
         raise ValueError(f"the engine needs passes that are equal, got sharing_lora_rank={config.sharing_lora_rank}")
     if config.hidden_act not in ACTIVATIONS:
         raise ValueError(f"the engine knows hidden_act of {', '.join(ACTIVATIONS)}, got {config.hidden_act!r}")
+    sizes = {name: (getattr(config, name) or 0, *bounds) for name, bounds in SIZES.items()}
+    sizes["layers of the trunk"] = (len(config.trunk_schedule), 1, MAX_PASSES)
+    sizes["lengths of n-grams"] = (len(config.ngram_orders), 0, MAX_ORDERS)
+    sizes["the longest of ngram_orders"] = (max(config.ngram_orders, default=0), 0, MAX_ORDER)
+    sizes["tokens that end a text"] = (len(ends_of(model)), 0, MAX_ENDS)
+    inputs = [module.in_features for module in model.modules() if isinstance(module, torch.nn.Linear)]
+    sizes["inputs of a matrix"] = (max(inputs), 1, MAX_INPUTS)
+    for name, (size, lowest, highest) in sizes.items():
+        if not lowest <= size <= highest:
+            raise ValueError(f"the engine takes {name} from {lowest} to {highest}, got {size}")
+
+
+def ends_of(model: STLMForCausalLM) -> list[int]:
+    """Ids that end a text."""
+    ends = model.generation_config.eos_token_id
+    return ends if isinstance(ends, list) else [] if ends is None else [ends]
 
 
 def rotary_periods(head_dim: int, theta: float) -> np.ndarray:
@@ -94,6 +129,11 @@ def quantize(tensor: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Rows of `tensor` (N, D) as int8 from -127 to 127, and the scale of each (N,)."""
     scales = np.abs(tensor).max(axis=1) / np.float32(127)
     return np.rint(tensor / np.maximum(scales, 1e-30)[:, None]).astype(np.int8), scales
+
+
+def dequantize(numbers: np.ndarray, scales: np.ndarray) -> np.ndarray:
+    """What `numbers` (N, D) with `scales` (N,) stand for, float32."""
+    return numbers.astype(np.float32) * scales[:, None]
 
 
 @torch.no_grad()
@@ -119,7 +159,6 @@ def export_gguf(
     writer = gguf.GGUFWriter(path, "stlm")
     writer.add_uint32(CHECKSUM.decode(), 0)
     writer.add_uint32("stlm.format_version", FORMAT_VERSION)
-    writer.add_string("stlm.source", fingerprint(model))
     writer.add_string("stlm.config", config.to_json_string(use_diff=False))
     if license:
         writer.add_license(license)
@@ -128,8 +167,7 @@ def export_gguf(
     writer.add_float32("stlm.norm_eps", config.norm_eps)
     writer.add_string("stlm.patching", config.patching)
     writer.add_string("stlm.hidden_act", config.hidden_act)
-    ends = model.generation_config.eos_token_id
-    writer.add_array("stlm.eos_token_ids", ends if isinstance(ends, list) else [] if ends is None else [ends])
+    writer.add_array("stlm.eos_token_ids", ends_of(model))
     writer.add_array("stlm.ngram_orders", config.ngram_orders)
     writer.add_array("stlm.byte_mixers", [int(mixer == "attention") for mixer in config.byte_mixers])
     attention, feed_forward = zip(*config.trunk_schedule)
@@ -147,19 +185,25 @@ def export_gguf(
     if isinstance(rule, VocabularyRule):
         edges = rule.constants.on(torch.device("cpu"))["edges"].numpy()
         writer.add_array("stlm.patching_edges", edges.tolist())
+    stored = {}  # as `load_gguf` returns it
     for name, tensor in model.model.state_dict(prefix="model.").items():
-        array = tensor.detach().float().cpu().numpy()
+        array = stored[name] = tensor.detach().float().cpu().numpy()
         is_table = array.ndim == 2 and type != "f32"
-        if is_table and type == "q4_0" and array.shape[1] % 32 == 0:
-            writer.add_tensor(name, gguf.quants.quantize(array, kinds.Q4_0), raw_dtype=kinds.Q4_0)
-        elif is_table and type == "bf16":
-            writer.add_tensor(name, gguf.quants.quantize(array, kinds.BF16), raw_dtype=kinds.BF16)
+        if is_table and (type == "bf16" or (type == "q4_0" and array.shape[1] % 32 == 0)):
+            kind = kinds.BF16 if type == "bf16" else kinds.Q4_0
+            numbers = gguf.quants.quantize(array, kind)
+            stored[name] = gguf.quants.dequantize(numbers, kind)
+            writer.add_tensor(name, numbers, raw_dtype=kind)
         elif is_table:
             numbers, scales = quantize(array)
+            stored[name] = dequantize(numbers, scales)
             writer.add_tensor(name, numbers)
             writer.add_tensor(name.removesuffix("weight") + "scale", scales)
         else:
             writer.add_tensor(name, array)
+    stored["lm_head.weight"] = stored["model.embed_tokens.weight"]
+    # The engine is accepted for both.
+    writer.add_string("stlm.source", f"{fingerprint(model)} {fingerprint(model, stored)}")
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -203,7 +247,7 @@ def load_gguf(path: str | Path) -> STLMForCausalLM:
     for name in model.model.state_dict(prefix="model."):
         array = arrays[name]
         if array.dtype == np.int8:
-            array = array.astype(np.float32) * arrays[name.removesuffix("weight") + "scale"][:, None]
+            array = dequantize(array, arrays[name.removesuffix("weight") + "scale"])
         state[name.removeprefix("model.")] = torch.from_numpy(np.array(array, np.float32))
     model.model.load_state_dict(state)
     ends = [int(end) for end in fields["eos_token_ids"]]

@@ -166,6 +166,13 @@ typedef struct {
   int num_slots, num_grams;  // a power of two; slots in use
 } Row;
 
+struct stlm_snapshot {
+  const stlm_model *model;
+  Position at;
+  uint64_t digest;
+  float state[];
+};
+
 struct stlm_batch {
   const stlm_model *model;
   int num_rows;
@@ -1209,17 +1216,34 @@ static int read_choice(File *f, const char *name, const char *const *choices, in
   return 0;
 }
 
-// Adler-32 (RFC 1950) of the whole file, with its own value in the header taken as zero.
+// Continues the sums a and b of Adler-32 (RFC 1950).
+static void add_bytes(const uint8_t *bytes, size_t size, uint32_t *a, uint32_t *b) {
+  for (size_t i = 0; i < size;) {
+    const size_t end = size - i < 5552 ? size : i + 5552;  // before which b cannot overflow
+    for (; end - i >= 32; i += 32) {  // in sums that compilers make vectors of
+      uint32_t sum = 0, weighted = 0;
+      for (uint32_t j = 0; j < 32; j++) {
+        sum += bytes[i + j];
+        weighted += (32 - j) * bytes[i + j];
+      }
+      *b += 32 * *a + weighted;
+      *a += sum;
+    }
+    for (; i < end; i++) *b += *a += bytes[i];
+    *a %= 65521;
+    *b %= 65521;
+  }
+}
+
+// Adler-32 of the whole file, with its own value in the header taken as zero.
 static void verify(File *f) {
   const uint32_t expected = (uint32_t)read_int(f, "stlm.checksum", 0, UINT32_MAX);
   const size_t own = f->at - 4;
   uint32_t a = 1, b = 0;
-  for (size_t i = 0; i < f->size && !*f->error;) {
-    const size_t end = f->size - i < 5552 ? f->size : i + 5552;  // before which b cannot overflow
-    for (; i < end; i++) b += a += i - own < 4 ? 0 : f->bytes[i];
-    a %= 65521;
-    b %= 65521;
-  }
+  if (*f->error) return;
+  add_bytes(f->bytes, own, &a, &b);
+  add_bytes((const uint8_t[4]){0}, 4, &a, &b);
+  add_bytes(f->bytes + own + 4, f->size - own - 4, &a, &b);
   if ((b << 16 | a) != expected)
     fail(f, "the file is damaged or truncated: its checksum is %08x, expected %08x", b << 16 | a, expected);
 }
@@ -1284,11 +1308,15 @@ static void pack_row(Matrix *m, int r, const uint8_t *data, int from, const uint
   const size_t blocks = in / Q4_BLOCK, item = m->type == BF16 ? 2 : 4;
   if (m->type == Q8) {
     int8_t *to = (int8_t *)m->weights + pack * (size_t)round_up(m->in, 4) * LANES + lane * 4;
-    for (size_t i = 0; i < in; i++) {
-      const int number = max_int(-127, (int8_t)data[row * in + i]);
-      to[i / 4 * 64 + i % 4] = (int8_t)number;
-      m->sums[r] += 128 * number;
-    }
+    const int8_t *numbers = (const int8_t *)data + row * in;
+    int32_t sum = 0;
+    for (size_t i = 0; i < in; i += 4, to += 64)
+      for (size_t j = 0; j < 4 && i + j < in; j++) {
+        const int number = max_int(-127, numbers[i + j]);
+        to[j] = (int8_t)number;
+        sum += number;
+      }
+    m->sums[r] = 128 * sum;
     memcpy(m->scales + r, scales + row * 4, 4);
   } else if (m->type == Q4) {
     for (size_t b = 0; b < blocks; b++) {
@@ -1500,6 +1528,7 @@ static void read_model(File *f, stlm_model *m) {
   m->output = m->visible + (size_t)m->width;
   m->before = m->output + (size_t)m->width;
   m->state_floats = m->before + (size_t)m->width;
+  m->about.snapshot_size = sizeof(stlm_snapshot) + sizeof(float) * m->state_floats;
 }
 
 stlm_model *stlm_load(const void *file, size_t size, const char *isa, char *error) {
@@ -1528,6 +1557,7 @@ void stlm_free(stlm_model *model) {
   free(model);
 }
 
+int stlm_version(void) { return STLM_VERSION; }
 const stlm_about *stlm_describe(const stlm_model *model) { return &model->about; }
 
 // ---- Rows ----
@@ -1680,7 +1710,7 @@ static void log_softmax(const stlm_batch *b, int n, const float *logits, float *
 }
 
 // Reads the n tokens whose row_of and id_of are set.
-static int advance(stlm_batch *b, int n, float *log_probabilities) {
+static int advance(stlm_batch *b, int n, float *log_probabilities, float *logits) {
   const stlm_model *m = b->model;
   const size_t size = sizeof(float) * (size_t)m->width;
   for (int i = 0; i < n;) {
@@ -1690,20 +1720,20 @@ static int advance(stlm_batch *b, int n, float *log_probabilities) {
     memcpy(b->before + first * m->width, b->rows[b->row_of[first]].state + m->output, size);
   }
   m->kernels->forward(b, n);
-  if (log_probabilities) {
+  if (log_probabilities || logits) {
     for (int i = 1; i < n; i++)
       if (b->row_of[i] == b->row_of[i - 1]) memcpy(b->before + i * m->width, b->hidden + (i - 1) * m->width, size);
-    m->kernels->product(b, &m->head, b->before, n, b->y);
-    log_softmax(b, n, b->y, log_probabilities);
+    m->kernels->product(b, &m->head, b->before, n, logits ? logits : b->y);
+    if (log_probabilities) log_softmax(b, n, b->y, log_probabilities);
   }
   return 0;
 }
 
-static int read_rows(stlm_batch *b, const int32_t *counts, const int32_t *ids, float *log_probabilities) {
+static int read_rows(stlm_batch *b, const int32_t *counts, const int32_t *ids, float *log_probabilities, float *logits) {
   const int32_t *next = ids;
   for (int r = 0; r < b->num_rows; r++) {
     if (counts[r] < 0) return refuse(b, "row %d reads %d bytes", r, (int)counts[r]);
-    if (log_probabilities && counts[r] && !b->rows[r].at.num_bytes)
+    if ((log_probabilities || logits) && counts[r] && !b->rows[r].at.num_bytes)
       return refuse(b, "row %d is empty: there is nothing to predict its first id from", r);
     for (int i = 0; i < counts[r]; i++, next++)
       if (*next < 0 || *next >= b->model->vocab)
@@ -1715,18 +1745,23 @@ static int read_rows(stlm_batch *b, const int32_t *counts, const int32_t *ids, f
       b->row_of[n] = r;
       b->id_of[n++] = *ids++;
       if (n < MAX_TOKENS) continue;
-      if (advance(b, n, log_probabilities)) return -1;
+      if (advance(b, n, log_probabilities, logits)) return -1;
       if (log_probabilities) log_probabilities += n;
+      if (logits) logits += (size_t)n * (size_t)b->model->vocab;
       n = 0;
     }
   }
-  return n ? advance(b, n, log_probabilities) : 0;
+  return n ? advance(b, n, log_probabilities, logits) : 0;
 }
 
-int stlm_read(stlm_batch *b, const int32_t *counts, const int32_t *ids) { return read_rows(b, counts, ids, NULL); }
+int stlm_read(stlm_batch *b, const int32_t *counts, const int32_t *ids) { return read_rows(b, counts, ids, NULL, NULL); }
 
 int stlm_score(stlm_batch *b, const int32_t *counts, const int32_t *ids, float *log_probabilities) {
-  return read_rows(b, counts, ids, log_probabilities);
+  return read_rows(b, counts, ids, log_probabilities, NULL);
+}
+
+int stlm_read_logits(stlm_batch *b, const int32_t *counts, const int32_t *ids, float *logits) {
+  return read_rows(b, counts, ids, NULL, logits);
 }
 
 // Logits of up to MAX_TOKENS rows from `first` on that are active, or all.
@@ -1808,7 +1843,9 @@ static int pick(stlm_batch *b, const Row *row, const stlm_sampling *s, uint64_t 
   return best;  // by rounding, or if there are no numbers
 }
 
-int stlm_write(stlm_batch *b, const stlm_sampling *s, const uint64_t *seeds, uint8_t *active, int count, int32_t *ids) {
+// Row r is sampled as s[r * step] says.
+static int write_rows(stlm_batch *b, const stlm_sampling *s, int step, const uint64_t *seeds, uint8_t *active, int count,
+                      int32_t *ids) {
   for (size_t i = 0; i < (size_t)b->num_rows * (size_t)count; i++) ids[i] = -1;
   for (int i = 0; i < count; i++) {
     for (int first = 0; first < b->num_rows;) {
@@ -1816,28 +1853,31 @@ int stlm_write(stlm_batch *b, const stlm_sampling *s, const uint64_t *seeds, uin
       if (n < 0) return -1;
       const int last = n < MAX_TOKENS ? b->num_rows : b->row_of[n - 1];
       for (int j = 0; j < n; j++) {
-        int r = b->row_of[j], id = pick(b, b->rows + r, s, seeds[r], b->y + j * b->model->vocab);
+        const int r = b->row_of[j];
+        const stlm_sampling *sampling = s + r * step;
+        const int id = pick(b, b->rows + r, sampling, seeds[r], b->y + j * b->model->vocab);
         ids[(size_t)r * (size_t)count + (size_t)i] = id;
-        for (int e = 0; e < s->num_ends; e++) active[r] &= id != s->ends[e];
+        for (int e = 0; e < sampling->num_ends; e++) active[r] &= id != sampling->ends[e];
         if (!active[r]) continue;
         b->row_of[num_going_on] = r;
         b->id_of[num_going_on++] = id;
       }
       first = last + 1;
-      if (num_going_on && advance(b, num_going_on, NULL)) return -1;
+      if (num_going_on && advance(b, num_going_on, NULL, NULL)) return -1;
     }
   }
   return 0;
 }
 
-// ---- Snapshots ----
+int stlm_write(stlm_batch *b, const stlm_sampling *s, const uint64_t *seeds, uint8_t *active, int count, int32_t *ids) {
+  return write_rows(b, s, 0, seeds, active, count, ids);
+}
 
-struct stlm_snapshot {
-  const stlm_model *model;
-  Position at;
-  uint64_t digest;
-  float state[];
-};
+int stlm_write_each(stlm_batch *b, const stlm_sampling *s, const uint64_t *seeds, uint8_t *active, int count, int32_t *ids) {
+  return write_rows(b, s, 1, seeds, active, count, ids);
+}
+
+// ---- Snapshots ----
 
 static uint64_t digest_of(const Row *row, int bytes) { return bytes ? row->digests[bytes - 1] : 0; }
 

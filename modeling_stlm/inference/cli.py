@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command `stlm`: write, serve, compress and measure with a file that `export.py` wrote.
+
+    stlm run model.gguf -p "The history of" -n 200
+    stlm bench model.gguf
+    stlm serve model.gguf --port 8000
+    stlm zip notes.txt notes.stlz --model model.gguf
+    stlm unzip notes.stlz notes.txt --model model.gguf
+
+Imports neither torch nor transformers nor numpy, and the parts of a command only when it runs: a text begins after tens of
+milliseconds. `python -m modeling_stlm.inference.cli` is the same command, with the start-up time of the package.
+"""
+
+import argparse
+import os
+import sys
+import time
+
+from .engine import Engine, Rows
+
+
+BENCH_BYTES = 1024  # of a prompt, and of each text that is written
+BENCH_TEXT = (
+    b"The river rose in the night, and by morning the lower fields were a brown lake from which only the tops of the "
+    b"fence posts looked out. Nobody had been hurt; but the bridge was gone, and with it the road to the market town. "
+)
+
+
+def run(args: argparse.Namespace) -> None:
+    engine = Engine(args.model)
+    prompt = sys.stdin.buffer.read() if args.prompt is None else os.fsencode(args.prompt)
+    options = {"do_sample": args.temperature > 0, "top_k": args.top_k, "top_p": args.top_p, "seed": args.seed}
+    if args.temperature:
+        options["temperature"] = args.temperature
+    for byte in engine.stream(prompt, args.num_bytes, **options):
+        sys.stdout.buffer.write(byte)
+        sys.stdout.buffer.flush()
+    if sys.stdout.isatty():
+        print()
+
+
+def measure(engine: Engine, num_rows: int) -> tuple[float, float]:
+    """Bytes per CPU second of prompts and of writing, all rows together."""
+    sampling = engine.sampling(do_sample=True)
+    sampling.num_ends = 0  # texts of full length
+    prompt = (BENCH_TEXT * (BENCH_BYTES // len(BENCH_TEXT) + 1))[:BENCH_BYTES]
+    rows, num_bytes = Rows(engine, num_rows), BENCH_BYTES * num_rows
+    started = time.process_time()
+    rows.read([prompt] * num_rows)
+    after_prompt = time.process_time()
+    rows.write([sampling] * num_rows, range(num_rows), bytearray(b"\1" * num_rows), BENCH_BYTES)
+    return num_bytes / (after_prompt - started), num_bytes / (time.process_time() - after_prompt)
+
+
+def bench(args: argparse.Namespace) -> None:
+    from statistics import median
+
+    engine = Engine(args.model)
+    runs = {num_rows: [measure(engine, num_rows) for _ in range(args.repeats)] for num_rows in (1, 16)}
+    print(f"{args.model}, {engine.isa}, {BENCH_BYTES} bytes, bytes per CPU second (median of {args.repeats})\n")
+    print("| rows | prompt | generation |\n|---|---|---|")
+    for num_rows, found in runs.items():
+        prompt, generation = (median(column) for column in zip(*found))
+        print(f"| {num_rows} | {prompt:,.0f} | {generation:,.0f} |")
+
+
+def zip_file(args: argparse.Namespace) -> None:
+    from .archive import pack_file
+
+    num_read, num_written = pack_file(Engine(args.model), args.source, args.target)
+    ratio = f", {8 * num_written / num_read:.3f} bits per byte" if num_read else ""
+    print(f"{num_read:,} -> {num_written:,} bytes{ratio}", file=sys.stderr)
+
+
+def unzip_file(args: argparse.Namespace) -> None:
+    from .archive import unpack_file
+
+    unpack_file(Engine(args.model), args.source, args.target)
+
+
+def serve(args: argparse.Namespace) -> None:
+    from .server import serve
+
+    serve(Engine(args.model, num_threads=args.threads), args.host, args.port, args.rows)
+
+
+def formatter(prog: str) -> argparse.HelpFormatter:
+    # Without a width it imports shutil, even where nobody asks for help.
+    return argparse.RawDescriptionHelpFormatter(prog, width=119)
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("stlm", description=__doc__, formatter_class=formatter)
+    commands = parser.add_subparsers(required=True, metavar="command", prog="stlm")
+
+    def command(name: str, function, help: str) -> argparse.ArgumentParser:
+        options = commands.add_parser(name, help=help, description=help, formatter_class=formatter)
+        options.set_defaults(function=function)
+        return options
+
+    options = command("run", run, "write what follows a prompt")
+    options.add_argument("model", help="file of modeling_stlm.inference.export")
+    options.add_argument("-p", "--prompt", help="standard input if left out")
+    options.add_argument("-n", "--num_bytes", type=int, default=200, help="at most, default 200")
+    options.add_argument("--temperature", type=float, default=0.8, help="default 0.8; 0: the likeliest bytes")
+    options.add_argument("--top_k", type=int, default=0, help="default 0: all")
+    options.add_argument("--top_p", type=float, default=0.95, help="default 0.95")
+    options.add_argument("--seed", type=int, default=0, help="default 0")
+    options = command("bench", bench, "bytes per CPU second of prompts and of writing, for 1 and 16 rows")
+    options.add_argument("model")
+    options.add_argument("--repeats", type=int, default=3)
+    options = command("serve", serve, "completions over HTTP, in the format of OpenAI")
+    options.add_argument("model")
+    options.add_argument("--host", default="127.0.0.1")
+    options.add_argument("--port", type=int, default=8000)
+    options.add_argument("--threads", type=int, default=1, help="that share the texts, default 1")
+    options.add_argument("--rows", type=int, default=16, help="texts that are written at once, default 16")
+    for name, function, help in (
+        ("zip", zip_file, "compress a file with the probabilities of a model"),
+        ("unzip", unzip_file, "the content of what zip wrote with the same file of a model"),
+    ):
+        options = command(name, function, help)
+        options.add_argument("source", help="- for standard input")
+        options.add_argument("target", help="- for standard output")
+        options.add_argument("--model", required=True)
+    return parser
+
+
+def main() -> int:
+    args = parser().parse_args()
+    try:
+        args.function(args)
+        sys.stdout.flush()
+    except BrokenPipeError:  # somebody read enough: leave nothing that Python would flush at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except KeyboardInterrupt:
+        return 130
+    except (ImportError, MemoryError, OSError, OverflowError, ValueError) as error:
+        print(f"stlm: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

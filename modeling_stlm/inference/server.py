@@ -1,0 +1,348 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`stlm serve`: completions over HTTP in the format of OpenAI, from the standard library and the engine.
+
+    curl localhost:8000/v1/completions --json '{"prompt": "The history of the", "max_tokens": 100, "stream": true}'
+
+Tokens are bytes. All texts of all requests are rows of one batch: a thread reads their prompts and writes their bytes, a few
+at a time, and a text that ends makes room for the next one. Rows do not influence each other, so a text with a `seed` is the
+same whatever else is written meanwhile. Not for the open internet: there are no keys and no limits on who asks.
+"""
+
+import codecs
+import json
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from queue import SimpleQueue
+
+from .engine import Engine, Rows, _Sampling, _written
+
+
+PROMPT_PIECE, PIECE = 256, 8  # bytes that a row reads, and writes, before the others have their turn
+MAX_BODY = 1 << 24
+MAX_TEXTS = 128  # of a request
+OPTIONS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+KNOWN = (*OPTIONS, "model", "prompt", "max_tokens", "seed", "stop", "stream", "n", "echo", "user")
+NEUTRAL = {  # what clients send of the rest, if it changes nothing
+    "best_of": (None, 1),
+    "frequency_penalty": (None, 0),
+    "logit_bias": (None, {}),
+    "logprobs": (None,),
+    "presence_penalty": (None, 0),
+    "stream_options": (None, {}),
+    "suffix": (None, ""),
+}
+
+
+class Refusal(Exception):
+    """What is wrong with a request, for an answer with `status`."""
+
+    def __init__(self, message: str, param: str | None = None, status: int = 400):
+        super().__init__(message)
+        self.status = status
+        kind = "invalid_request_error" if status < 500 else "server_error"
+        self.answer = {"error": {"message": message, "type": kind, "param": param, "code": None}}
+
+
+class Text:
+    """A text to be written: `put` receives its bytes, then its last bytes with the reason of its end."""
+
+    def __init__(
+        self, ids: list[int], sampling: _Sampling, seed: int, max_bytes: int, put: Callable[[bytes, str | None], None]
+    ):
+        self.unread, self.sampling, self.seed, self.left, self.put = ids, sampling, seed, max_bytes, put
+        self.is_cancelled = False
+
+
+class Writer(threading.Thread):
+    """Writes all texts of [`Writer.add`] as rows of one batch."""
+
+    def __init__(self, engine: Engine, num_rows: int):
+        super().__init__(name="stlm-writer")
+        self.rows = Rows(engine, num_rows)
+        self.empty = self.rows.take()
+        self.nothing = Text([], engine.sampling(), 0, 0, None)  # of a row that is free
+        self.texts = [self.nothing] * num_rows
+        self.waiting: SimpleQueue[Text | None] = SimpleQueue()
+
+    def add(self, text: Text) -> None:
+        self.waiting.put(text)
+
+    def stop(self) -> None:
+        """End the thread, and with it the texts that are being written."""
+        self.waiting.put(None)
+        self.join()
+
+    def run(self) -> None:
+        while self.admit():
+            try:
+                self.advance()
+            except ValueError as error:  # no memory for such long texts
+                self.fail(str(error))
+        self.fail("the server has stopped")
+
+    def admit(self) -> bool:
+        """Give free rows to waiting texts, of which one is waited for if all rows are free; False at the end."""
+        for row, text in enumerate(self.texts):
+            if text.is_cancelled:
+                self.texts[row] = self.nothing
+        for row, text in enumerate(self.texts):
+            is_idle = all(text is self.nothing for text in self.texts)
+            if text is self.nothing and (is_idle or not self.waiting.empty()):
+                if (new := self.waiting.get()) is None:
+                    return False
+                self.texts[row] = new
+                self.rows.rewind(self.empty, row)
+        return True
+
+    def advance(self) -> None:
+        """Every text reads a piece of its prompt or, after it, writes a few bytes."""
+        active = bytearray(text.left > 0 and not text.unread for text in self.texts)
+        writing = [row for row, is_writing in enumerate(active) if is_writing]
+        if any(text.unread for text in self.texts):
+            self.rows.read([text.unread[:PROMPT_PIECE] for text in self.texts])
+            for text in self.texts:
+                del text.unread[:PROMPT_PIECE]
+        if writing:
+            count = min(PIECE, max(self.texts[row].left for row in writing))
+            samplings, seeds = zip(*((text.sampling, text.seed) for text in self.texts))
+            written = self.rows.write(samplings, seeds, active, count)
+            for row in writing:
+                self.deliver(row, written[row], has_ended=not active[row])
+
+    def deliver(self, row: int, ids: list[int], has_ended: bool) -> None:
+        text = self.texts[row]
+        reason = "stop" if has_ended and len(ids) <= text.left else "length" if len(ids) >= text.left else None
+        text.put(_written(ids[: text.left]), reason)
+        text.left -= len(ids)
+        if reason:
+            self.texts[row] = self.nothing
+
+    def fail(self, message: str) -> None:
+        for row, text in enumerate(self.texts):
+            if text is not self.nothing:
+                text.put(b"", f"error: {message}")
+                self.texts[row] = self.nothing
+
+
+def field(body: dict, name: str, kinds: type | tuple[type, ...], default, words: str):
+    """`body[name]`, or `default` for none; refused unless it is of `kinds`."""
+    value = body.get(name)
+    if value is None:
+        return default
+    if not isinstance(value, kinds) or (isinstance(value, bool) and kinds is not bool):
+        raise Refusal(f"{name} should be {words}, got {json.dumps(value)[:80]}", name)
+    return value
+
+
+class Completion:
+    """A request to `/v1/completions`: its texts, and the answer."""
+
+    def __init__(self, engine: Engine, model: str, body: dict):
+        if not isinstance(body, dict):
+            raise Refusal("the body should be a JSON object")
+        for name, value in body.items():
+            if name not in KNOWN and value not in NEUTRAL.get(name, ()):
+                raise Refusal(f"this server does not know {name}={json.dumps(value)[:80]}", name)
+        if field(body, "model", str, model, "a string") != model:
+            raise Refusal(f"this server has the model {model}, not {body['model'][:80]}", "model", 404)
+        prompts = field(body, "prompt", (str, list), "", "a string or a list of strings")
+        prompts = prompts if isinstance(prompts, list) else [prompts]
+        stops = field(body, "stop", (str, list), [], "a string or a list of strings")
+        stops = stops if isinstance(stops, list) else [stops]
+        for name, items in ("prompt", prompts), ("stop", stops):
+            if not all(isinstance(item, str) and (item or name == "prompt") for item in items):
+                raise Refusal(f"{name} should be a string or a list of strings", name)
+        number, whole = "a number", "an integer"
+        copies, max_bytes = (
+            field(body, name, int, default, whole) for name, default in (("n", 1), ("max_tokens", 16))
+        )
+        if not 1 <= copies * len(prompts) <= MAX_TEXTS:
+            raise Refusal(f"{len(prompts)} prompts times n={copies} should be 1 to {MAX_TEXTS} texts", "n")
+        if max_bytes < 1:
+            raise Refusal(f"max_tokens should be at least 1, got {max_bytes}", "max_tokens")
+        kinds = dict.fromkeys(OPTIONS, ((int, float), number)) | {"top_k": (int, whole)}
+        options = {name: field(body, name, kind, None, words) for name, (kind, words) in kinds.items()}
+        options = {name: value for name, value in options.items() if value is not None}
+        do_sample = options.get("temperature") != 0
+        if not do_sample:
+            del options["temperature"]
+        try:
+            sampling = engine.sampling(do_sample, **options)
+        except (OverflowError, ValueError) as error:
+            raise Refusal(str(error)) from None
+        seed = field(body, "seed", int, int.from_bytes(os.urandom(8), "little"), whole)
+        self.model, self.stops = model, [_encoded(stop) for stop in stops]
+        self.stream = field(body, "stream", bool, False, "true or false")
+        self.echo = field(body, "echo", bool, False, "true or false")
+        self.num_written = 0  # bytes so far
+        self.prompts = [_encoded(prompt) for prompt in prompts for _ in range(copies)]
+        self.events: SimpleQueue[tuple[int, bytes, str | None]] = SimpleQueue()
+        self.texts = [
+            Text(engine._ids(prompt), sampling, (seed + i) % 2**64, max_bytes, self.receiver(i))
+            for i, prompt in enumerate(self.prompts)
+        ]
+        self.head = {"id": f"cmpl-{os.urandom(12).hex()}", "object": "text_completion", "created": int(time.time())}
+
+    def receiver(self, i: int) -> Callable[[bytes, str | None], None]:
+        return lambda piece, reason: self.events.put((i, piece, reason))
+
+    def pieces(self) -> Iterator[tuple[int, str, str | None]]:
+        """Index of a text, what was written of it, and, at its end, the reason."""
+        decoders = [codecs.getincrementaldecoder("utf-8")("replace") for _ in self.texts]
+        held, num_open = [b""] * len(self.texts), len(self.texts)
+        if self.echo:
+            yield from ((i, prompt.decode(errors="replace"), None) for i, prompt in enumerate(self.prompts))
+        while num_open:
+            i, piece, reason = self.events.get()
+            if self.texts[i].is_cancelled:
+                continue
+            if reason and reason.startswith("error"):
+                raise Refusal(reason, status=500)
+            written, held[i], is_stopped = cut(held[i] + piece, self.stops)
+            if is_stopped:
+                self.texts[i].is_cancelled, reason = True, "stop"
+            elif reason:
+                written += held[i]
+            num_open -= reason is not None
+            self.num_written += len(written)
+            text = decoders[i].decode(written, final=reason is not None)
+            if text or reason:
+                yield i, text, reason
+
+    def cancel(self) -> None:
+        for text in self.texts:
+            text.is_cancelled = True
+
+    def chunk(self, i: int, text: str, reason: str | None) -> dict:
+        choice = {"text": text, "index": i, "logprobs": None, "finish_reason": reason}
+        return self.head | {"model": self.model, "choices": [choice]}
+
+    def answer(self) -> dict:
+        texts, reasons = [""] * len(self.texts), [""] * len(self.texts)
+        for i, text, reason in self.pieces():
+            texts[i] += text
+            reasons[i] = reason
+        choices = [self.chunk(i, text, reasons[i])["choices"][0] for i, text in enumerate(texts)]
+        read, written = sum(map(len, self.prompts)), self.num_written
+        usage = {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
+        return self.head | {"model": self.model, "choices": choices, "usage": usage}
+
+
+def cut(text: bytes, stops: list[bytes]) -> tuple[bytes, bytes, bool]:
+    """What of `text` comes before the first of `stops`, what may be the beginning of one, and whether there was one."""
+    places = [at for stop in stops if (at := text.find(stop)) >= 0]
+    if places:
+        return text[: min(places)], b"", True
+    held = max((n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
+    return text[: len(text) - held], text[len(text) - held :], False
+
+
+def _encoded(prompt: str) -> bytes:
+    return prompt.encode(errors="replace")  # JSON may hold halves of surrogate pairs
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: "Server"
+
+    def log_message(self, *message):
+        pass
+
+    def handle_one_request(self):
+        try:
+            super().handle_one_request()
+        except ConnectionError:  # the client has gone
+            self.close_connection = True
+
+    def send(self, answer: dict, status: int = 200) -> None:
+        data = json.dumps(answer).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def do_GET(self):
+        model = {"id": self.server.model, "object": "model", "created": self.server.created, "owned_by": "stlm"}
+        answers = {"/health": {"status": "ok"}, "/v1/models": {"object": "list", "data": [model]}}
+        answers[f"/v1/models/{self.server.model}"] = model
+        if self.path in answers:
+            self.send(answers[self.path])
+        else:
+            self.refuse(Refusal(f"there is nothing at {self.path[:80]}: GET {', '.join(answers)}", status=404))
+
+    def do_POST(self):
+        try:
+            completion = self.read_completion()
+        except Refusal as refusal:
+            self.refuse(refusal)
+            return
+        for text in completion.texts:
+            self.server.writer.add(text)
+        try:
+            if completion.stream:
+                self.send_events(completion)
+            else:
+                self.send(completion.answer())
+        except Refusal as refusal:
+            self.refuse(refusal)
+        finally:
+            completion.cancel()
+
+    def read_completion(self) -> Completion:
+        size = self.headers.get("Content-Length", "")
+        if not size.isdecimal() or int(size) > MAX_BODY:
+            self.close_connection = True  # the body is not read
+            raise Refusal(f"the body should have a Content-Length of at most {MAX_BODY} bytes", status=413)
+        body = self.rfile.read(int(size))
+        if self.path != "/v1/completions":
+            raise Refusal(f"there is nothing at {self.path[:80]}: POST /v1/completions", status=404)
+        try:
+            body = json.loads(body)
+        except (RecursionError, ValueError) as error:
+            raise Refusal(f"the body is not JSON: {error}") from None
+        return Completion(self.server.engine, self.server.model, body)
+
+    def refuse(self, refusal: Refusal) -> None:
+        self.send(refusal.answer, refusal.status)
+
+    def send_events(self, completion: Completion) -> None:
+        self.close_connection = True  # the end of the answer is that of the connection
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream")
+        self.send_header("Cache-Control", "no-cache")
+        self.send_header("Connection", "close")
+        self.end_headers()
+        try:
+            for piece in completion.pieces():
+                self.wfile.write(f"data: {json.dumps(completion.chunk(*piece))}\n\n".encode())
+        except Refusal as refusal:  # in the middle of the answer
+            self.wfile.write(f"data: {json.dumps(refusal.answer)}\n\n".encode())
+        self.wfile.write(b"data: [DONE]\n\n")
+
+
+class Server(ThreadingHTTPServer):
+    """Serves `engine` at `host` and `port` (0: any) from [`Server.serve_forever`] to [`Server.server_close`]."""
+
+    daemon_threads = True
+    request_queue_size = 128
+
+    def __init__(self, engine: Engine, host: str, port: int, num_rows: int):
+        self.engine, self.model, self.created = engine, Path(engine.path).stem, int(time.time())
+        self.writer = Writer(engine, num_rows)
+        self.writer.start()
+        super().__init__((host, port), Handler)  # closes the server if it fails
+
+    def server_close(self):
+        super().server_close()
+        self.writer.stop()
+
+
+def serve(engine: Engine, host: str, port: int, num_rows: int) -> None:
+    with Server(engine, host, port, num_rows) as server:
+        print(f"http://{host}:{server.server_port}/v1", flush=True)
+        server.serve_forever()

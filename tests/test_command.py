@@ -1,0 +1,290 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command `stlm`, as it is installed: in processes of its own, and its server in threads of this one."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import urllib.error
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from modeling_stlm.inference import engine as engine_module
+from modeling_stlm.inference.engine import Engine, Rows
+from modeling_stlm.inference.export import export_gguf
+from modeling_stlm.inference.server import Server, cut
+
+from .tiny import TEXT
+
+
+pytest.importorskip("gguf")
+pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="the engine is compiled with cc")
+
+SHIPPED = Path(__file__).parents[1] / "examples" / "checkpoints" / "stlm-3m"
+# Processes of pytest-xdist ignore SIGINT, and so do their children.
+START = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); from stlm_command import main; "
+
+
+@pytest.fixture(scope="module", autouse=True)
+def built(engine_build):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine_module, "FOLDER", engine_build / "modeling_stlm" / "inference")
+        yield
+
+
+@pytest.fixture(scope="module")
+def engine(built, tmp_path_factory) -> Engine:
+    path = tmp_path_factory.mktemp("model") / "tiny.gguf"
+    export_gguf(AutoModelForCausalLM.from_pretrained(SHIPPED, dtype=torch.float32), path, "q8")
+    return Engine(path)
+
+
+@pytest.fixture
+def stlm(engine_build, engine, tmp_path):
+    """Starts `stlm COMMAND tiny.gguf ...` outside of the checkout."""
+
+    def start(command: str, *arguments, then: str = "sys.exit(main())", **options) -> subprocess.Popen:
+        arguments = [sys.executable, "-c", START + then, command, *map(str, arguments)]
+        pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+        environment = os.environ | {"PYTHONPATH": str(engine_build)}
+        return subprocess.Popen(arguments, cwd=tmp_path, env=environment, **pipes, **options)
+
+    return start
+
+
+def end_of(process: subprocess.Popen, given: bytes = b"") -> tuple[int, bytes, str]:
+    """Exit code, output, and errors of a process that reads `given`."""
+    output, errors = process.communicate(given, timeout=120)
+    return process.returncode, output, errors.decode()
+
+
+def test_run_writes_what_follows_a_prompt_or_standard_input(stlm, engine):
+    prompt, greedy = "Zoë saw", ["--temperature", 0, "-n", 70]
+    expected = engine.generate(prompt, 70)
+    assert end_of(stlm("run", engine.path, "-p", prompt, *greedy)) == (0, expected, "")
+    assert end_of(stlm("run", engine.path, *greedy), prompt.encode()) == (0, expected, "")
+    assert end_of(stlm("run", engine.path, *greedy), b"") == (0, engine.generate(b"", 70), "")
+    options = ["--temperature", 0.9, "--top_k", 30, "--top_p", 0.9, "--seed", 7]
+    expected = engine.generate(prompt, 70, do_sample=True, temperature=0.9, top_k=30, top_p=0.9, seed=7)
+    assert end_of(stlm("run", engine.path, "-p", prompt, "-n", 70, *options)) == (0, expected, "")
+
+
+def test_run_imports_neither_torch_nor_transformers_nor_numpy(stlm, engine):
+    then = "main(); print([name for name in ('torch', 'transformers', 'numpy', 'pathlib') if name in sys.modules])"
+    code, output, errors = end_of(stlm("run", engine.path, "-p", "x", "-n", 1, then=then))
+    loaded = output[output.index(b"[") :]
+    assert code == 0 and loaded.strip() in (b"[]", b"['pathlib']"), errors  # which hooks of editable installs import
+
+
+def test_run_ends_quietly_when_nobody_reads_or_somebody_interrupts(stlm, engine):
+    process = stlm("run", engine.path, "-p", "x", "-n", 10**8, "--seed", 3)
+    assert len(process.stdout.read(10)) == 10
+    process.stdout.close()
+    assert process.wait(60) == 0 and process.stderr.read() == b""
+    process = stlm("run", engine.path, "-p", "x", "-n", 10**8, "--seed", 3)
+    assert len(process.stdout.read(10)) == 10
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 130 and process.stderr.read() == b""
+    process.stdout.close()
+
+
+def test_what_is_wrong_is_said_in_one_line(stlm, engine, tmp_path):
+    (tmp_path / "bad.gguf").write_bytes(engine.path.read_bytes()[:1000])
+    for arguments, words in (
+        (["run", "none.gguf", "-p", "x"], "No such file or directory: 'none.gguf'"),
+        (["run", "bad.gguf", "-p", "x"], "bad.gguf: the file is truncated"),
+        (["run", engine.path, "-p", "x", "--top_p", 2], "top_p=2.0 is out of its range"),
+        (["serve", engine.path, "--port", 99999], "port must be 0-65535"),
+    ):
+        code, output, errors = end_of(stlm(*arguments))
+        assert code == 1 and output == b"" and words in errors and errors.count("\n") == 1, errors
+    code, _, errors = end_of(stlm("run"))
+    assert code == 2 and "usage: stlm run" in errors
+
+
+def test_bench_prints_a_table(stlm, engine):
+    code, output, errors = end_of(stlm("bench", engine.path, "--repeats", 1))
+    rows = re.findall(r"^\| (\d+) \| ([\d,]+) \| ([\d,]+) \|$", output.decode(), re.MULTILINE)
+    assert code == 0 and [row[0] for row in rows] == ["1", "16"], errors
+    assert all(int(number.replace(",", "")) > 1000 for row in rows for number in row[1:])
+
+
+# The server
+
+
+@pytest.fixture(scope="module")
+def url(engine):
+    with Server(engine, "127.0.0.1", 0, num_rows=4) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+def post(url: str, body, path: str = "/v1/completions") -> dict:
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    with urllib.request.urlopen(urllib.request.Request(url + path, data), timeout=60) as answer:
+        return json.load(answer)
+
+
+def text_of(url: str, **body) -> str:
+    return post(url, body)["choices"][0]["text"]
+
+
+def events_of(url: str, **body) -> list[dict]:
+    data = json.dumps(body | {"stream": True}).encode()
+    with urllib.request.urlopen(urllib.request.Request(url + "/v1/completions", data), timeout=60) as answer:
+        assert answer.headers["Content-Type"] == "text/event-stream"
+        events = [line.removeprefix("data: ") for line in answer.read().decode().split("\n\n") if line]
+    assert events.pop() == "[DONE]"
+    return [json.loads(event) for event in events]
+
+
+def test_a_completion_is_what_the_engine_writes(url, engine):
+    answer = post(url, {"model": "tiny", "prompt": "In Zoë", "max_tokens": 50, "temperature": 0})
+    expected = engine.generate("In Zoë", 50).decode(errors="replace")
+    assert answer["object"] == "text_completion" and answer["model"] == "tiny" and answer["id"].startswith("cmpl-")
+    choice = {"text": expected, "index": 0, "logprobs": None, "finish_reason": "length"}
+    assert answer["choices"] == [choice]
+    assert answer["usage"] == {"prompt_tokens": 7, "completion_tokens": 50, "total_tokens": 57}  # bytes
+    options = {"temperature": 0.7, "top_p": 0.9, "top_k": 40, "min_p": 0.01, "repetition_penalty": 1.1}
+    sampled = engine.generate("", 16, do_sample=True, seed=9, **options).decode(errors="replace")
+    assert text_of(url, prompt="", seed=9, **options) == sampled
+    long = TEXT * 5  # read in pieces
+    assert text_of(url, prompt=long, temperature=0) == engine.generate(long, 16).decode(errors="replace")
+    assert text_of(url, prompt="ab", temperature=0, echo=True)[:2] == "ab"
+
+
+def test_many_requests_are_written_in_one_batch(url, engine, monkeypatch):
+    together, write = [], Rows.write
+
+    def counted(self, samplings, seeds, active, count):
+        together.append(sum(active))
+        return write(self, samplings, seeds, active, count)
+
+    monkeypatch.setattr(Rows, "write", counted)
+    prompts = [TEXT[:n] for n in range(1, 25)]
+    expected = [engine.generate(p, 90, do_sample=True, temperature=1 + n / 9, seed=n) for n, p in enumerate(prompts)]
+    together.clear()
+    with ThreadPoolExecutor(24) as pool:
+        found = pool.map(
+            lambda n: text_of(url, prompt=prompts[n], max_tokens=90, temperature=1 + n / 9, seed=n), range(24)
+        )
+        assert list(found) == [text.decode(errors="replace") for text in expected]
+    assert max(together) == 4
+    answer = post(url, {"prompt": prompts[:3], "n": 2, "max_tokens": 20, "seed": 5})
+    expected = [engine.generate(prompts[i // 2], 20, do_sample=True, seed=5 + i) for i in range(6)]
+    assert [choice["index"] for choice in answer["choices"]] == list(range(6))
+    assert [choice["text"] for choice in answer["choices"]] == [text.decode(errors="replace") for text in expected]
+
+
+def test_a_stream_has_the_text_of_the_answer(url):
+    body = {"prompt": ["Zoë saw 東", "x"], "max_tokens": 60, "seed": 3, "temperature": 1.5}
+    answer, events = post(url, body), events_of(url, **body)
+    assert len(events) > 6
+    for choice in answer["choices"]:
+        mine = [event["choices"][0] for event in events if event["choices"][0]["index"] == choice["index"]]
+        assert "".join(event["text"] for event in mine) == choice["text"]
+        assert [event["finish_reason"] for event in mine] == [None] * (len(mine) - 1) + [choice["finish_reason"]]
+
+
+def test_a_text_stops_before_the_first_stop_string(url, engine):
+    text = text_of(url, prompt="x", max_tokens=60, temperature=0)
+    for stop in (text[20:23], [text[30:34], text[21:25]], ["no such text", text[5:45]]):
+        body = {"prompt": "x", "max_tokens": 60, "temperature": 0, "stop": stop}
+        places = [text.find(word) for word in ([stop] if isinstance(stop, str) else stop) if word in text]
+        choice = post(url, body)["choices"][0]
+        assert choice["text"] == text[: min(places)] and choice["finish_reason"] == "stop"
+        assert "".join(event["choices"][0]["text"] for event in events_of(url, **body)) == choice["text"]
+    # However the text is cut into pieces.
+    for size in range(1, 8):
+        held, written, is_stopped = b"", b"", False
+        while len(written) < 40 and not is_stopped:
+            piece = b"aababcabcdabcde"[len(written) + len(held) :][:size]
+            done, held, is_stopped = cut(held + piece, [b"abcde", b"cda"])
+            written += done
+        assert written == b"aababcab"
+
+
+def test_models_and_health(url):
+    with urllib.request.urlopen(url + "/v1/models", timeout=60) as answer:
+        models = json.load(answer)
+    assert models["object"] == "list" and [model["id"] for model in models["data"]] == ["tiny"]
+    with urllib.request.urlopen(url + "/health", timeout=60) as answer:
+        assert json.load(answer) == {"status": "ok"}
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "words"),
+    [
+        (b"{", 400, "the body is not JSON"),
+        (b"\xff\xfe", 400, "the body is not JSON"),
+        (b"[" * 100000, 400, "the body is not JSON"),
+        ([1], 400, "should be a JSON object"),
+        ({"prompt": 3}, 400, "prompt should be a string or a list of strings, got 3"),
+        ({"prompt": ["a", 3]}, 400, "prompt should be a string"),
+        ({"prompt": []}, 400, "0 prompts times n=1"),
+        ({"n": 10**6}, 400, "1 to 128 texts"),
+        ({"max_tokens": 0}, 400, "max_tokens should be at least 1"),
+        ({"max_tokens": True}, 400, "max_tokens should be an integer, got true"),
+        ({"temperature": -1}, 400, "temperature=-1 is out of its range"),
+        ({"temperature": 10**400}, 400, "too large"),
+        ({"temperature": "hot"}, 400, 'temperature should be a number, got "hot"'),
+        ({"top_k": 2.5}, 400, "top_k should be an integer"),
+        ({"stop": [""]}, 400, "stop should be"),
+        ({"logprobs": 5}, 400, "does not know logprobs=5"),
+        ({"top_q": 5}, 400, "does not know top_q=5"),
+        ({"model": "gpt"}, 404, "has the model tiny, not gpt"),
+    ],
+)
+def test_bad_requests_are_refused_in_words(url, body, status, words):
+    with pytest.raises(urllib.error.HTTPError) as refusal:
+        post(url, body)
+    error = json.load(refusal.value)["error"]
+    assert refusal.value.code == status and words in error["message"] and error["type"] == "invalid_request_error"
+    assert post(url, {"prompt": "x", "logprobs": None, "best_of": 1, "seed": 2**70, "top_k": 2**40, "stop": "\ud800"})[
+        "choices"
+    ]
+
+
+def test_unknown_addresses_are_refused_in_words(url):
+    for call in (lambda: post(url, {}, "/v1/chat"), lambda: urllib.request.urlopen(url + "/v2", timeout=60)):
+        with pytest.raises(urllib.error.HTTPError) as refusal:
+            call()
+        assert refusal.value.code == 404 and "there is nothing at /v" in json.load(refusal.value)["error"]["message"]
+
+
+def test_a_client_that_goes_makes_room(url):
+    bodies = [json.dumps({"prompt": "x", "max_tokens": 10**9, "stream": True, "seed": n}).encode() for n in range(4)]
+    for body in bodies:  # which would take all rows
+        answer = urllib.request.urlopen(urllib.request.Request(url + "/v1/completions", body), timeout=60)
+        assert answer.read(6) == b"data: "
+        answer.close()
+    assert len(text_of(url, prompt="x", temperature=0)) > 0
+
+
+def test_serve_says_where_and_ends_quietly(stlm, engine):
+    process = stlm("serve", engine.path, "--port", 0)
+    url = process.stdout.readline().decode().strip()
+    assert url.endswith("/v1") and text_of(url.removesuffix("/v1"), prompt="x")
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 130 and process.stderr.read() == b""
+    process.stdout.close()
+
+
+def test_the_package_of_the_command_is_a_command(engine_build, tmp_path):
+    environment = os.environ | {"PYTHONPATH": str(engine_build)}
+    command = [sys.executable, "-m", "stlm_command", "--help"]
+    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    assert "stlm run model.gguf" in run.stdout
+    assert not (engine_build / "modeling_stlm" / "inference" / "stlm_command").exists()  # nor twice
