@@ -22,7 +22,7 @@ from .tiny import ids_of
 
 
 assert modeling_stlm.__all__  # imported for its registrations
-SHIPPED = sorted((Path(__file__).parents[1] / "examples" / "checkpoints").glob("stlm-*"))
+SHIPPED = sorted((Path(__file__).parents[1] / "examples" / "checkpoints").glob("stlm-*m"))
 assert len(SHIPPED) == 2
 
 

@@ -1,0 +1,346 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which language is it? One label per byte, so that short, noisy and mixed lines work.
+
+    python examples/identify.py "Guten Tag" "Bon dia"     # or lines of standard input: code (ISO 639-3), probability, line
+    python examples/identify.py --spans < mixed_lines.txt # where which language stands
+    python examples/identify.py --train train.jsonl.gz --validation validation.jsonl.gz --output runs/langid
+
+The model is an `STLMForTokenClassification` that looks both ways, most of it n-gram tables. The language of a line is that
+of its mean logits. Training reads JSON lines with `text` and `lang` and takes the plain `Trainer`; Ctrl-C and SIGTERM save,
+and the same command goes on.
+"""
+
+import argparse
+import gzip
+import json
+import math
+import random
+import re
+import sys
+from collections import defaultdict
+from collections.abc import Iterable
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from inputs import checkpoint, text_file
+
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+
+SHIPPED = Path(__file__).parent / "checkpoints" / "stlm-langid"
+CONFIG = {  # 1.4 million parameters, 1.2 million of them in tables
+    "is_causal": False,
+    "hidden_size": 80,
+    "intermediate_size": 160,
+    "num_local_encoder_layers": 1,
+    "num_local_decoder_layers": 1,
+    "ngram_rows": 15000,
+    "ngram_embedding_size": 16,
+    "trunk_hidden_size": 96,
+    "trunk_intermediate_size": 192,
+    "trunk_num_attention_heads": 2,
+    "trunk_num_key_value_heads": 2,
+    "num_trunk_layers": 1,
+}
+LINE_BYTES = 8, 192  # shortest and longest line that is trained on
+MIXED, CASED, MISTYPED, CUT = 0.2, 0.15, 0.2, 0.5  # shares of lines, and of sentences
+LENGTHS = {"whole lines": None, "first 20 characters": 20}  # in characters
+WINDOW_BYTES = 1024  # longer lines are read in pieces
+BATCH_BYTES = 16384
+CHUNK_LINES = 256  # read, identified and printed at a time
+WORDS = re.compile(r"[\u0800-\U0010ffff]\s*|[^\s\u0800-\U0010ffff]+\s*|\s+")
+SWITCH_NATS = 8.0  # what a change of language must gain
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("lines", nargs="*", help="texts; without any, the lines of standard input")
+    # A path, which `argparse` does not check: training needs no checkpoint.
+    parser.add_argument("--checkpoint", type=checkpoint, default=SHIPPED, help="folder or Hub id")
+    parser.add_argument("--spans", action="store_true", help="spans of one language each")
+    parser.add_argument("--train", type=text_file, nargs="+", help="JSON lines with text and lang: train a model")
+    parser.add_argument("--validation", type=text_file, nargs="+", default=[], help="JSON lines: accuracy at the end")
+    parser.add_argument("--output", type=Path, default=Path("runs/langid"))
+    parser.add_argument("--max_minutes", type=float, default=30, help="of training, in CPU time")
+    parser.add_argument("--batch_size", type=int, default=64, help="lines per step")
+    parser.add_argument("--muon_lr", type=float, default=0.03, help="learning rate of the matrices")
+    parser.add_argument("--adamw_lr", type=float, default=0.03, help="learning rate of all other parameters")
+    parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast")
+    parser.add_argument("--seed", type=int, default=1)
+    args = parser.parse_args()
+    if args.max_minutes <= 0 or args.batch_size < 1:
+        parser.error("--max_minutes must be positive, --batch_size at least 1")
+    return args
+
+
+# Identify
+
+
+def load(checkpoint: str | Path) -> "PreTrainedModel":
+    from transformers import AutoModelForTokenClassification
+
+    import modeling_stlm  # noqa: F401  (registers the Auto classes)
+
+    return AutoModelForTokenClassification.from_pretrained(checkpoint).eval()
+
+
+def byte_logits(model: "PreTrainedModel", texts: list[str]) -> list["torch.Tensor"]:
+    """Logits of the languages at every byte of each text, (T, L); an empty text has none."""
+    import torch
+    from torch.nn.utils.rnn import pad_sequence
+
+    windows = [(i, window) for i, text in enumerate(texts) for window in cut(text)]
+    found: list[torch.Tensor] = [torch.empty(0)] * len(windows)
+    order = sorted(range(len(windows)), key=lambda j: len(windows[j][1]))
+    while order:  # the longest first, with as many of about its length as fit
+        size = max(1, BATCH_BYTES // len(windows[order[-1]][1]))
+        order, chosen = order[:-size], order[-size:]
+        rows = [torch.tensor(list(windows[j][1])) for j in chosen]
+        ids = pad_sequence(rows, batch_first=True, padding_value=model.config.pad_token_id)
+        with torch.inference_mode():
+            logits = model(ids, attention_mask=(ids != model.config.pad_token_id).long()).logits
+        for j, row, of_row in zip(chosen, rows, logits):
+            found[j] = of_row[: len(row)]
+    pieces = defaultdict(list)
+    for (i, _), logits in zip(windows, found):
+        pieces[i].append(logits)
+    none = torch.empty(0, model.config.num_labels)
+    return [torch.cat(pieces[i]) if i in pieces else none for i in range(len(texts))]
+
+
+def cut(text: str) -> list[bytes]:
+    """UTF-8 in windows of whole characters."""
+    data, windows = text.encode(errors="replace"), []
+    while data:
+        window = data[:WINDOW_BYTES].decode(errors="ignore").encode()
+        windows.append(window)
+        data = data[len(window) :]
+    return windows
+
+
+def identify(model: "PreTrainedModel", texts: list[str]) -> list[tuple[str, float]]:
+    """Language of each text and its probability; `("und", 0.0)`, undetermined, where there is nothing to read."""
+    found = []
+    for text, logits in zip(texts, byte_logits(model, texts)):
+        if not text.strip():
+            found.append(("und", 0.0))
+            continue
+        probability, label = logits.mean(0).softmax(-1).max(-1)
+        found.append((model.config.id2label[int(label)], float(probability)))
+    return found
+
+
+def spans(model: "PreTrainedModel", texts: list[str]) -> list[list[tuple[str, str]]]:
+    """Each text as pieces `(language, piece)`: the most probable path that changes between words, or between characters of
+    three or more bytes (scripts without spaces)."""
+    found = []
+    for text, logits in zip(texts, byte_logits(model, texts)):
+        words = WORDS.findall(text) or [text]
+        sizes = [len(word.encode(errors="replace")) for word in words]
+        path = best_path([scores.sum(0) for scores in logits.log_softmax(-1).split(sizes)])
+        pieces: list[tuple[str, str]] = []
+        for word, label in zip(words, path):
+            language = model.config.id2label[label]
+            if pieces and pieces[-1][0] == language:
+                word = pieces.pop()[1] + word
+            pieces.append((language, word))
+        found.append(pieces if text.strip() else [])
+    return found
+
+
+def best_path(scores: list["torch.Tensor"]) -> list[int]:
+    """Labels with the largest sum of `scores` (L,) when each change costs `SWITCH_NATS` (Viterbi)."""
+    import torch
+
+    total, origins = scores[0], []
+    for score in scores[1:]:
+        best, label = total.max(-1)
+        stays = total >= best - SWITCH_NATS
+        origins.append(torch.where(stays, torch.arange(len(total)), label))
+        total = torch.where(stays, total, best - SWITCH_NATS) + score
+    path = [int(total.argmax())]
+    for origin in reversed(origins):
+        path.append(int(origin[path[-1]]))
+    return path[::-1]
+
+
+# Train
+
+
+def read_sentences(paths: Iterable[Path]) -> dict[str, list[str]]:
+    """Sentences by language; what is wrong with a file ends the program."""
+    found = defaultdict(list)
+    for path in paths:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as lines:
+            for number, line in enumerate(lines, 1):
+                try:
+                    row = json.loads(line)
+                    text, language = row["text"], row["lang"]
+                except (ValueError, KeyError, TypeError):
+                    message = f'{path}, line {number}: expected JSON such as {{"text": "Guten Tag", "lang": "deu"}}'
+                    raise SystemExit(f"{message}, got {line.strip()[:80].decode(errors='replace')}") from None
+                if text := " ".join(text.split()):
+                    found[language].append(text)
+    return dict(found)
+
+
+class Lines:
+    """Lines to train on: cut, mixed, mistyped and re-cased sentences. Item i is a function of the seed and of i, so that
+    a resumed run goes on as if it had not stopped. The lines of a batch have about the same number of bytes."""
+
+    def __init__(self, sentences: dict[str, list[str]], label2id: dict[str, int], batch_size: int, seed: int):
+        self.sentences, self.label2id, self.batch_size, self.seed = sentences, label2id, batch_size, seed
+        self.languages = sorted(sentences)
+        # Between equal shares of languages and of sentences.
+        self.weights = [len(sentences[language]) ** 0.3 for language in self.languages]
+
+    def __len__(self) -> int:
+        return 10**9
+
+    def __getitem__(self, i: int) -> dict[str, list[int]]:
+        shortest, longest = map(math.log, LINE_BYTES)
+        size = round(math.exp(random.Random(f"{self.seed} {i // self.batch_size}").uniform(shortest, longest)))
+        rng = random.Random(f"{self.seed} line {i}")
+        language, is_mixed = self.language(rng), rng.random() < MIXED
+        ids, labels = [], []
+        while len(ids) < size:
+            text = disturbed(rng.choice(self.sentences[language]), rng)
+            piece = text.encode(errors="ignore")[: size - len(ids)].decode(errors="ignore").encode()
+            if not piece:
+                break
+            ids += piece
+            labels += [self.label2id[language]] * len(piece)
+            if is_mixed:
+                language = self.language(rng)
+        return {"input_ids": ids, "labels": labels}
+
+    def language(self, rng: random.Random) -> str:
+        return rng.choices(self.languages, self.weights)[0]
+
+
+def disturbed(text: str, rng: random.Random) -> str:
+    """A sentence as people write it: from some word on, in other case, with typing errors; and a space."""
+    if rng.random() < CUT:
+        start = rng.randrange(len(text))
+        text = text[text.find(" ", start) + 1 :] if " " in text[start:-1] else text[start:]
+    if rng.random() < CASED:
+        text = rng.choice((str.upper, str.lower, str.lower, str.title))(text)
+    if rng.random() < MISTYPED:
+        rate, characters = rng.uniform(0, 0.2), list(text)
+        for i, character in enumerate(characters):
+            if character.isalpha() and rng.random() < rate:
+                kind = rng.randrange(4)
+                if kind == 1 and i:
+                    characters[i - 1], characters[i] = character, characters[i - 1]
+                else:
+                    characters[i] = ("", character, 2 * character, rng.choice(text))[kind]
+        text = "".join(characters)
+    return text + " "
+
+
+def train(args: argparse.Namespace) -> None:
+    sentences, tests = read_sentences(args.train), read_sentences(args.validation)
+    label2id = {language: i for i, language in enumerate(sorted(sentences))}
+    if len(label2id) < 2:
+        raise SystemExit(f"--train has the languages {list(label2id)}, expected at least two")
+    if unknown := sorted(set(tests) - set(label2id)):
+        raise SystemExit(f"--validation has languages that --train has not: {unknown}")
+
+    import torch
+    from run_folder import last_checkpoint
+    from transformers import DataCollatorForTokenClassification, Trainer, TrainingArguments, set_seed
+
+    from modeling_stlm import STLMConfig, STLMForTokenClassification, STLMTokenizer
+    from modeling_stlm.training.long_runs import SaveByTime, StopOnSignal
+    from modeling_stlm.training.optimizer import MuonRecipe
+    from modeling_stlm.training.time_budget import TimeBudget
+
+    set_seed(args.seed)
+    tokenizer = STLMTokenizer()
+    model = STLMForTokenClassification(
+        STLMConfig(**CONFIG, label2id=label2id, id2label={i: language for language, i in label2id.items()})
+    )
+    model.score.bias.requires_grad_(False)  # stays zero, as in the head for sequences, which has none
+    num_sentences = sum(map(len, sentences.values()))
+    print(f"{model.num_parameters():,} parameters, {len(label2id)} languages, {num_sentences:,} sentences")
+    stop, budget = StopOnSignal(), TimeBudget(args.max_minutes, clock="cpu")
+    trainer = Trainer(
+        model=model,
+        args=TrainingArguments(
+            str(args.output),
+            max_steps=10**9,  # until the budget is spent
+            per_device_train_batch_size=args.batch_size,
+            train_sampling_strategy="sequential",
+            lr_scheduler_type="constant",
+            logging_steps=100,
+            save_strategy="no",
+            save_total_limit=1,
+            disable_tqdm=True,
+            bf16=args.bf16,
+            report_to="none",
+            seed=args.seed,
+            use_cpu=not torch.cuda.is_available(),
+        ),
+        train_dataset=Lines(sentences, label2id, args.batch_size, args.seed),
+        data_collator=DataCollatorForTokenClassification(tokenizer),
+        processing_class=tokenizer,
+        optimizer_cls_and_kwargs=(MuonRecipe, {"muon_lr": args.muon_lr, "adamw_lr": args.adamw_lr}),
+        callbacks=[budget, stop, SaveByTime(minutes=5)],
+    )
+    trainer.train(resume_from_checkpoint=last_checkpoint(args.output))
+    if stop.received is not None:
+        print(f"{stop.received.name}: saved after {budget.elapsed_seconds / 60:.1f} min; the same command goes on")
+        raise SystemExit(128 + stop.received)
+    trainer.save_model()
+    model.eval()
+    scores = {name: accuracy(model, tests, length) for name, length in LENGTHS.items()} if tests else {}
+    arguments = vars(args) | {
+        name: " ".join(path.name for path in getattr(args, name)) for name in ("train", "validation")
+    }
+    results = {
+        "languages": len(label2id),
+        "sentences": num_sentences,
+        "stored_parameters": model.num_parameters(),
+        "steps": trainer.state.global_step,
+        "cpu_minutes": budget.elapsed_seconds / 60,
+        "accuracy": scores,
+        "arguments": {name: str(value) for name, value in (arguments | {"output": args.output.name}).items()},
+    }
+    (args.output / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    for name, score in scores.items():
+        print(f"{name}: {score:.4f}")
+    print(f"next: python examples/identify.py --checkpoint {args.output} 'Guten Tag'")
+
+
+def accuracy(model: "PreTrainedModel", sentences: dict[str, list[str]], length: int | None = None) -> float:
+    """Mean over languages of the share of sentences, cut to so many characters, that are identified."""
+    texts, languages = zip(*((text[:length], language) for language, texts in sentences.items() for text in texts))
+    hits = defaultdict(list)
+    for language, (found, _) in zip(languages, identify(model, list(texts))):
+        hits[language].append(found == language)
+    return sum(sum(hit) / len(hit) for hit in hits.values()) / len(hits)
+
+
+def main():
+    args = parse_arguments()
+    if args.train:
+        return train(args)
+    lines = iter(args.lines or (line.decode(errors="replace").rstrip("\r\n") for line in sys.stdin.buffer))
+    model = load(args.checkpoint)
+    while chunk := list(islice(lines, CHUNK_LINES)):
+        if args.spans:
+            rows = [
+                " | ".join(f"{language}: {piece.strip()}" for language, piece in row) for row in spans(model, chunk)
+            ]
+        else:
+            found = identify(model, chunk)
+            rows = [f"{language}\t{chance:.3f}\t{line}" for line, (language, chance) in zip(chunk, found)]
+        print(*rows, sep="\n", flush=True)
+
+
+if __name__ == "__main__":
+    main()

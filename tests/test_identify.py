@@ -1,0 +1,192 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Language identification as a user would run it, on a few lines written here."""
+
+import importlib
+import itertools
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForTokenClassification, AutoTokenizer, pipeline
+
+from .test_examples import ROOT, run
+from .tiny import RTOL
+
+
+sys.path[:0] = [str(ROOT / "examples" / "research"), str(ROOT / "examples")]
+identify, peers, identify_peers, identify_data = (
+    importlib.import_module(name) for name in ("identify", "peers", "identify_peers", "identify_data")
+)
+
+SENTENCES = {
+    "deu": "Der Hund schläft im Garten.|Ich möchte heute nach Hause gehen.|Wir haben das Fenster geöffnet.",
+    "eng": "The dog sleeps in the garden.|I would like to go home today.|We have opened the window.",
+    "ell": "Ο σκύλος κοιμάται στον κήπο.|Θέλω να πάω σπίτι σήμερα.|Ανοίξαμε το παράθυρο.",  # noqa: RUF001
+}
+TEXTS = ["Der Hund", "🐕", "We have opened the window. " * 90, "Θέλω", " \t", ""]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "lines.jsonl"
+    rows = [{"text": text, "lang": lang} for lang, texts in SENTENCES.items() for text in texts.split("|")]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def train_on(data: Path, output: Path, minutes: float) -> list[str]:
+    options = ["--max_minutes", minutes, "--batch_size", 16]
+    return ["identify.py", "--train", data, "--validation", data, "--output", output, *options]
+
+
+@pytest.fixture(scope="module")
+def trained(data) -> tuple[Path, str]:
+    output = data.parent / "run"
+    return output, run(*train_on(data, output, 0.1), cwd=data.parent)
+
+
+@pytest.fixture(scope="module")
+def model(trained):
+    return identify.load(str(trained[0]))
+
+
+def test_training_learns_and_says_how_well(trained, model):
+    output, printed = trained
+    assert "3 languages, 9 sentences" in printed
+    for what in ("whole lines", "first 20 characters"):
+        assert float(printed.split(f"{what}: ")[1].split()[0]) > 0.8
+    assert model.config.id2label == {0: "deu", 1: "ell", 2: "eng"} and not model.score.bias.any()
+    results = json.loads((output / "results.json").read_text())
+    assert results["steps"] > 0 and results["arguments"]["train"] == "lines.jsonl"
+
+
+def test_lines_of_standard_input_are_identified(trained):
+    printed = run("identify.py", "--checkpoint", trained[0], cwd=trained[0], input="The garden\n\nκήπο\n")  # noqa: RUF001
+    assert [line.split("\t")[0] for line in printed.splitlines()] == ["eng", "und", "ell"]
+
+
+def test_spans_make_up_the_line(model):
+    line = "Wir haben das Fenster geöffnet.  I would like to go home today."
+    (pieces,) = identify.spans(model, [line])
+    assert "".join(piece for _, piece in pieces) == line
+    assert [language for language, _ in pieces] == ["deu", "eng"] and "geöffnet" in pieces[0][1]
+    assert identify.spans(model, ["", "  "]) == [[], []]
+
+
+def test_the_best_path_is_that_of_all_paths():
+    scores = 6 * torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
+
+    def gain(path):
+        changes = sum(a != b for a, b in itertools.pairwise(path))
+        return sum(row[label] for row, label in zip(scores, path)) - changes * identify.SWITCH_NATS
+
+    best = max(itertools.product(range(3), repeat=5), key=gain)
+    assert identify.best_path(list(scores)) == list(best) and len(set(best)) > 1
+
+
+def test_a_text_in_a_batch_has_the_logits_of_the_text_alone(model):
+    found = identify.byte_logits(model, TEXTS)
+    for text, logits in zip(TEXTS, found):
+        assert logits.shape == (len(text.encode()), 3)
+        if text:
+            (alone,) = identify.byte_logits(model, [text])
+            torch.testing.assert_close(logits, alone, rtol=0, atol=RTOL * alone.abs().max().item())
+
+
+def test_an_empty_line_has_no_language(model):
+    assert [language for language, _ in identify.identify(model, TEXTS)][-2:] == ["und", "und"]
+    assert identify.identify(model, []) == []
+
+
+def test_pipelines_load_the_same_checkpoint(trained, model):
+    text = "I would go home"
+    ((language, probability),) = identify.identify(model, [text])
+    (whole,) = pipeline("text-classification", str(trained[0]))(text)
+    assert whole["label"] == language and whole["score"] == pytest.approx(probability, abs=1e-5)
+    tags = pipeline("token-classification", str(trained[0]))(text)
+    assert [tag["entity"] for tag in tags].count("eng") > len(text) / 2
+
+
+def test_lines_are_a_function_of_their_index(data):
+    sentences = identify.read_sentences([data])
+    labels = {"deu": 0, "ell": 1, "eng": 2}
+    lines, again = (identify.Lines(sentences, labels, batch_size=4, seed=1) for _ in range(2))
+    items = [lines[i] for i in range(200)]
+    assert items[150] == again[150]
+    mixed = 0
+    for item in items:
+        bytes(item["input_ids"]).decode()  # whole characters
+        assert 0 < len(item["input_ids"]) == len(item["labels"]) <= identify.LINE_BYTES[1]
+        mixed += len(set(item["labels"])) > 1
+    assert 10 < mixed < 100
+    assert any(identify.disturbed("abc", identify.random.Random(seed)).isupper() for seed in range(99))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--train", "none.jsonl"], "none.jsonl is no such file"),
+        (["--checkpoint", "none", "Hi"], "none is no such folder"),
+        (["--train", "lines.jsonl", "--max_minutes", "0"], "--max_minutes must be positive"),
+        (["--train", "fields.jsonl"], r'fields.jsonl, line 2: expected JSON .*, got \{"text": "a"\}'),
+        (["--train", "one.jsonl"], r"--train has the languages \['fra'\], expected at least two"),
+        (["--train", "lines.jsonl", "--validation", "one.jsonl"], r"has languages that --train has not: \['fra'\]"),
+    ],
+)
+def test_what_cannot_be_read_is_said_at_once(data, options, message):
+    row = '{"text": "a", "lang": "fra"}\n'
+    (data.parent / "one.jsonl").write_text(row)
+    (data.parent / "fields.jsonl").write_text(row + '{"text": "a"}\n')
+    command = [sys.executable, "-X", "importtime", str(ROOT / "examples" / "identify.py"), *options]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=data.parent)
+    assert result.returncode != 0 and "Traceback" not in result.stderr
+    assert re.search(message, result.stderr) and "| torch" not in result.stderr
+
+
+def test_the_shipped_checkpoint_is_small_and_reads_twenty_characters():
+    folder = ROOT / "examples" / "checkpoints" / "stlm-langid"
+    assert sum(path.stat().st_size for path in folder.iterdir()) <= 3e6 and not list(folder.glob("*.py"))
+    model = AutoModelForTokenClassification.from_pretrained(folder)
+    assert model.dtype == torch.float32 and model.config.num_labels == 113
+    assert AutoTokenizer.from_pretrained(folder)("Zoë")["input_ids"] == [90, 111, 195, 171]
+    texts = {
+        "deu": "Ich habe keine Zeit.",
+        "fra": "Je ne sais pas quoi ",
+        "tur": "Neden gelmek istemiy",
+        "jpn": "これは何ですか",
+    }
+    assert [language for language, _ in identify.identify(model.eval(), list(texts.values()))] == list(texts)
+    (pieces,) = identify.spans(model, ["I have no time for this today. Je ne sais pas quoi faire."])
+    assert [language for language, _ in pieces] == ["eng", "fra"]
+
+
+def test_a_peer_is_measured_on_the_languages_that_both_know():
+    peer = peers.Peer("none", ROOT, ["de", "zh", "sh", "xx"], identify=None)
+    ours = ["deu", "cmn", "yue", "eng", "hrv"]
+    assert peer.codes(ours) == {"de": "deu", "zh": "cmn"}
+    classes = peer.classes(ours)
+    assert classes == {"deu": "deu", "cmn": "cmn", "yue": "cmn"}  # it has one code for all of Chinese
+    expected = ["deu", "deu", "yue", "eng"]  # nobody asks for English
+    assert identify_peers.macro_accuracy(["deu", "eng", "cmn", "cmn"], expected, classes) == ((0.5 + 1) / 2, 2, 3)
+    assert identify_peers.macro_accuracy(["bos hrv srp"], ["hrv"], {"hrv": "hrv"}) == (1, 1, 1)
+
+
+def test_spans_of_peers_make_up_the_line():
+    assert peers.covering("ab cd ef", [(1, "x"), (3, "y")]) == [("x", "ab "), ("y", "cd ef")]
+    assert peers.covering("ab", []) == [("", "ab")]
+    line = [("deu", "\u00e4b"), ("eng", "cd")]
+    found = [[("deu", "\u00e4"), ("eng", "b cd")]]
+    assert identify_peers.byte_accuracy(found, [line], {}) == 4 / 6
+
+
+def test_documents_become_sentences():
+    document = "# Heading here\n\nOne short sentence. [Another](https://x.y) one `here`! 1 2 3 4 5 6 7 8 9\nToo short"
+    assert identify_data.sentences(document) == ["Heading here", "One short sentence.", "Another one here!"]
+    assert identify_data.spread(list(range(10)), 3) == [0, 3, 6]
+    rows = [("\u0430\u0431\u0432 a", "rus"), ("abc", "deu")]
+    latin = identify_data.latin_share([*rows, *rows[:1] * 9, ("\u0430" * 90, "rus")])
+    assert identify_data.is_foreign("see README", "rus", latin) and not identify_data.is_foreign("abc", "deu", latin)
