@@ -23,7 +23,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from inputs import checkpoint, text_file
+from inputs import HelpFormatter, checkpoint, quiet_exit, text_file
 
 
 if TYPE_CHECKING:
@@ -57,20 +57,20 @@ SWITCH_NATS = 8.0  # what a change of language must gain
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("lines", nargs="*", help="texts; without any, the lines of standard input")
     # A path, which `argparse` does not check: training needs no checkpoint.
     parser.add_argument("--checkpoint", type=checkpoint, default=SHIPPED, help="folder or Hub id")
     parser.add_argument("--spans", action="store_true", help="spans of one language each")
     parser.add_argument("--train", type=text_file, nargs="+", help="JSON lines with text and lang: train a model")
     parser.add_argument("--validation", type=text_file, nargs="+", default=[], help="JSON lines: accuracy at the end")
-    parser.add_argument("--output", type=Path, default=Path("runs/langid"))
+    parser.add_argument("--output", type=Path, default=Path("runs/langid"), help="folder of the trained model")
     parser.add_argument("--max_minutes", type=float, default=30, help="of training, in CPU time")
     parser.add_argument("--batch_size", type=int, default=64, help="lines per step")
     parser.add_argument("--muon_lr", type=float, default=0.03, help="learning rate of the matrices")
     parser.add_argument("--adamw_lr", type=float, default=0.03, help="learning rate of all other parameters")
     parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast")
-    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=1, help="of weights and order")
     args = parser.parse_args()
     if args.max_minutes <= 0 or args.batch_size < 1:
         parser.error("--max_minutes must be positive, --batch_size at least 1")
@@ -343,4 +343,5 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    with quiet_exit():
+        main()
