@@ -124,6 +124,13 @@ def at_least_zero(value: str) -> float:
     return number
 
 
+def share(value: str) -> float:
+    number = float(value)
+    if not 0 <= number <= 1:
+        raise argparse.ArgumentTypeError(f"{value} must be between 0 and 1")
+    return number
+
+
 def at_least_one(value: str) -> int:
     number = int(value)
     if number < 1:

@@ -14,7 +14,7 @@ import platform
 import subprocess
 from pathlib import Path
 
-from inputs import HelpFormatter, file_pattern, quiet_exit
+from inputs import HelpFormatter, file_pattern, quiet_exit, share
 
 
 SPLITS = ("train", "validation", "test")
@@ -40,7 +40,7 @@ def argument_parser():
     parser.add_argument("--batch_size", type=int, default=8, help="windows per step")
     parser.add_argument("--muon_lr", type=float, default=0.02, help="learning rate of the matrices")
     parser.add_argument("--adamw_lr", type=float, default=4e-3, help="learning rate of all other parameters")
-    parser.add_argument("--decay", type=float, default=0.6, help="share of the budget in which the rates fall to zero")
+    parser.add_argument("--decay", type=share, default=0.6, help="share of the budget in which the rates fall to zero")
     parser.add_argument(
         "--bf16",
         action=argparse.BooleanOptionalAction,
@@ -102,15 +102,21 @@ def load_config(model: str, changes: list[str]) -> STLMConfig:
         raise SystemExit(f"{model} {' '.join(changes)}: {error}") from None
 
 
+def choose_precision(args: argparse.Namespace) -> None:
+    """Settle `--bf16` before it is recorded."""
+    if args.bf16 is None:
+        args.bf16 = has_bfloat16("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def training_arguments(args: argparse.Namespace, step_bytes: float, **changes) -> TrainingArguments:
     if args.max_minutes is None:  # warm up for 2% of the steps
         steps = args.max_steps or max(1, round(args.max_bytes / step_bytes))
-        decay = {"num_decay_steps": int(args.decay * steps), "decay_type": "linear"}
+        warmup = max(1, int(0.02 * steps))
+        decay = {"num_decay_steps": min(int(args.decay * steps), steps - warmup), "decay_type": "linear"}
         schedule = {"lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": decay}
-        schedule |= {"max_steps": steps, "warmup_steps": max(1, int(0.02 * steps))}
+        schedule |= {"max_steps": steps, "warmup_steps": warmup}
     else:  # the same, but by the clock of `TimeBudget`
         schedule = {"lr_scheduler_type": "constant", "max_steps": 10**9}
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     batch = {"per_device_train_batch_size": args.batch_size, "per_device_eval_batch_size": args.batch_size}
     every = {"eval_strategy": "steps", "eval_steps": args.eval_steps, "save_steps": args.eval_steps}
     settings = (
@@ -122,8 +128,8 @@ def training_arguments(args: argparse.Namespace, step_bytes: float, **changes) -
     settings |= {
         "batch_eval_metrics": True,
         "disable_tqdm": True,
-        "bf16": has_bfloat16(device) if args.bf16 is None else args.bf16,
-        "use_cpu": device == "cpu",
+        "bf16": args.bf16,
+        "use_cpu": not torch.cuda.is_available(),
         "report_to": "none",
     }
     return TrainingArguments(str(args.output), **settings | changes)
@@ -154,6 +160,7 @@ def train(args: argparse.Namespace, trainer: Trainer, step_bytes: float) -> None
 def main(args: argparse.Namespace):
     logging.disable_progress_bar()
     set_seed(args.seed)
+    choose_precision(args)
     tokenizer = STLMTokenizer()
     try:
         corpora = write_corpora(args, tokenizer, args.output / "data")

@@ -125,7 +125,9 @@ def main(args: argparse.Namespace):
         (show if args.dry_run else publish)(args, class_name)
     except (httpx.HTTPError, EntryNotFoundError, OfflineModeIsEnabled) as error:
         reason = " ".join(str(error).split())
-        raise SystemExit(f"the Hub did not take part: {reason}\n--dry_run needs no network and no login") from None
+        raise SystemExit(
+            f"the Hub did not take part: {reason}\n--dry_run needs no login, and the network only for the card of a base model there"
+        ) from None
     if not args.dry_run:
         auto_class = "AutoModel" + class_name.removeprefix("STLM").removeprefix("Model")
         print(f'{auto_class}.from_pretrained("{args.repo_id}", trust_remote_code=True)')

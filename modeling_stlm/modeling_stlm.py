@@ -125,8 +125,8 @@ class STLMPreTrainedModel(PreTrainedModel, BudgetMixin):
     config: STLMConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    # A checkpoint may hold what another task needs: its head, or the parameters of more objectives than the next byte.
-    _keys_to_ignore_on_load_unexpected = [r"^objectives\.", r"^lm_head\.", r"^score\.", r"^qa_outputs\."]
+    # Pre-training leaves what other tasks do not need: its head, and the parameters of more objectives than the next byte.
+    _keys_to_ignore_on_load_unexpected = [r"^objectives\.", r"^lm_head\."]
     _no_split_modules = ["STLMByteLayer", "STLMTrunkAttentionBlock", "STLMTrunkFeedForwardBlock"]
     _skip_keys_device_placement = ["cache"]
     _supports_sdpa = True
@@ -559,8 +559,9 @@ def allow_tied_head(model: PreTrainedModel, incompatible_keys) -> None:
 
     `Trainer` reports missing keys when it resumes.
     """
-    if model.lm_head.weight is model.model.embed_tokens.weight and "lm_head.weight" in incompatible_keys.missing_keys:
-        incompatible_keys.missing_keys.remove("lm_head.weight")
+    if model.lm_head.weight is model.model.embed_tokens.weight:
+        missing = incompatible_keys.missing_keys  # named with the prefix of a wrapper, if there is one
+        missing[:] = [name for name in missing if not f".{name}".endswith(".lm_head.weight")]
 
 
 def share_of_batch(

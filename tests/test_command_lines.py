@@ -70,6 +70,7 @@ MISTAKES = {
     "nothing to evaluate": (["evaluate_lm.py"], "give at least one of --blimp, --hellaswag"),
     "cold": (["generate.py", "--temperature", "-1"], "-1 must be at least 0"),
     "no bytes": (["generate.py", "--max_new_tokens", "0"], "0 must be at least 1"),
+    "more than all": (["pretrain.py", "--decay", "1.5"], "argument --decay: 1.5 must be between 0 and 1"),
     "no languages": (["identify.py", "--train", "none.jsonl"], "none.jsonl is no such file"),
     "no chats": (["chat_sft.py", "--train", "none.jsonl"], "none.jsonl is no such file"),
     "no dialogues": (["summarize.py", "--train", "folder"], "folder is a folder: expected a text"),

@@ -317,7 +317,7 @@ def test_the_example_publishes_a_folder_in_one_commit(new_hub, tmp_path):
     assert said.splitlines()[-1].startswith("not logged in: run `hf auth login`") and "Traceback" not in said
     said = client(new_hub, tmp_path / "wrong", *push, "--base_model", "none", token="wrong", fails=True)
     assert "the Hub did not take part: " in said and "401" in said and "Traceback" not in said
-    assert said.splitlines()[-1] == "--dry_run needs no network and no login"
+    assert said.splitlines()[-1] == "--dry_run needs no login, and the network only for the card of a base model there"
     assert repo.at("main") is first
 
 

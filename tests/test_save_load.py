@@ -124,15 +124,17 @@ def load_report(auto, folder, caplog, **options) -> str:
     return caplog.text
 
 
-def test_a_checkpoint_of_another_task_loads_without_a_report_of_its_head(tmp_path, caplog):
+def test_a_head_of_pre_training_is_left_without_a_report_and_one_of_a_task_is_not(tmp_path, caplog):
     classifier, answers = STLMForSequenceClassification(tiny_config()), STLMForQuestionAnswering(tiny_config())
     models = {"causal": tiny_model(tie_word_embeddings=False), "classifier": classifier, "answers": answers}
     for name, model in models.items():
         model.save_pretrained(tmp_path / name)
-        assert "LOAD REPORT" not in load_report(AutoModel, tmp_path / name, caplog)
-    for name in ("classifier", "answers"):
-        assert "LOAD REPORT" not in load_report(AutoModelForCausalLM, tmp_path / name, caplog)
-        assert "LOAD REPORT" not in load_report(AutoModelForMaskedLM, tmp_path / name, caplog, is_causal=False)
+    assert "LOAD REPORT" not in load_report(AutoModel, tmp_path / "causal", caplog)
+    # The head of a fine-tuned model is not lost in silence.
+    for auto, options in ((AutoModelForCausalLM, {}), (AutoModelForMaskedLM, {"is_causal": False})):
+        for name, head in (("classifier", "score.weight"), ("answers", "qa_outputs.weight")):
+            report = load_report(auto, tmp_path / name, caplog, **options)
+            assert re.search(rf"{head} +\| UNEXPECTED", report) and "lm_head" not in report
     # What was not in the checkpoint, and what nobody knows, is still reported.
     report = load_report(AutoModelForSequenceClassification, tmp_path / "causal", caplog)
     assert re.search(r"score.weight +\| MISSING", report) and "lm_head" not in report

@@ -113,6 +113,7 @@ def main():
     info = run_info()  # of the code that runs, not of what is committed meanwhile
     logging.disable_progress_bar()
     set_seed(args.seed)
+    pretrain.choose_precision(args)
     tokenizer, corpora = prepare(args)
     model = build_model(args, tokenizer)
     print(f"{args.model}: {model.num_parameters():,} stored parameters, {model.device}, {model.dtype}")

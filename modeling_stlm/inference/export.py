@@ -264,7 +264,7 @@ def license_of(model: str) -> str:
 
 
 def folder_or_hub_id(value: str) -> str:
-    """A name whose folder exists here is a path: nobody asks the Hub about a slip of the pen."""
+    """A name whose folder exists here is a path: the Hub is not asked about a typo."""
     path, is_id = Path(value), re.fullmatch(r"[\w.-]+/[\w.-]+", value)
     if not (path / "config.json").is_file() and (path.exists() or path.parent.is_dir() or not is_id):
         found = "has no config.json" if path.is_dir() else "is a file" if path.is_file() else "does not exist"

@@ -45,9 +45,9 @@ class MuonWithAdamW(torch.optim.AdamW):
 
 @functools.cache
 def has_bfloat16(device_type: str) -> bool:
-    """Whether the device has instructions for bfloat16: of CPUs, those with AVX-512 BF16 or AMX."""
+    """Whether the device is known to have instructions for bfloat16: CUDA says so, and CPUs with AVX-512 BF16 or AMX do."""
     if device_type != "cpu":
-        return True
+        return device_type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     capabilities = torch.cpu.get_capabilities()
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
