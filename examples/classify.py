@@ -14,7 +14,7 @@ import argparse
 import time
 from pathlib import Path
 
-from inputs import checkpoint, text_file
+from inputs import HelpFormatter, at_least_one, at_least_zero, checkpoint, quiet_exit, text_file
 from rows import read_labelled, speeches, split_rows
 
 
@@ -22,7 +22,7 @@ HERE = Path(__file__).parent
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument(
         "--train", type=text_file, help="labelled rows; without it, speeches of the shipped Shakespeare"
     )
@@ -31,13 +31,27 @@ def parse_arguments() -> argparse.Namespace:
         "--checkpoint", type=checkpoint, default=str(HERE / "checkpoints" / "stlm-3m-encoder"), help="folder or Hub id"
     )
     parser.add_argument("--output", type=Path, default=Path("runs/classifier"))
-    parser.add_argument("--epochs", type=float, default=3, help="over the rows (default: %(default)s)")
-    parser.add_argument("--learning_rate", type=float, default=1e-3, help="(default: %(default)s)")
-    parser.add_argument("--batch_size", type=int, default=32, help="rows (default: %(default)s)")
-    parser.add_argument("--max_bytes", type=int, default=512, help="read of each text (default: %(default)s)")
+    parser.add_argument("--epochs", type=at_least_zero, default=3, help="over the rows")
+    parser.add_argument("--learning_rate", type=at_least_zero, default=1e-3, help="of AdamW")
+    parser.add_argument("--batch_size", type=at_least_one, default=32, help="rows")
+    parser.add_argument("--max_bytes", type=at_least_one, default=512, help="read of each text")
     parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast: faster on a GPU and on recent CPUs")
     parser.add_argument("--seed", type=int, default=1)
     return parser.parse_args()
+
+
+if __name__ == "__main__":
+    args = parse_arguments()
+
+import numpy as np
+import torch
+from datasets import Dataset
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trainer, TrainingArguments, set_seed
+
+import modeling_stlm  # noqa: F401  (registers the Auto classes)
 
 
 def read_sets(args: argparse.Namespace) -> tuple[tuple[list, list], tuple[list, list]]:
@@ -51,9 +65,6 @@ def read_sets(args: argparse.Namespace) -> tuple[tuple[list, list], tuple[list, 
 
 def tfidf_accuracy(train: tuple[list, list], test: tuple[list, list]) -> float:
     """Of words and pairs of words with a logistic regression: what to beat."""
-    from sklearn.feature_extraction.text import TfidfVectorizer
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline
 
     words = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True)
     return make_pipeline(words, LogisticRegression(C=10, max_iter=1000)).fit(*train).score(*test)
@@ -61,9 +72,6 @@ def tfidf_accuracy(train: tuple[list, list], test: tuple[list, list]) -> float:
 
 def start_head(model, features, labels) -> None:
     """Set the head to a logistic regression on `features (N, D)` and class indices `labels (N,)`."""
-    import numpy as np
-    import torch
-    from sklearn.linear_model import LogisticRegression
 
     scale = features.std(0)
     fitted = LogisticRegression(C=0.1, fit_intercept=False, max_iter=1000).fit(features / scale, labels)
@@ -74,15 +82,9 @@ def start_head(model, features, labels) -> None:
         model.score.weight.copy_(torch.from_numpy(weight))
 
 
-def main():
-    args = parse_arguments()
+def main(args: argparse.Namespace):
     train, test = read_sets(args)
     baseline = tfidf_accuracy(train, test)
-    import torch
-    from datasets import Dataset
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trainer, TrainingArguments, set_seed
-
-    import modeling_stlm  # noqa: F401  (registers the Auto classes)
 
     set_seed(args.seed)
     names = sorted(set(train[1]))
@@ -142,4 +144,5 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    with quiet_exit():
+        main(args)

@@ -11,11 +11,10 @@ of every text): `encoder.py` writes such folders. Labelled rows have the columns
 """
 
 import argparse
-import json
 import time
 from pathlib import Path
 
-from inputs import checkpoint, read_text, text_file
+from inputs import HelpFormatter, checkpoint, quiet_exit, read_json_lines, read_text, text_file
 from rows import read_labelled
 
 
@@ -23,7 +22,7 @@ HERE = Path(__file__).parent
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument(
         "--checkpoint", type=checkpoint, default=str(HERE / "checkpoints" / "stlm-3m-encoder"), help="folder or Hub id"
     )
@@ -37,6 +36,16 @@ def parse_arguments() -> argparse.Namespace:
     return args
 
 
+if __name__ == "__main__":
+    args = parse_arguments()
+
+import numpy as np
+from sentence_transformers import SentenceTransformer
+from sklearn.feature_extraction.text import TfidfVectorizer
+
+import modeling_stlm  # noqa: F401  (registers the Auto classes)
+
+
 def neighbours(queries, embeddings):
     """Index of the most similar embedding for each query: `(n, D)` and `(N, D)`, dense or sparse, of length one."""
     return (queries @ embeddings.T).argmax(1)
@@ -44,8 +53,6 @@ def neighbours(queries, embeddings):
 
 def label_accuracy(encoder, train: tuple[list, list], test: tuple[list, list]) -> None:
     """Print how often the nearest row has the right label."""
-    import numpy as np
-    from sklearn.feature_extraction.text import TfidfVectorizer
 
     labels, right = np.array(train[1]), np.array(test[1])
     known = encoder.encode(train[0], normalize_embeddings=True)
@@ -69,18 +76,13 @@ def nearest_texts(encoder, texts: list[str], query: str) -> None:
         print(f"{similarity[i]:.3f}  {texts[i][:100]!r}")
 
 
-def main():
-    args = parse_arguments()
+def main(args: argparse.Namespace):
     rows = [read_labelled(path) for path in (args.train, args.test) if path]
     if args.texts:
         texts = [line for line in read_text(args.texts).splitlines() if line.strip()]
     else:
-        lines = (HERE / "data" / "dialogues.jsonl").read_text(encoding="utf-8").splitlines()
-        texts = [json.loads(line)["dialogue"] for line in lines]
+        texts = [row["dialogue"] for row in read_json_lines(HERE / "data" / "dialogues.jsonl")]
     query, texts = (args.query, texts) if args.query else (texts[0], texts[1:])
-    from sentence_transformers import SentenceTransformer
-
-    import modeling_stlm  # noqa: F401  (registers the Auto classes)
 
     encoder = SentenceTransformer(args.checkpoint)
     print(
@@ -95,4 +97,5 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    with quiet_exit():
+        main(args)

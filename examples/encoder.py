@@ -14,7 +14,7 @@ import json
 import random
 from pathlib import Path
 
-from inputs import checkpoint
+from inputs import HelpFormatter, at_least_one, at_least_zero, checkpoint, file_pattern, quiet_exit
 
 
 HERE = Path(__file__).parent
@@ -22,36 +22,52 @@ NUM_HELD_OUT = 500  # passages
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--text", nargs="+", required=True, help="files or patterns")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser.add_argument("--text", type=file_pattern, nargs="+", required=True, help="files or patterns")
     parser.add_argument("--teacher", type=checkpoint, required=True, help="a sentence-transformers folder or Hub id")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument(
         "--checkpoint", type=checkpoint, default=str(HERE / "checkpoints" / "stlm-3m"), help="folder or Hub id"
     )
-    parser.add_argument("--passages", type=int, default=100_000, help="at most (default: %(default)s)")
-    parser.add_argument("--max_bytes", type=int, default=320, help="longest passage (default: %(default)s)")
-    parser.add_argument("--max_minutes", type=float, default=45, help="of training (default: %(default)s)")
+    parser.add_argument("--passages", type=at_least_one, default=100_000, help="at most")
+    parser.add_argument("--max_bytes", type=at_least_one, default=320, help="longest passage")
+    parser.add_argument("--max_minutes", type=at_least_zero, default=45, help="of training")
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="for --max_minutes")
-    parser.add_argument("--batch_size", type=int, default=64, help="passages a step (default: %(default)s)")
-    parser.add_argument("--muon_lr", type=float, default=0.02, help="of the matrices (default: %(default)s)")
-    parser.add_argument("--adamw_lr", type=float, default=4e-3, help="of all others (default: %(default)s)")
+    parser.add_argument("--batch_size", type=at_least_one, default=64, help="passages a step")
+    parser.add_argument("--muon_lr", type=at_least_zero, default=0.02, help="of the matrices")
+    parser.add_argument("--adamw_lr", type=at_least_zero, default=4e-3, help="of all others")
     parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast, of the teacher, too")
     parser.add_argument("--seed", type=int, default=1)
     return parser.parse_args()
 
 
-# Imports that take seconds are in the functions: `--help` and wrong arguments are answered at once.
+if __name__ == "__main__":
+    args = parse_arguments()
+
+import numpy as np
+import torch
+from research.noise import KINDS, add_noise
+from run_folder import last_checkpoint
+from scoring import documents
+from sentence_transformers import SentenceTransformer
+from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer, TrainingArguments, set_seed
+
+import modeling_stlm  # noqa: F401  (registers the Auto classes)
+from modeling_stlm.training.long_runs import SaveByTime, StopOnSignal
+from modeling_stlm.training.optimizer import MuonRecipe
+from modeling_stlm.training.sentence_embeddings import (
+    EmbeddedPassages,
+    EmbeddingTrainer,
+    compress,
+    look_both_ways,
+    passages_of,
+    save_sentence_transformer,
+)
+from modeling_stlm.training.time_budget import TimeBudget
 
 
 def embedded_passages(args: argparse.Namespace):
     """Passages, and what the teacher makes of them (N, E): made once, and kept in the output folder."""
-    import numpy as np
-    import torch
-    from scoring import documents
-    from sentence_transformers import SentenceTransformer
-
-    from modeling_stlm.training.sentence_embeddings import passages_of
 
     folder = args.output / "data"
     folder.mkdir(parents=True, exist_ok=True)
@@ -76,7 +92,6 @@ def embedded_passages(args: argparse.Namespace):
 
 def noisy(text: str, generator: random.Random) -> str:
     """In one case throughout, or with typos, other case and look-alikes in up to 15% of the letters."""
-    from research.noise import KINDS, add_noise
 
     if generator.random() < 0.3:
         return generator.choice((text.lower(), text.upper()))
@@ -84,24 +99,7 @@ def noisy(text: str, generator: random.Random) -> str:
     return add_noise(text, generator.choice(sorted(KINDS)), rate, seed)
 
 
-def main():
-    args = parse_arguments()
-    import torch
-    from run_folder import last_checkpoint
-    from sentence_transformers import SentenceTransformer
-    from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer, TrainingArguments, set_seed
-
-    import modeling_stlm  # noqa: F401  (registers the Auto classes)
-    from modeling_stlm.training.long_runs import SaveByTime, StopOnSignal
-    from modeling_stlm.training.optimizer import MuonRecipe
-    from modeling_stlm.training.sentence_embeddings import (
-        EmbeddedPassages,
-        EmbeddingTrainer,
-        compress,
-        look_both_ways,
-        save_sentence_transformer,
-    )
-    from modeling_stlm.training.time_budget import TimeBudget
+def main(args: argparse.Namespace):
 
     set_seed(args.seed)
     tokenizer = AutoTokenizer.from_pretrained(args.checkpoint)
@@ -151,4 +149,5 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    with quiet_exit():
+        main(args)

@@ -14,12 +14,11 @@ subword tokenizer, of which a byte is none.
 """
 
 import argparse
-import json
 import random
 import re
 from pathlib import Path
 
-from inputs import checkpoint, read_text, text_file
+from inputs import HelpFormatter, at_least_one, at_least_zero, checkpoint, quiet_exit, read_json_lines, text_file
 
 
 HERE = Path(__file__).parent
@@ -27,7 +26,7 @@ OUTSIDE = "O"
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument(
         "--train", type=text_file, help="rows with spans; without it, names in the shipped Shakespeare"
     )
@@ -36,10 +35,10 @@ def parse_arguments() -> argparse.Namespace:
         "--checkpoint", type=checkpoint, default=str(HERE / "checkpoints" / "stlm-3m-encoder"), help="folder or Hub id"
     )
     parser.add_argument("--output", type=Path, default=Path("runs/spans"))
-    parser.add_argument("--epochs", type=float, default=3, help="over the rows (default: %(default)s)")
-    parser.add_argument("--learning_rate", type=float, default=1e-3, help="(default: %(default)s)")
-    parser.add_argument("--batch_size", type=int, default=16, help="rows (default: %(default)s)")
-    parser.add_argument("--max_bytes", type=int, default=512, help="read of each text (default: %(default)s)")
+    parser.add_argument("--epochs", type=at_least_zero, default=3, help="over the rows")
+    parser.add_argument("--learning_rate", type=at_least_zero, default=1e-3, help="of AdamW")
+    parser.add_argument("--batch_size", type=at_least_one, default=16, help="rows")
+    parser.add_argument("--max_bytes", type=at_least_one, default=512, help="read of each text")
     parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast: faster on a GPU and on recent CPUs")
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
@@ -48,9 +47,26 @@ def parse_arguments() -> argparse.Namespace:
     return args
 
 
+if __name__ == "__main__":
+    args = parse_arguments()
+
+import torch
+from transformers import (
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+    DataCollatorForTokenClassification,
+    Trainer,
+    TrainingArguments,
+    pipeline,
+    set_seed,
+)
+
+import modeling_stlm  # noqa: F401  (registers the Auto classes)
+
+
 def read_rows(path: Path) -> list[dict]:
     """Rows with `text` and `spans`; the first one that has not, ends the program."""
-    rows = [json.loads(line) for line in read_text(path).splitlines() if line.strip()]
+    rows = read_json_lines(path)
     for number, row in enumerate(rows, start=1):
         text, spans = row.get("text"), row.get("spans")
         if not text or not isinstance(spans, list) or not all(0 <= s < e <= len(text) for s, e, _ in spans):
@@ -102,25 +118,12 @@ def looked_up(train: list[dict], test: list[dict]) -> list[set]:
     return [{(*m.span(), label_of[m[0]]) for m in known.finditer(row["text"])} for row in test]
 
 
-def main():
-    args = parse_arguments()
+def main(args: argparse.Namespace):
     if args.train:
         train, test = read_rows(args.train), read_rows(args.test)
     else:
         train, test = names_in_a_play(HERE / "data" / "shakespeare.txt")
         test = test[:300]
-    import torch
-    from transformers import (
-        AutoModelForTokenClassification,
-        AutoTokenizer,
-        DataCollatorForTokenClassification,
-        Trainer,
-        TrainingArguments,
-        pipeline,
-        set_seed,
-    )
-
-    import modeling_stlm  # noqa: F401  (registers the Auto classes)
 
     set_seed(args.seed)
     kinds = sorted({label for row in train for _, _, label in row["spans"]})
@@ -169,4 +172,5 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    with quiet_exit():
+        main(args)

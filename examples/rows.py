@@ -4,21 +4,22 @@
 import csv
 import gzip
 import io
-import json
 import random
 import re
 from collections import Counter
 from pathlib import Path
 
+from inputs import decode, read_json_lines
+
 
 def read_labelled(path: Path) -> tuple[list[str], list[str]]:
     """Texts and labels of a csv or of JSON lines, also packed (.gz), with columns `text` and `label`."""
-    data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    try:
-        lines = io.StringIO(data.decode("utf-8"), newline="")
-    except UnicodeDecodeError as error:
-        raise SystemExit(f"{path} is not UTF-8: byte 0x{data[error.start]:02x} at offset {error.start}") from None
-    rows = csv.DictReader(lines) if ".csv" in path.suffixes else map(json.loads, lines)
+    if ".csv" in path.suffixes:
+        data = path.read_bytes()
+        text = decode(gzip.decompress(data) if path.suffix == ".gz" else data, path)
+        rows = csv.DictReader(io.StringIO(text, newline=""))
+    else:
+        rows = read_json_lines(path)
     texts, labels = [], []
     for number, row in enumerate(rows, start=1):
         if not row.get("text") or row.get("label") in (None, ""):
