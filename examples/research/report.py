@@ -23,7 +23,6 @@ import torch
 from costs import effective_parameters
 from datasets import load_dataset
 from lm_eval.models.huggingface import HFLM
-from noise import KINDS, add_noise
 from provenance import run_info
 from tables import markdown_table, replace_section
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
@@ -32,7 +31,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 sys.path.append(str(Path(__file__).parents[1]))  # the examples
 
 from evaluate_lm import TASKS, score
-from scoring import bits_of_documents
+from noise import KINDS, add_noise
+from score import bits_of_documents
 
 import modeling_stlm  # noqa: F401  (registers the Auto classes)
 
