@@ -48,8 +48,15 @@ import torch
 from datasets import Dataset
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import make_pipeline
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trainer, TrainingArguments, set_seed
+from sklearn.pipeline import Pipeline, make_pipeline
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
 
 import modeling_stlm  # noqa: F401  (registers the Auto classes)
 
@@ -63,11 +70,10 @@ def read_sets(args: argparse.Namespace) -> tuple[tuple[list, list], tuple[list, 
     return train, test
 
 
-def tfidf_accuracy(train: tuple[list, list], test: tuple[list, list]) -> float:
-    """Of words and pairs of words with a logistic regression: what to beat."""
-
+def tfidf(train: tuple[list, list]) -> Pipeline:
+    """Words and pairs of words with a logistic regression: what to beat."""
     words = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True)
-    return make_pipeline(words, LogisticRegression(C=10, max_iter=1000)).fit(*train).score(*test)
+    return make_pipeline(words, LogisticRegression(C=10, max_iter=1000)).fit(*train)
 
 
 def start_head(model, features, labels) -> None:
@@ -82,27 +88,21 @@ def start_head(model, features, labels) -> None:
         model.score.weight.copy_(torch.from_numpy(weight))
 
 
-def main(args: argparse.Namespace):
-    train, test = read_sets(args)
-    baseline = tfidf_accuracy(train, test)
+def tokenized(rows: tuple[list, list], tokenizer: PreTrainedTokenizerBase, label2id: dict, max_bytes: int) -> Dataset:
+    ids = tokenizer(rows[0], truncation=True, max_length=max_bytes)["input_ids"]
+    return Dataset.from_dict({"input_ids": ids, "labels": [label2id[label] for label in rows[1]]})
 
+
+def trainer_of(train: tuple[list, list], args: argparse.Namespace) -> Trainer:
+    """A trainer of a classifier whose head is a logistic regression."""
     set_seed(args.seed)
     names = sorted(set(train[1]))
+    label2id = {name: i for i, name in enumerate(names)}
     tokenizer = AutoTokenizer.from_pretrained(args.checkpoint)
     model = AutoModelForSequenceClassification.from_pretrained(
-        args.checkpoint,
-        dtype=torch.float32,
-        id2label=dict(enumerate(names)),
-        label2id={n: i for i, n in enumerate(names)},
+        args.checkpoint, dtype=torch.float32, id2label=dict(enumerate(names)), label2id=label2id
     )
-    print(f"{args.checkpoint}: {model.num_parameters():,} parameters, {model.device}, {model.dtype}")
-    print(f"{len(train[0]):,} rows to train on, {len(test[0]):,} to test on, {len(names)} labels")
-
-    def dataset(rows):
-        ids = tokenizer(rows[0], truncation=True, max_length=args.max_bytes)["input_ids"]
-        return Dataset.from_dict({"input_ids": ids, "labels": [model.config.label2id[label] for label in rows[1]]})
-
-    sets = {"train": dataset(train), "test": dataset(test)}
+    data = tokenized(train, tokenizer, label2id, args.max_bytes)
     trainer = Trainer(
         model,
         TrainingArguments(
@@ -120,26 +120,40 @@ def main(args: argparse.Namespace):
             report_to="none",
             use_cpu=not torch.cuda.is_available(),
         ),
-        train_dataset=sets["train"],
+        train_dataset=data,
         processing_class=tokenizer,
         compute_metrics=lambda found: {"accuracy": float((found.predictions.argmax(-1) == found.label_ids).mean())},
     )
     head, model.score = model.score, torch.nn.Identity()
-    features = trainer.predict(sets["train"].remove_columns("labels")).predictions
+    features = trainer.predict(data.remove_columns("labels")).predictions
     model.score = head
-    start_head(model, features, sets["train"]["labels"])
-    probe = trainer.evaluate(sets["test"])["eval_accuracy"]
-    trainer.train()
+    start_head(model, features, data["labels"])
+    return trainer
+
+
+def accuracy(trainer: Trainer, rows: tuple[list, list], max_bytes: int) -> tuple[float, float]:
+    """Share of the rows that get their label, and milliseconds per row."""
+    data = tokenized(rows, trainer.processing_class, trainer.model.config.label2id, max_bytes)
     start = time.perf_counter()
-    score = trainer.evaluate(sets["test"])["eval_accuracy"]
-    milliseconds = 1000 * (time.perf_counter() - start) / len(test[0])
+    share = trainer.evaluate(data)["eval_accuracy"]
+    return share, 1000 * (time.perf_counter() - start) / len(data)
+
+
+def main(args: argparse.Namespace):
+    train, test = read_sets(args)
+    trainer = trainer_of(train, args)
+    model = trainer.model
+    print(f"{args.checkpoint}: {model.num_parameters():,} parameters, {model.device}, {model.dtype}")
+    print(f"{len(train[0]):,} rows to train on, {len(test[0]):,} to test on, {model.config.num_labels} labels")
+    head_alone, _ = accuracy(trainer, test, args.max_bytes)
+    trainer.train()
+    share, milliseconds = accuracy(trainer, test, args.max_bytes)
     model.config.use_cache = True  # Trainer turns it off, and would save it so
     trainer.save_model()
-
-    print(f"\naccuracy on {len(test[0]):,} rows: {100 * score:.1f}%, {milliseconds:.1f} ms per row")
-    print(f"head alone: {100 * probe:.1f}%    TF-IDF with logistic regression: {100 * baseline:.1f}%")
-    print("next, in Python:\n")
-    print("    from transformers import pipeline\n    import modeling_stlm")
+    baseline = tfidf(train).score(*test)
+    print(f"\naccuracy on {len(test[0]):,} rows: {100 * share:.1f}%, {milliseconds:.1f} ms per row")
+    print(f"head alone: {100 * head_alone:.1f}%    TF-IDF with logistic regression: {100 * baseline:.1f}%")
+    print("next, in Python:\n\n    from transformers import pipeline\n    import modeling_stlm")
     print(f'    pipeline("text-classification", "{args.output}")({test[0][0][:60]!r})')
 
 
