@@ -54,6 +54,7 @@ from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer, Traini
 
 import modeling_stlm  # noqa: F401  (registers the Auto classes)
 from modeling_stlm.training.long_runs import SaveByTime, StopOnSignal
+from modeling_stlm.training.model_card import describe_base
 from modeling_stlm.training.optimizer import MuonRecipe
 from modeling_stlm.training.sentence_embeddings import (
     EmbeddedPassages,
@@ -143,6 +144,14 @@ def main(args: argparse.Namespace):
     encoder = SentenceTransformer(str(args.output), device="cpu")
     found = encoder.encode(passages[:NUM_HELD_OUT], normalize_embeddings=True)
     cosine = float((found * embeddings[:NUM_HELD_OUT]).sum(1).mean())
+    results = {
+        "base_model": describe_base(args.checkpoint),
+        "scores": {"held out": {"cosine_to_teacher": cosine}},
+        "arguments": {"text": " ".join(Path(file).name for file in args.text), "teacher": Path(args.teacher).name},
+        "steps": trainer.state.global_step,
+        "passages": len(passages),
+    }
+    (args.output / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     print(f"\ncosine to the teacher's embeddings on {NUM_HELD_OUT} passages that were held out: {cosine:.3f}")
     print(f"next: python examples/embed.py --checkpoint {args.output} --train rows.csv --test other_rows.csv")
 
