@@ -112,7 +112,6 @@ def trainer_of(train: tuple[list, list], args: argparse.Namespace) -> Trainer:
             warmup_steps=0.1,
             per_device_train_batch_size=args.batch_size,
             per_device_eval_batch_size=args.batch_size,
-            train_sampling_strategy="group_by_length",
             logging_steps=50,
             save_strategy="no",
             bf16=args.bf16,
@@ -128,6 +127,9 @@ def trainer_of(train: tuple[list, list], args: argparse.Namespace) -> Trainer:
     features = trainer.predict(data.remove_columns("labels")).predictions
     model.score = head
     start_head(model, features, data["labels"])
+    trainer.args.train_sampling_strategy = (
+        "group_by_length"  # not before: predictions come in the order of the sampler
+    )
     return trainer
 
 

@@ -3,7 +3,9 @@
 
 import importlib
 import json
+import math
 import random
+import re
 import sys
 
 import numpy as np
@@ -20,9 +22,10 @@ from transformers import (
     set_seed,
 )
 
-from modeling_stlm import STLMForMaskedLM, STLMTokenizer
+from modeling_stlm import STLMForMaskedLM, STLMModel, STLMTokenizer
 from modeling_stlm.batching_stlm import STLMBatch
 from modeling_stlm.layers_stlm import ByteRows, STLMShortConv
+from modeling_stlm.training.scales import rescale
 from modeling_stlm.training.sentence_embeddings import (
     EmbeddedPassages,
     EmbeddingTrainer,
@@ -138,7 +141,7 @@ def test_loss_is_that_of_masked_bytes_and_of_cosines(tmp_path):
         *(inputs[n] for n in ("input_ids", "attention_mask", "labels", "embeddings"))
     ):
         outputs = model(ids[mask == 1][None], output_hidden_states=True)
-        total += 1 - float(F.cosine_similarity(outputs.hidden_states[-1][0].mean(0), target, dim=0))
+        total += 1 - (F.cosine_similarity(outputs.hidden_states[-1][0].mean(0), target, dim=0)).item()
         nats += [-float(outputs.logits[0, t].log_softmax(-1)[i]) for t, i in enumerate(labels.tolist()) if i != -100]
     assert nats
     trainer = EmbeddingTrainer(model, arguments(tmp_path), embedding_weight=3.0)
@@ -347,3 +350,51 @@ def test_noise_of_the_encoder_is_that_of_its_generator(monkeypatch):
     noisy = [encoder.noisy(text, random.Random(i)) for i in range(30)]
     assert noisy == [encoder.noisy(text, random.Random(i)) for i in range(30)]
     assert text.lower() in noisy and text.upper() in noisy and len(set(noisy)) > 15
+
+
+@pytest.mark.parametrize("act", ["relu2", "relu", "gelu"])
+@pytest.mark.parametrize(
+    "options", [{}, {"is_causal": False}, {"byte_mixers": ["conv", "attention", "conv"]}], ids=str
+)
+@torch.no_grad()
+def test_smaller_matrices_compute_the_same(act, options):
+    model = tiny_causal_or_not(hidden_act=act, **options)
+    ids = torch.tensor([ids_of("Two rows of bytes, and patches"), ids_of("that are of one length, right?")])
+    before, weights = model(ids).last_hidden_state, {name: w.clone() for name, w in model.named_parameters()}
+    rescale(model)
+    assert_equal(model(ids).last_hidden_state, before)
+    changed = {name for name, weight in model.named_parameters() if not torch.equal(weight, weights[name])}
+    sizes = {name: float(w.square().mean().sqrt()) for name, w in model.named_parameters() if name in changed}
+    matrices = {name: size for name, size in sizes.items() if "norm" not in name}
+    assert {name.split(".")[-2] for name in matrices} >= {"in_proj", "up_proj", "q_proj", "o_proj", "byte_proj"}
+    assert all(0.01 < size < 0.12 for size in matrices.values())  # before, 0.25
+    for name in matrices:  # powers of two: no bit is lost
+        ratio = weights[name] / dict(model.named_parameters())[name]
+        assert math.log2(float(ratio.flatten()[0])).is_integer() and (ratio == ratio.flatten()[0]).all()
+
+
+def tiny_causal_or_not(**options):
+    return randomize(STLMModel(tiny_config(**options)))
+
+
+def test_passes_with_matrices_of_their_own_are_not_rescaled():
+    model = STLMModel(tiny_config(num_unique_trunk_layers=1, layer_sharing="cycle", sharing_lora_rank=2))
+    with pytest.raises(ValueError, match="sharing_lora_rank=2"):
+        rescale(model)
+
+
+def test_log_probabilities_of_lines(tmp_path):
+    model = tiny_model()
+    model.save_pretrained(tmp_path)
+    TOKENIZER.save_pretrained(tmp_path)
+    lines = "The cat sat.\n\nZoë\n"
+    printed = run("score.py", tmp_path, cwd=tmp_path, input=lines).splitlines()
+    rows = [re.fullmatch(r" *(-[\d.]+) +([\d.]+)  (.+)", line).groups() for line in printed if line.startswith(" ")]
+    assert [text for _, _, text in rows] == ["The cat sat.", "Zoë"]
+    for nats, bits, text in rows:
+        ids = [257, *ids_of(text)]
+        with torch.no_grad():
+            log_probs = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+        expected = sum(float(log_probs[t - 1, i]) for t, i in enumerate(ids) if t)
+        assert float(nats) == pytest.approx(expected, abs=0.01)
+        assert float(bits) == pytest.approx(-expected / math.log(2) / (len(ids) - 1), abs=0.001)

@@ -32,6 +32,9 @@ from modeling_stlm.layers_stlm import STLMShortConv
 from modeling_stlm.training.objectives import NUM_BYTES, random_spans
 
 
+NUM_FITTED = 49_152  # embeddings that tell the main directions: more may be added later
+
+
 def passages_of(document: str, max_bytes: int, generator: random.Random) -> list[str]:
     """Runs of whole sentences of a paragraph, up to a random length between 40 and `max_bytes` bytes.
 
@@ -54,9 +57,10 @@ def passages_of(document: str, max_bytes: int, generator: random.Random) -> list
 
 
 def compress(embeddings: np.ndarray, size: int) -> np.ndarray:
-    """Embeddings (N, E) on their `size` main directions, of length one: float32 (N, size)."""
+    """Embeddings (N, E) on the `size` main directions of the first of them, of length one: float32 (N, size)."""
     embeddings = embeddings.astype(np.float32)
-    _, directions = np.linalg.eigh(embeddings.T @ embeddings)  # ascending
+    sample = embeddings[:NUM_FITTED]
+    _, directions = np.linalg.eigh(sample.T @ sample)  # ascending
     projected = embeddings @ directions[:, : -size - 1 : -1]
     return projected / np.linalg.norm(projected, axis=1, keepdims=True)
 
