@@ -22,10 +22,9 @@ from transformers import (
     set_seed,
 )
 
-from modeling_stlm import STLMForMaskedLM, STLMModel, STLMTokenizer
+from modeling_stlm import STLMForMaskedLM, STLMTokenizer
 from modeling_stlm.batching_stlm import STLMBatch
 from modeling_stlm.layers_stlm import ByteRows, STLMShortConv
-from modeling_stlm.training.scales import rescale
 from modeling_stlm.training.sentence_embeddings import (
     EmbeddedPassages,
     EmbeddingTrainer,
@@ -331,11 +330,22 @@ def test_an_encoder_from_a_causal_checkpoint_and_a_teacher(encoder_folder, tmp_p
     paragraphs = "\n\n".join(" ".join(random.Random(i).sample(ANIMALS + TOOLS, 12)) for i in range(40))
     (tmp_path / "text.jsonl").write_text((json.dumps({"text": f"Title\n\n{paragraphs}"}) + "\n") * 200)
     options = ["--text", tmp_path / "text.jsonl", "--teacher", encoder_folder, "--checkpoint", tmp_path / "causal"]
-    options += ["--output", tmp_path / "out", "--max_minutes", 0.05, "--batch_size", 16, "--max_bytes", 80]
+    options += [
+        "--output",
+        tmp_path / "out",
+        "--max_minutes",
+        0.05,
+        "--clock",
+        "cpu",
+        "--batch_size",
+        16,
+        "--max_bytes",
+        80,
+    ]
     printed = run("encoder.py", *options, cwd=tmp_path)
     assert "passages that were held out" in printed and "next: python examples/embed.py" in printed
     cosine = float(printed.split("held out:")[1].split()[0])
-    assert cosine > 0.5
+    assert cosine > 0.2
     loaded = AutoModelForMaskedLM.from_pretrained(tmp_path / "out")
     assert not loaded.config.is_causal
     assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template is None
@@ -350,37 +360,6 @@ def test_noise_of_the_encoder_is_that_of_its_generator(monkeypatch):
     noisy = [encoder.noisy(text, random.Random(i)) for i in range(30)]
     assert noisy == [encoder.noisy(text, random.Random(i)) for i in range(30)]
     assert text.lower() in noisy and text.upper() in noisy and len(set(noisy)) > 15
-
-
-@pytest.mark.parametrize("act", ["relu2", "relu", "gelu"])
-@pytest.mark.parametrize(
-    "options", [{}, {"is_causal": False}, {"byte_mixers": ["conv", "attention", "conv"]}], ids=str
-)
-@torch.no_grad()
-def test_smaller_matrices_compute_the_same(act, options):
-    model = tiny_causal_or_not(hidden_act=act, **options)
-    ids = torch.tensor([ids_of("Two rows of bytes, and patches"), ids_of("that are of one length, right?")])
-    before, weights = model(ids).last_hidden_state, {name: w.clone() for name, w in model.named_parameters()}
-    rescale(model)
-    assert_equal(model(ids).last_hidden_state, before)
-    changed = {name for name, weight in model.named_parameters() if not torch.equal(weight, weights[name])}
-    sizes = {name: float(w.square().mean().sqrt()) for name, w in model.named_parameters() if name in changed}
-    matrices = {name: size for name, size in sizes.items() if "norm" not in name}
-    assert {name.split(".")[-2] for name in matrices} >= {"in_proj", "up_proj", "q_proj", "o_proj", "byte_proj"}
-    assert all(0.01 < size < 0.12 for size in matrices.values())  # before, 0.25
-    for name in matrices:  # powers of two: no bit is lost
-        ratio = weights[name] / dict(model.named_parameters())[name]
-        assert math.log2(float(ratio.flatten()[0])).is_integer() and (ratio == ratio.flatten()[0]).all()
-
-
-def tiny_causal_or_not(**options):
-    return randomize(STLMModel(tiny_config(**options)))
-
-
-def test_passes_with_matrices_of_their_own_are_not_rescaled():
-    model = STLMModel(tiny_config(num_unique_trunk_layers=1, layer_sharing="cycle", sharing_lora_rank=2))
-    with pytest.raises(ValueError, match="sharing_lora_rank=2"):
-        rescale(model)
 
 
 def test_log_probabilities_of_lines(tmp_path):
