@@ -6,8 +6,8 @@
     python examples/classify.py --train rows.jsonl                     # a fifth of the rows is held out
 
 Rows have the columns `text` and `label` (csv or JSON lines, also .gz). The head starts as a logistic regression on the mean
-of the hidden states, then everything is trained (LP-FT, arXiv:2202.10054): a head that starts at random has to grow first,
-which takes rates at which the trunk forgets. The rates were measured: see README. Needs `scikit-learn`.
+of the hidden states, then everything is trained (LP-FT, arXiv:2202.10054). A head that starts at random has to grow first, and
+wants ten times the rate (`research/LOG.md`). Needs `scikit-learn`.
 """
 
 import argparse
@@ -32,7 +32,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--output", type=Path, default=Path("runs/classifier"))
     parser.add_argument("--epochs", type=at_least_zero, default=3, help="over the rows")
-    parser.add_argument("--learning_rate", type=at_least_zero, default=1e-3, help="of AdamW")
+    parser.add_argument("--learning_rate", type=at_least_zero, default=2e-3, help="of AdamW")
     parser.add_argument("--batch_size", type=at_least_one, default=32, help="rows")
     parser.add_argument("--max_bytes", type=at_least_one, default=512, help="read of each text")
     parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast: faster on a GPU and on recent CPUs")
