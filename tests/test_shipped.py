@@ -96,5 +96,10 @@ def test_the_shipped_encoder_serves_every_head_and_sentence_transformers():
 
 
 def test_the_shipped_encoder_fills_masks():
-    found = pipeline("fill-mask", str(ENCODER))("The capital of Fr<mask>nce is Paris.")
-    assert found[0]["token_str"] == "a"
+    assert pipeline("fill-mask", str(ENCODER))("It is the larg<mask>st city.", top_k=1)[0]["token_str"] == "e"
+    ids = torch.tensor(ids_of("The river flows from the mountains through the city to the sea."))
+    places = torch.arange(len(ids))
+    masked = ids.repeat(len(ids), 1).masked_fill(torch.eye(len(ids), dtype=torch.bool), 259)
+    with torch.no_grad():
+        logits = AutoModelForMaskedLM.from_pretrained(ENCODER)(masked).logits
+    assert (logits[places, places].argmax(-1) == ids).float().mean() > 0.5
