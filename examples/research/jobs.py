@@ -173,7 +173,10 @@ def main():
                     continue
                 results["cells"][name] = cell(args, job, system, seed)
                 print(name, results["cells"][name], flush=True)
-                results["command"] = shlex.join(["python", "examples/research/jobs.py", *sys.argv[1:]])
+                words = [
+                    Path(word).name if "/" in word else word for word in sys.argv[1:]
+                ]  # no folders of this machine
+                results["command"] = shlex.join(["python", "examples/research/jobs.py", *words])
                 results |= run_info("scikit-learn", "sentence-transformers")
                 args.output.write_text(json.dumps(results, indent=1) + "\n")
     print(table(results["cells"]))
