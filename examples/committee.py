@@ -52,7 +52,7 @@ if __name__ == "__main__":
 import torch
 from datasets import Dataset, load_dataset
 from matplotlib.figure import Figure
-from scoring import documents
+from score import documents
 from transformers import (
     AutoModelForSequenceClassification,
     DataCollatorForLanguageModeling,

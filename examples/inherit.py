@@ -64,7 +64,7 @@ if __name__ == "__main__":
 
 import torch
 from pretrain import load_config
-from scoring import documents
+from score import documents
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Trainer, TrainingArguments, set_seed
 

@@ -58,7 +58,7 @@ import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 from run_folder import ProgressLines, last_checkpoint, save
-from scoring import documents
+from score import documents
 from transformers import AutoModelForCausalLM, PrinterCallback, Trainer, TrainingArguments, logging, set_seed
 
 from modeling_stlm import STLMConfig, STLMTokenizer

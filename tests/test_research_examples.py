@@ -30,8 +30,8 @@ from .tiny import tiny_model
 
 RESEARCH = ROOT / "examples" / "research"
 sys.path[:0] = [str(RESEARCH), str(ROOT / "examples")]
-EXAMPLES = ("ablate", "controls", "costs", "noise", "report", "scoring")
-ablate, controls, costs, noise, report, scoring = (importlib.import_module(name) for name in EXAMPLES)
+EXAMPLES = ("ablate", "controls", "costs", "noise", "report", "score")
+ablate, controls, costs, noise, report, score = (importlib.import_module(name) for name in EXAMPLES)
 
 
 def train(small_text: Path, output: Path, *more) -> dict:
@@ -89,7 +89,7 @@ def test_bits_of_documents_are_those_of_a_loop():
                 for t in range(first + 1, end):
                     if window[t] < 256:
                         nats, count = nats - float(log_probabilities[t - 1 - first, window[t]]), count + 1
-    scored = scoring.bits_of_documents(model, tokenizer, documents, block_bytes=16)
+    scored = score.bits_of_documents(model, tokenizer, documents, block_bytes=16)
     assert scored["bytes"] == count
     assert scored["bits_per_byte"] == pytest.approx(nats / math.log(2) / count, rel=1e-5)
 
@@ -100,8 +100,8 @@ def test_bits_of_a_checkpoint_in_one_command(tmp_path):
     tokenizer.save_pretrained(tmp_path / "model")
     text = TEXT.read_text(encoding="utf-8")[:5000]
     (tmp_path / "text.txt").write_text(text, encoding="utf-8")
-    printed = run("scoring.py", tmp_path / "model", tmp_path / "text.txt", cwd=tmp_path).splitlines()[-1]
-    assert json.loads(printed) == pytest.approx(scoring.bits_of_documents(model, tokenizer, [text]), rel=1e-6)
+    printed = run("score.py", tmp_path / "model", tmp_path / "text.txt", cwd=tmp_path).splitlines()[-1]
+    assert json.loads(printed) == pytest.approx(score.bits_of_documents(model, tokenizer, [text]), rel=1e-6)
 
 
 def test_costs_of_a_model():
@@ -125,7 +125,7 @@ def test_costs_of_tied_and_untied_llamas():
 def test_bits_per_byte_of_other_tokenizers_are_refused():
     words = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"▁the": 0, "<0x0A>": 1}, unk_token="▁the")))
     with pytest.raises(ValueError, match=r"need a byte-level tokenizer, but .*\['▁the'\]"):
-        scoring.token_bytes(words)
+        score.token_bytes(words)
 
 
 def test_both_sentences_of_a_pair_get_the_same_noise():

@@ -11,7 +11,9 @@ from sentence_transformers import SentenceTransformer
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     GenerationConfig,
     pipeline,
 )
@@ -22,8 +24,9 @@ from .tiny import ids_of
 
 
 assert modeling_stlm.__all__  # imported for its registrations
-SHIPPED = sorted((Path(__file__).parents[1] / "examples" / "checkpoints").glob("stlm-*m"))
-assert len(SHIPPED) == 2
+CHECKPOINTS = Path(__file__).parents[1] / "examples" / "checkpoints"
+ENCODER = CHECKPOINTS / "stlm-3m-encoder"
+SHIPPED = [CHECKPOINTS / "stlm-3m", CHECKPOINTS / "stlm-10m"]
 
 
 @pytest.fixture(params=SHIPPED, ids=lambda path: path.name)
@@ -64,3 +67,39 @@ def test_a_length_is_that_of_the_user(shipped):
     for length in ({"max_length": 30}, {"max_new_tokens": 19}):
         assert model.generate(prompt, generation_config=GenerationConfig(**length, **options)).shape[1] == 30
         assert model.generate(prompt, **length, **options).shape[1] == 30
+
+
+def test_the_shipped_encoder_serves_every_head_and_sentence_transformers():
+    with safe_open(ENCODER / "model.safetensors", "pt") as stored:
+        assert {stored.get_slice(name).get_dtype() for name in stored.keys()} == {"BF16"}
+    for auto in (AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoModelForTokenClassification):
+        model = auto.from_pretrained(ENCODER)
+        assert model.dtype == torch.float32 and not model.config.is_causal
+    encoder = SentenceTransformer(str(ENCODER), device="cpu")
+    assert encoder.dtype == torch.float32 and encoder.tokenizer.chat_template is None
+    texts = [
+        "The cat sat on the mat.",
+        "A kitten is a young cat.",
+        "Share prices fell.",
+        "The stock market lost two percent.",
+    ]
+    vectors = encoder.encode(texts)
+    similar = encoder.similarity(vectors, vectors)
+    assert min(similar[0, 1], similar[2, 3]) > similar[:2, 2:].max()
+    noisy = [
+        "the cta sat on teh mat",
+        "A KITTEN IS A YOUNG CAT.",
+        "Share pricess fel",
+        "The stock markt lost two percnt.",
+    ]
+    assert encoder.similarity(encoder.encode(noisy), vectors).argmax(1).tolist() == [0, 1, 2, 3]
+
+
+def test_the_shipped_encoder_fills_masks():
+    assert pipeline("fill-mask", str(ENCODER))("It is the larg<mask>st city.", top_k=1)[0]["token_str"] == "e"
+    ids = torch.tensor(ids_of("The river flows from the mountains through the city to the sea."))
+    places = torch.arange(len(ids))
+    masked = ids.repeat(len(ids), 1).masked_fill(torch.eye(len(ids), dtype=torch.bool), 259)
+    with torch.no_grad():
+        logits = AutoModelForMaskedLM.from_pretrained(ENCODER)(masked).logits
+    assert (logits[places, places].argmax(-1) == ids).float().mean() > 0.5

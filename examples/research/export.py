@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 sys.path.append(str(Path(__file__).parents[1]))  # the examples
 
-from scoring import bits_of_documents, documents
+from score import bits_of_documents, documents
 
 from modeling_stlm import STLMTokenizer
 from modeling_stlm.training.model_card import build_model_card, write_model_card

@@ -24,7 +24,6 @@ import torch
 from costs import effective_parameters
 from datasets import load_dataset
 from lm_eval.models.huggingface import HFLM
-from noise import KINDS, add_noise
 from provenance import run_info
 from tables import markdown_table, replace_section
 from torch.nn.functional import cross_entropy
@@ -34,7 +33,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 sys.path.append(str(Path(__file__).parents[1]))  # the examples
 
 from evaluate_lm import TASKS, score
-from scoring import bits_of_documents
+from noise import KINDS, add_noise
+from score import bits_of_documents
 
 import modeling_stlm  # noqa: F401  (registers the Auto classes)
 

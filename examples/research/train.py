@@ -35,7 +35,7 @@ sys.path.append(str(Path(__file__).parents[1]))  # the examples
 
 import pretrain
 from run_folder import save
-from scoring import bytes_per_token, documents, token_bytes
+from score import bytes_per_token, documents, token_bytes
 
 from modeling_stlm import STLMConfig, STLMForCausalLM, STLMTokenizer
 from modeling_stlm.training import objectives

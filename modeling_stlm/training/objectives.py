@@ -71,9 +71,11 @@ def sum_of_nats(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(logits.float().flatten(0, -2), targets.flatten(), ignore_index=IGNORED, reduction="sum")
 
 
-def random_spans(like: torch.Tensor, share: float, span_bytes: int) -> torch.Tensor:
+def random_spans(
+    like: torch.Tensor, share: float, span_bytes: int, generator: torch.Generator | None = None
+) -> torch.Tensor:
     """Bool like `like (B, T)`: spans of `span_bytes`, which may overlap; each byte is in one with probability `share`."""
-    starts = torch.rand(like.shape[0], like.shape[1] + span_bytes - 1, device=like.device)
+    starts = torch.rand(like.shape[0], like.shape[1] + span_bytes - 1, generator=generator, device=like.device)
     starts = starts < 1 - (1 - share) ** (1 / span_bytes)
     return F.max_pool1d(starts[:, None].float(), span_bytes, stride=1)[:, 0] > 0
 

@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bits per byte of documents under any causal language model, through `Trainer.evaluate`.
+"""Bits per byte of documents, or the log-probability of lines, under any causal language model.
 
-    python examples/scoring.py examples/checkpoints/stlm-3m validation.jsonl.gz
+    python examples/score.py examples/checkpoints/stlm-3m validation.jsonl.gz
+    printf 'The cat sat.\\nThe cat sit.\\n' | python examples/score.py examples/checkpoints/stlm-3m
 
-Windows of 1024 bytes, as `pretrain.py` measures them.
+Documents are cut into windows of 1024 bytes, as `pretrain.py` measures them, and go through `Trainer.evaluate`; the last line
+printed is JSON. Without files, the lines of the standard input are scored one by one. A text starts with `<bos>`, which the
+tokenizer does not add by itself: without it a model takes the text for the middle of a longer one.
 """
 
 import argparse
@@ -20,7 +23,7 @@ from inputs import HelpFormatter, checkpoint, file_pattern, quiet_exit
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("checkpoint", type=checkpoint, help="folder or Hub id")
-    parser.add_argument("files", type=file_pattern, nargs="+", help="files or patterns, as of pretrain.py")
+    parser.add_argument("files", type=file_pattern, nargs="*", help="as of pretrain.py; without any, lines are read")
     return parser.parse_args()
 
 
@@ -29,6 +32,7 @@ if __name__ == "__main__":
 
 import torch
 from datasets import load_dataset
+from torch.nn import functional as F
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -40,7 +44,7 @@ from transformers import (
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from modeling_stlm import STLMTokenizer
-from modeling_stlm.training.bits_per_byte import BitsPerByteEvaluator
+from modeling_stlm.training.bits_per_byte import BitsPerByteEvaluator, bits_per_byte
 from modeling_stlm.training.corpus import PackedWindows, write_corpus
 
 
@@ -122,9 +126,29 @@ def bits_of_documents(
     return {"bits_per_byte": metrics["eval_bits_per_byte"], "bytes": metrics["eval_bytes"]}
 
 
+@torch.no_grad()
+def nats_of_text(model: PreTrainedModel, ids: torch.Tensor, bos_token_id: int) -> float:
+    """Negative log-probability of `ids (T,)` after `<bos>`."""
+    inputs = F.pad(ids, (1, 0), value=bos_token_id)[None].to(model.device)
+    return float(F.cross_entropy(model(inputs).logits[0, :-1].float(), inputs[0, 1:], reduction="sum"))
+
+
+def score_lines(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, lines: Iterable[str]) -> None:
+    """Print the log-probability and the bits per byte of each line that is not empty."""
+    sizes = token_bytes(tokenizer)
+    print("log-probability (nats)  bits per byte  text")
+    for line in filter(None, (line.rstrip("\r\n") for line in lines)):
+        ids = tokenizer(line, add_special_tokens=False, return_tensors="pt")["input_ids"][0]
+        nats = nats_of_text(model, ids, tokenizer.bos_token_id)
+        print(f"{-nats:22.2f}  {bits_per_byte(nats, int(sizes[ids].sum())):13.3f}  {line}", flush=True)
+
+
 def main(args: argparse.Namespace):
     tokenizer = AutoTokenizer.from_pretrained(args.checkpoint)
-    model = AutoModelForCausalLM.from_pretrained(args.checkpoint, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(args.checkpoint, dtype=torch.float32).eval()
+    if not args.files:
+        sys.stdin.reconfigure(encoding="utf-8")
+        return score_lines(model, tokenizer, sys.stdin)
     try:
         scores = bits_of_documents(model, tokenizer, documents(args.files))
     except ValueError as error:

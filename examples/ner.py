@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Find spans in texts, such as names: fine-tune an encoder with a class for every byte.
+
+    python examples/ner.py                                       # names in the shipped Shakespeare, none of them seen before
+    python examples/ner.py --train rows.jsonl --test other_rows.jsonl
+
+Rows are JSON lines with `text` and `spans`, a list of `[start, end, label]` in characters. Printed is the exact F1 of spans,
+beside that of looking up the spans of the rows to train on.
+
+`is_causal=False`: whether a byte belongs to a name is often decided by what follows it ("Washington" and "Washington Post"),
+and a causal model labels the first byte of a span before it has seen the second one. In the pipeline
+`aggregation_strategy="simple"` joins neighbouring bytes of one label to a span; the other strategies ask for the words of a
+subword tokenizer, of which a byte is none.
+"""
+
+import argparse
+import random
+import re
+from pathlib import Path
+
+from inputs import HelpFormatter, at_least_one, at_least_zero, checkpoint, quiet_exit, read_json_lines, text_file
+
+
+HERE = Path(__file__).parent
+OUTSIDE = "O"
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser.add_argument(
+        "--train", type=text_file, help="rows with spans; without it, names in the shipped Shakespeare"
+    )
+    parser.add_argument("--test", type=text_file, help="rows with spans; needed with --train")
+    parser.add_argument(
+        "--checkpoint", type=checkpoint, default=str(HERE / "checkpoints" / "stlm-3m-encoder"), help="folder or Hub id"
+    )
+    parser.add_argument("--output", type=Path, default=Path("runs/spans"), help="folder of the tagger")
+    parser.add_argument("--epochs", type=at_least_zero, default=3, help="over the rows")
+    parser.add_argument("--learning_rate", type=at_least_zero, default=5e-3, help="of AdamW")
+    parser.add_argument("--batch_size", type=at_least_one, default=16, help="rows")
+    parser.add_argument("--max_bytes", type=at_least_one, default=512, help="read of each text")
+    parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast: faster on a GPU and on recent CPUs")
+    parser.add_argument("--seed", type=int, default=1, help="of weights and order")
+    args = parser.parse_args()
+    if bool(args.train) != bool(args.test):
+        parser.error("--train and --test come together")
+    return args
+
+
+if __name__ == "__main__":
+    args = parse_arguments()
+
+import torch
+from transformers import (
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+    DataCollatorForTokenClassification,
+    Trainer,
+    TrainingArguments,
+    pipeline,
+    set_seed,
+)
+
+import modeling_stlm  # noqa: F401  (registers the Auto classes)
+
+
+def read_rows(path: Path) -> list[dict]:
+    """Rows with `text` and `spans`; the first one that has not, ends the program."""
+    rows = read_json_lines(path)
+    for number, row in enumerate(rows, start=1):
+        text, spans = row.get("text"), row.get("spans")
+        if not text or not isinstance(spans, list) or not all(0 <= s < e <= len(text) for s, e, _ in spans):
+            raise SystemExit(
+                f"row {number} of {path} has the fields {sorted(row)}, expected `text`, not empty, and `spans`: "
+                "[start, end, label] in characters of the text"
+            )
+    return rows
+
+
+def names_in_a_play(path: Path) -> tuple[list[dict], list[dict]]:
+    """Lines with names of those who speak; no name of the rows to test on occurs in the rows to train on."""
+    text = path.read_text(encoding="utf-8")
+    words = {word.title() for name in re.findall(r"(?m)^([A-Z][A-Z ]+):$", text) for word in name.split()}
+    words -= {word.title() for word in re.findall(r"\b[a-z]+\b", text)}  # titles: a king is no name
+    names = sorted(word for word in words if len(word) > 2)
+    random.Random(0).shuffle(names)
+    held_out, sets = set(names[: len(names) // 4]), ([], [])
+    pattern = re.compile(rf"\b({'|'.join(names)})\b")
+    for line in text.splitlines():
+        found = list(pattern.finditer(line))
+        kinds = {match[1] in held_out for match in found}
+        if len(kinds) == 1:
+            sets[kinds.pop()].append({"text": line, "spans": [[*match.span(), "NAME"] for match in found]})
+    return sets
+
+
+def tagged(row: dict, tokenizer, label2id: dict[str, int], max_bytes: int) -> dict[str, list[int]]:
+    """Ids of a text, and the class of every byte: `B-` where a span starts, `I-` in it."""
+    encoded = tokenizer(row["text"], truncation=True, max_length=max_bytes, return_offsets_mapping=True)
+    labels = [label2id[OUTSIDE]] * len(encoded["input_ids"])
+    for start, end, label in row["spans"]:
+        inside = [i for i, (first, last) in enumerate(encoded["offset_mapping"]) if start <= first and last <= end]
+        for i in inside:
+            labels[i] = label2id[f"{'B' if i == inside[0] else 'I'}-{label}"]
+    return {"input_ids": encoded["input_ids"], "labels": labels}
+
+
+def f1(found: list[set], right: list[set]) -> float:
+    """Of spans that are right in start, end and label."""
+    hits = sum(len(a & b) for a, b in zip(found, right, strict=True))
+    return 2 * hits / max(1, sum(map(len, found)) + sum(map(len, right)))
+
+
+def looked_up(train: list[dict], test: list[dict]) -> list[set]:
+    """Spans of the texts to test on that read like one of those to train on."""
+    label_of = {row["text"][start:end]: label for row in train for start, end, label in row["spans"]}
+    known = re.compile("|".join(rf"\b{re.escape(span)}\b" for span in sorted(label_of, key=len, reverse=True)))
+    return [{(*m.span(), label_of[m[0]]) for m in known.finditer(row["text"])} for row in test]
+
+
+def main(args: argparse.Namespace):
+    if args.train:
+        train, test = read_rows(args.train), read_rows(args.test)
+    else:
+        train, test = names_in_a_play(HERE / "data" / "shakespeare.txt")
+        test = test[:300]
+
+    set_seed(args.seed)
+    kinds = sorted({label for row in train for _, _, label in row["spans"]})
+    names = [OUTSIDE, *(f"{place}-{kind}" for kind in kinds for place in "BI")]
+    label2id = {name: i for i, name in enumerate(names)}
+    tokenizer = AutoTokenizer.from_pretrained(args.checkpoint)
+    model = AutoModelForTokenClassification.from_pretrained(
+        args.checkpoint, is_causal=False, dtype=torch.float32, id2label=dict(enumerate(names)), label2id=label2id
+    )
+    print(f"{args.checkpoint}: {model.num_parameters():,} parameters, {model.device}, {model.dtype}")
+    print(f"{len(train):,} rows to train on, {len(test):,} to test on, spans of {kinds}")
+    trainer = Trainer(
+        model,
+        TrainingArguments(
+            str(args.output),
+            num_train_epochs=args.epochs,
+            learning_rate=args.learning_rate,
+            warmup_steps=0.1,
+            per_device_train_batch_size=args.batch_size,
+            train_sampling_strategy="group_by_length",
+            logging_steps=50,
+            save_strategy="no",
+            bf16=args.bf16,
+            seed=args.seed,
+            report_to="none",
+            use_cpu=not torch.cuda.is_available(),
+        ),
+        train_dataset=[tagged(row, tokenizer, label2id, args.max_bytes) for row in train],
+        data_collator=DataCollatorForTokenClassification(tokenizer),
+        processing_class=tokenizer,
+    )
+    trainer.train()
+    model.config.use_cache = True  # Trainer turns it off, and would save it so
+    trainer.save_model()
+
+    tagger = pipeline("token-classification", str(args.output), aggregation_strategy="simple")
+    found = [
+        {(span["start"], span["end"], span["entity_group"]) for span in spans}
+        for spans in tagger([row["text"] for row in test], batch_size=args.batch_size)
+    ]
+    right = [{tuple(span) for span in row["spans"]} for row in test]
+    print(f"\nexact F1 of spans: {f1(found, right):.3f}    looked up: {f1(looked_up(train, test), right):.3f}")
+    print("next, in Python:\n\n    from transformers import pipeline\n    import modeling_stlm")
+    print(f'    tagger = pipeline("token-classification", "{args.output}", aggregation_strategy="simple")')
+    print(f"    tagger({test[0]['text']!r})")
+
+
+if __name__ == "__main__":
+    with quiet_exit():
+        main(args)

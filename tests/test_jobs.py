@@ -1,0 +1,379 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Encoders, and the examples for one job each: classes, spans, embeddings."""
+
+import importlib
+import json
+import math
+import random
+import re
+import sys
+
+import numpy as np
+import pytest
+import torch
+from sentence_transformers import SentenceTransformer
+from torch.nn import functional as F
+from transformers import (
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+    TrainingArguments,
+    set_seed,
+)
+
+from modeling_stlm import STLMForMaskedLM, STLMTokenizer
+from modeling_stlm.batching_stlm import STLMBatch
+from modeling_stlm.layers_stlm import ByteRows, STLMShortConv
+from modeling_stlm.training.sentence_embeddings import (
+    EmbeddedPassages,
+    EmbeddingTrainer,
+    compress,
+    look_both_ways,
+    mean_over_bytes,
+    passages_of,
+    save_sentence_transformer,
+)
+
+from .test_examples import ROOT, run
+from .tiny import assert_equal, batch, ids_of, randomize, tiny_config, tiny_model
+
+
+sys.path.append(str(ROOT / "examples"))
+classify, ner, rows = (importlib.import_module(name) for name in ("classify", "ner", "rows"))
+
+TOKENIZER = STLMTokenizer()
+ANIMALS = [f"The {animal} {verb}." for animal in ("cat", "dog", "cow", "hen") for verb in ("eats", "runs", "sleeps")]
+TOOLS = [f"A {tool} is {state}!" for tool in ("saw", "drill", "nail", "file") for state in ("sharp", "new", "lost")]
+
+
+def tiny_encoder() -> STLMForMaskedLM:
+    return randomize(STLMForMaskedLM(tiny_config(is_causal=False)))
+
+
+def embedded(noise=None) -> EmbeddedPassages:
+    texts = ANIMALS + TOOLS
+    vectors = torch.eye(16)[[3] * len(ANIMALS) + [8] * len(TOOLS)].numpy()
+    return EmbeddedPassages(texts, vectors, TOKENIZER, noise)
+
+
+def test_passages_are_whole_sentences_of_a_paragraph():
+    sentences = [[f"Sentence {i} of paragraph {p} ends here." for i in range(20)] for p in range(9)]
+    document = "\n\n".join(["The title", *map(" ".join, sentences)])
+    generator = random.Random(0)
+    found = [passage for _ in range(20) for passage in passages_of(document, 120, generator)]
+    titled = [passage for passage in found if passage.startswith("The title ")]
+    assert 0 < len(titled) < len(found) / 2
+    for passage in found:
+        text = passage.removeprefix("The title ")
+        assert 30 <= len(text) <= 120
+        assert any(text in " ".join(paragraph) for paragraph in sentences)
+        assert text.startswith("Sentence") and text.endswith("here.")
+
+
+def test_passages_of_a_document_without_text():
+    assert passages_of("", 100, random.Random(0)) == passages_of("A title alone", 100, random.Random(0)) == []
+
+
+def test_compressed_embeddings_keep_the_cosines_they_can_keep():
+    generator = np.random.default_rng(0)
+    embeddings = generator.normal(size=(50, 4)) @ generator.normal(size=(4, 12))  # of four dimensions, really
+    embeddings /= np.linalg.norm(embeddings, axis=1, keepdims=True)
+    small = compress(embeddings, 4)
+    assert small.shape == (50, 4)
+    np.testing.assert_allclose(small @ small.T, embeddings @ embeddings.T, atol=1e-5)
+    kept = [
+        np.abs(compress(embeddings, size) @ compress(embeddings, size).T - embeddings @ embeddings.T)
+        for size in (1, 3)
+    ]
+    assert kept[1].mean() < kept[0].mean()
+
+
+def test_rows_are_damaged_always_in_the_same_way():
+    data = embedded(noise=lambda text, generator: text.upper())
+    kinds = {"clean": 0, "masked": 0, "noisy": 0}
+    for index, text in enumerate(data.passages):
+        item = data[index]
+        torch.manual_seed(index)  # the state of no global generator matters
+        again = data[index]
+        assert all(torch.equal(item[name], again[name]) for name in item)
+        assert item["embeddings"].tolist() == data.embeddings[index].tolist()
+        ids, is_masked = item["input_ids"], item["labels"] != -100
+        assert torch.equal(ids == TOKENIZER.mask_token_id, is_masked)
+        restored = torch.where(is_masked, item["labels"], ids).tolist()
+        assert restored in (ids_of(text), ids_of(text.upper()))
+        kinds["masked" if is_masked.any() else "clean" if restored == ids_of(text) else "noisy"] += 1
+    assert kinds["clean"] > max(kinds["masked"], kinds["noisy"]) and min(kinds.values()) > 0
+
+
+def test_passages_without_embeddings_are_refused():
+    with pytest.raises(ValueError, match="24 passages and 3 embeddings"):
+        EmbeddedPassages(ANIMALS + TOOLS, np.zeros((3, 16)), TOKENIZER)
+
+
+def arguments(folder, **options) -> TrainingArguments:
+    return TrainingArguments(
+        str(folder),
+        per_device_train_batch_size=6,
+        remove_unused_columns=False,
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+        **options,
+    )
+
+
+def trained(folder, resume=None, **options) -> STLMForMaskedLM:
+    set_seed(0)
+    model, data = STLMForMaskedLM(tiny_config(is_causal=False)), embedded()
+    options = {"max_steps": 8, "learning_rate": 1e-2, "save_steps": 4} | options
+    trainer = EmbeddingTrainer(model, arguments(folder, **options), train_dataset=data, data_collator=data.collate)
+    trainer.train(resume_from_checkpoint=resume)
+    return model
+
+
+def test_loss_is_that_of_masked_bytes_and_of_cosines(tmp_path):
+    model, data = tiny_encoder(), embedded()
+    inputs = data.collate([data[i] for i in range(12)])
+    total, nats = 0.0, []
+    for ids, mask, labels, target in zip(
+        *(inputs[n] for n in ("input_ids", "attention_mask", "labels", "embeddings"))
+    ):
+        outputs = model(ids[mask == 1][None], output_hidden_states=True)
+        total += 1 - (F.cosine_similarity(outputs.hidden_states[-1][0].mean(0), target, dim=0)).item()
+        nats += [-float(outputs.logits[0, t].log_softmax(-1)[i]) for t, i in enumerate(labels.tolist()) if i != -100]
+    assert nats
+    trainer = EmbeddingTrainer(model, arguments(tmp_path), embedding_weight=3.0)
+    loss = float(trainer.compute_loss(model, dict(inputs)))
+    assert loss == pytest.approx(3 * total / 12 + sum(nats) / len(nats), rel=1e-4)
+
+
+def test_rows_without_masks_have_no_loss_of_bytes(tmp_path):
+    model, data = tiny_encoder(), embedded()
+    inputs = data.collate([data[0]])
+    inputs["labels"].fill_(-100)
+    loss = EmbeddingTrainer(model, arguments(tmp_path), embedding_weight=0.0).compute_loss(model, inputs)
+    assert loss == 0
+
+
+def test_embeddings_are_learned_and_a_resumed_training_is_the_same(tmp_path):
+    whole = trained(tmp_path / "whole", max_steps=60)
+    data = embedded()
+    inputs = data.collate([data[i] for i in range(len(data))])
+    with torch.no_grad():
+        states = whole.model(inputs["input_ids"], inputs["attention_mask"]).last_hidden_state
+    pooled = mean_over_bytes(states, inputs["attention_mask"])
+    assert F.cosine_similarity(pooled, inputs["embeddings"]).mean() > 0.8
+
+    once = trained(tmp_path / "once")
+    resumed = trained(tmp_path / "resumed", resume=str(tmp_path / "once" / "checkpoint-4"))
+    for name, value in once.state_dict().items():
+        torch.testing.assert_close(resumed.state_dict()[name], value, rtol=0, atol=0, msg=name)
+
+
+@torch.no_grad()
+def test_a_tap_of_a_convolution_keeps_its_place():
+    causal = tiny_model(conv_kernel_size=4).model.local_encoder[0].mixer
+    model = tiny_encoder()
+    model.model.local_encoder[0].mixer.load_state_dict(causal.state_dict())
+    both_ways = look_both_ways(model).model.local_encoder[0].mixer
+    assert isinstance(both_ways, STLMShortConv) and both_ways.num_after == 1
+    causal.conv.weight[..., 0] = 0  # the oldest tap, for which there is no room
+    states = torch.randn(2, 9, 16)
+    rows = ByteRows(STLMBatch.of(torch.zeros(2, 9, dtype=torch.long)))
+    torch.testing.assert_close(both_ways(states, rows)[0], causal(states, rows)[0])
+
+
+@torch.no_grad()
+def test_one_folder_for_sentence_transformers_and_for_every_head(tmp_path):
+    model, texts = tiny_encoder(), ["a short text", "one that is a good deal longer, ä"]
+    save_sentence_transformer(model, TOKENIZER, tmp_path)
+    assert TOKENIZER.chat_template is not None  # that of the caller stays
+    encoder = SentenceTransformer(str(tmp_path), device="cpu")
+    for text, vector in zip(texts, encoder.encode(texts, convert_to_tensor=True)):
+        assert_equal(vector, model.model(torch.tensor([ids_of(text)])).last_hidden_state[0].mean(0))
+    for auto in (AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoModelForTokenClassification):
+        loaded = auto.from_pretrained(tmp_path)
+        assert not loaded.config.is_causal and loaded.dtype == torch.float32
+        for name, value in model.model.state_dict().items():
+            torch.testing.assert_close(loaded.model.state_dict()[name], value, rtol=0, atol=0, msg=name)
+    inputs = batch([ids_of(text) for text in texts], "right")
+    expected = model(**inputs).logits[1]
+    assert_equal(AutoModelForMaskedLM.from_pretrained(tmp_path)(**inputs).logits[1], expected)
+
+
+@pytest.fixture(scope="module")
+def encoder_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("encoder")
+    set_seed(0)
+    save_sentence_transformer(STLMForMaskedLM(tiny_config(is_causal=False)), TOKENIZER, folder)
+    return folder
+
+
+def labelled(path, texts_and_labels) -> str:
+    path.write_text("text,label\n" + "".join(f'"{text}",{label}\n' for text, label in texts_and_labels))
+    return str(path)
+
+
+@pytest.fixture
+def animals_and_tools(tmp_path) -> tuple[str, str]:
+    pairs = [(text, "animal") for text in ANIMALS] + [(text, "tool") for text in TOOLS]
+    return labelled(tmp_path / "train.csv", pairs * 2), labelled(tmp_path / "test.csv", pairs[::3])
+
+
+def test_classify_goes_from_rows_to_a_pipeline(encoder_folder, animals_and_tools, tmp_path):
+    train, test = animals_and_tools
+    options = ["--epochs", 4, "--learning_rate", 1e-2, "--batch_size", 8, "--output", tmp_path / "out"]
+    printed = run(
+        "classify.py", "--checkpoint", encoder_folder, "--train", train, "--test", test, *options, cwd=tmp_path
+    )
+    assert "accuracy on 8 rows: 100.0%" in printed and "TF-IDF with logistic regression: 100.0%" in printed
+    assert "ms per row" in printed and f'pipeline("text-classification", "{tmp_path / "out"}")' in printed
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
+    ids = torch.tensor([TOKENIZER("The pig eats.")["input_ids"]])
+    assert loaded.config.id2label[int(loaded(ids).logits.argmax())] == "animal"
+
+
+@pytest.mark.parametrize("num_labels", [2, 3])
+def test_a_head_starts_as_the_logistic_regression(num_labels):
+    from sklearn.linear_model import LogisticRegression
+
+    generator = np.random.default_rng(0)
+    labels = generator.integers(num_labels, size=60)
+    features = generator.normal(size=(60, 16)) * np.linspace(0.1, 3, 16) + np.eye(16)[labels]
+    model = AutoModelForSequenceClassification.from_config(tiny_config(is_causal=False, num_labels=num_labels))
+    classify.start_head(model, features, labels)
+    fitted = LogisticRegression(C=0.1, fit_intercept=False, max_iter=1000).fit(features / features.std(0), labels)
+    found = model.score(torch.tensor(features, dtype=torch.float32)).softmax(-1).detach().numpy()
+    np.testing.assert_allclose(found, fitted.predict_proba(features / features.std(0)), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("rows.csv", "text,topic\na,b\n", "row 1 of rows.csv has the columns .*topic.*expected `text` and `label`"),
+        ("rows.csv", "text,label\na,1\n,2\n", "row 2 .*not empty"),
+        ("rows.csv", "text,label\na,1\nb,1\n", "expected at least two labels"),
+        ("rows.jsonl", '{"text": "a", "label": 0}\n{"text": "b"}\n', "row 2 .*expected `text` and `label`"),
+    ],
+)
+def test_what_is_wrong_with_labelled_rows_is_said(name, content, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).write_text(content)
+    with pytest.raises(SystemExit, match=message):
+        rows.read_labelled(rows.Path(name))
+
+
+def test_labels_may_be_numbers_and_texts_of_many_lines(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "a", "label": 0}\n{"text": "b\\nc", "label": 1}\n')
+    assert rows.read_labelled(path) == (["a", "b\nc"], ["0", "1"])
+    path = tmp_path / "rows.csv"
+    path.write_text('label,text\nx,"one\ntwo, three"\ny,four\n')
+    assert rows.read_labelled(path) == (["one\ntwo, three", "four"], ["x", "y"])
+
+
+def test_speeches_of_the_shipped_play():
+    texts, labels = rows.speeches(ROOT / "examples" / "data" / "shakespeare.txt")
+    assert len(set(labels)) == 4 and len(texts) == len(labels) > 200
+    assert not any("\n" in text or "ROMEO:" in text for text in texts)
+    train, test = rows.split_rows((texts, labels))
+    assert sorted(zip(*train)) + sorted(zip(*test)) != [] and len(test[0]) == round(len(texts) * 0.2)
+    assert sorted([*zip(*train), *zip(*test)]) == sorted(zip(texts, labels))
+
+
+def test_nearest_neighbours_of_embeddings(encoder_folder, animals_and_tools, tmp_path):
+    train, test = animals_and_tools
+    printed = run("embed.py", "--checkpoint", encoder_folder, "--train", train, "--test", test, cwd=tmp_path)
+    assert "label of the nearest of 48 rows, for 8 rows: 100.0%" in printed and "with TF-IDF: 100.0%" in printed
+    (tmp_path / "lines.txt").write_text("\n".join(ANIMALS))
+    options = ["--texts", tmp_path / "lines.txt", "--query", "The dog runs."]
+    printed = run("embed.py", "--checkpoint", encoder_folder, *options, cwd=tmp_path)
+    assert "1.000  'The dog runs.'" in printed
+
+
+def test_tags_of_bytes_and_spans_that_were_found():
+    label2id = {"O": 0, "B-NAME": 1, "I-NAME": 2}
+    row = {"text": "See Zoë, Al", "spans": [[4, 7, "NAME"], [9, 11, "NAME"]]}
+    encoded = ner.tagged(row, TOKENIZER, label2id, 512)
+    assert encoded == {"input_ids": ids_of(row["text"]), "labels": [0, 0, 0, 0, 1, 2, 2, 2, 0, 0, 1, 2]}
+    assert ner.tagged(row, TOKENIZER, label2id, 6)["labels"] == [0, 0, 0, 0, 1, 2]  # cut
+    right = [{(4, 7, "NAME"), (9, 11, "NAME")}, set()]
+    assert ner.f1(right, right) == 1
+    assert ner.f1([{(4, 7, "NAME"), (9, 10, "NAME")}, {(0, 1, "NAME")}], right) == pytest.approx(2 * 1 / (3 + 2))
+    assert ner.looked_up([row], [{"text": "Al saw Zoë and Alan"}]) == [{(0, 2, "NAME"), (7, 10, "NAME")}]
+
+
+def test_names_to_test_on_are_not_among_those_to_train_on():
+    train, test = ner.names_in_a_play(ROOT / "examples" / "data" / "shakespeare.txt")
+    names = [{row["text"][start:end] for row in part for start, end, _ in row["spans"]} for part in (train, test)]
+    assert "Romeo" in names[0] | names[1] and "King" not in names[0] | names[1]
+    assert min(map(len, names)) > 10 and not names[0] & names[1]
+    assert ner.f1(ner.looked_up(train, test), [{tuple(span) for span in row["spans"]} for row in test]) == 0
+
+
+def test_spans_go_from_rows_to_a_pipeline(encoder_folder, tmp_path):
+    lines = [
+        (f"we met {name} in {place}", name) for name in ("Ann", "Bob", "Eve") for place in ("May", "town", "a bus")
+    ]
+    content = [{"text": text, "spans": [[7, 7 + len(name), "NAME"]]} for text, name in lines]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in content * 4))
+    options = ["--epochs", 8, "--learning_rate", 2e-2, "--batch_size", 4, "--output", tmp_path / "out"]
+    printed = run("ner.py", "--checkpoint", encoder_folder, "--train", path, "--test", path, *options, cwd=tmp_path)
+    assert "exact F1 of spans: 1.000    looked up: 1.000" in printed and 'aggregation_strategy="simple"' in printed
+
+
+def test_an_encoder_from_a_causal_checkpoint_and_a_teacher(encoder_folder, tmp_path):
+    tiny_model().save_pretrained(tmp_path / "causal")
+    TOKENIZER.save_pretrained(tmp_path / "causal")
+    paragraphs = "\n\n".join(" ".join(random.Random(i).sample(ANIMALS + TOOLS, 12)) for i in range(40))
+    (tmp_path / "text.jsonl").write_text((json.dumps({"text": f"Title\n\n{paragraphs}"}) + "\n") * 200)
+    options = ["--text", tmp_path / "text.jsonl", "--teacher", encoder_folder, "--checkpoint", tmp_path / "causal"]
+    options += [
+        "--output",
+        tmp_path / "out",
+        "--max_minutes",
+        0.05,
+        "--clock",
+        "cpu",
+        "--batch_size",
+        16,
+        "--max_bytes",
+        80,
+    ]
+    printed = run("encoder.py", *options, cwd=tmp_path)
+    assert "passages that were held out" in printed and "next: python examples/embed.py" in printed
+    cosine = float(printed.split("held out:")[1].split()[0])
+    assert cosine > 0.2
+    loaded = AutoModelForMaskedLM.from_pretrained(tmp_path / "out")
+    assert not loaded.config.is_causal
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template is None
+    assert SentenceTransformer(str(tmp_path / "out"), device="cpu").encode("a text").shape == (16,)
+    again = run("encoder.py", *options, cwd=tmp_path)  # a finished one goes on from its end
+    assert "embeddings of" in printed and "embeddings of" not in again
+
+
+def test_noise_of_the_encoder_is_that_of_its_generator(monkeypatch):
+    encoder = importlib.import_module("encoder")
+    text = "The quick brown fox jumps over the lazy dog. " * 3
+    noisy = [encoder.noisy(text, random.Random(i)) for i in range(30)]
+    assert noisy == [encoder.noisy(text, random.Random(i)) for i in range(30)]
+    assert text.lower() in noisy and text.upper() in noisy and len(set(noisy)) > 15
+
+
+def test_log_probabilities_of_lines(tmp_path):
+    model = tiny_model()
+    model.save_pretrained(tmp_path)
+    TOKENIZER.save_pretrained(tmp_path)
+    lines = "The cat sat.\n\nZoë\n"
+    printed = run("score.py", tmp_path, cwd=tmp_path, input=lines).splitlines()
+    rows = [re.fullmatch(r" *(-[\d.]+) +([\d.]+)  (.+)", line).groups() for line in printed if line.startswith(" ")]
+    assert [text for _, _, text in rows] == ["The cat sat.", "Zoë"]
+    for nats, bits, text in rows:
+        ids = [257, *ids_of(text)]
+        with torch.no_grad():
+            log_probs = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+        expected = sum(float(log_probs[t - 1, i]) for t, i in enumerate(ids) if t)
+        assert float(nats) == pytest.approx(expected, abs=0.01)
+        assert float(bits) == pytest.approx(-expected / math.log(2) / (len(ids) - 1), abs=0.001)
