@@ -298,9 +298,11 @@ def train(args: argparse.Namespace) -> None:
     trainer.save_model()
     model.eval()
     scores = {name: accuracy(model, tests, length) for name, length in LENGTHS.items()} if tests else {}
-    arguments = vars(args) | {
-        name: " ".join(path.name for path in getattr(args, name)) for name in ("train", "validation")
-    }
+    # Results are published: names of files, no folders of this machine, nothing of what only identifies.
+    names = {name: " ".join(path.name for path in getattr(args, name)) for name in ("train", "validation")}
+    arguments = {
+        name: value for name, value in vars(args).items() if name not in ("lines", "spans", "checkpoint")
+    } | names
     results = {
         "languages": len(label2id),
         "sentences": num_sentences,
