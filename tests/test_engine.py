@@ -8,6 +8,8 @@ import shutil
 import struct
 import subprocess
 import sys
+import time
+import weakref
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -533,6 +535,38 @@ def test_rows_on_several_threads_are_refused_as_on_one(tiny):
     for num_threads in (0, -1):
         with pytest.raises(ValueError, match=f"num_threads={num_threads}"):
             Engine(tiny[1].path, num_threads=num_threads)
+
+
+def test_an_interrupt_waits_for_the_threads_and_they_keep_what_they_use(tiny):
+    rows, done = Rows(Engine(tiny[1].path, num_threads=2), 2), []
+
+    def call(part):
+        if part.first == 0:
+            raise KeyboardInterrupt
+        time.sleep(0.3)
+        done.append(part.first)
+        return 0
+
+    with pytest.raises(KeyboardInterrupt):
+        rows._run(call)
+    assert done == [1]
+    # Nobody but the threads has the rows and the arrays.
+    held = []
+
+    class Pool:
+        def submit(self, function, *arguments):
+            held.append((function, *arguments))
+            raise KeyboardInterrupt
+
+    rows.read([b"a", b"b"])
+    rows.engine._pool = Pool()
+    with pytest.raises(KeyboardInterrupt):
+        rows.logits()
+    alive = weakref.ref(rows)
+    del rows
+    assert alive() is not None
+    (_, call, _) = held.pop()
+    assert any(isinstance(cell.cell_contents, np.ndarray) for cell in call.__closure__)
 
 
 def test_wrong_calls_are_refused_in_words(tiny):

@@ -167,12 +167,28 @@ class Rows:
             _free_with(self, library.stlm_close, handle)
             self._parts.append(_Part(handle, first, end))
 
+    def _call(self, call: Callable[[_Part], int], part: _Part) -> None:
+        if call(part):
+            raise ValueError(self.engine._library.stlm_error(part.handle).decode(errors="replace"))
+
     def _run(self, call: Callable[[_Part], int]) -> None:
-        """`call` every part, each on a thread: C runs without the lock of Python."""
-        runs = map if len(self._parts) == 1 else self.engine._pool.map
-        for part, status in zip(self._parts, list(runs(call, self._parts))):
-            if status:
-                raise ValueError(self.engine._library.stlm_error(part.handle).decode(errors="replace"))
+        """`call` every part, each on a thread: C runs without the lock of Python.
+
+        Returns or raises when all threads are done, also when somebody interrupts. What they use lives as long: a thread
+        holds `self` and what `call` refers to, of which addresses alone keep nothing.
+        """
+        if len(self._parts) == 1:
+            self._call(call, self._parts[0])
+            return
+        futures = []
+        try:
+            for part in self._parts:
+                futures.append(self.engine._pool.submit(self._call, call, part))
+            for future in futures:
+                future.result()
+        finally:
+            for future in futures:
+                future.exception()  # waits
 
     def _place(self, row: int) -> tuple[_Part, int]:
         """The part of `row`, and its index there."""
@@ -244,8 +260,8 @@ class Rows:
 
         self._refuse_empty(range(self.num_rows))
         logits = np.empty((self.num_rows, self.engine.vocab_size), np.float32)
-        address, step, call = logits.ctypes.data, logits.strides[0], self.engine._library.stlm_logits
-        self._run(lambda part: call(part.handle, address + step * part.first))
+        step, call = logits.strides[0], self.engine._library.stlm_logits
+        self._run(lambda part: call(part.handle, logits.ctypes.data + step * part.first))
         return logits
 
     def write(
