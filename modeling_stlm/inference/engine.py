@@ -119,8 +119,8 @@ def load_library() -> ctypes.CDLL:
     return library
 
 
-def mapped(path: "str | Path") -> ctypes.Array:
-    """The bytes of a file, without a copy."""
+def mapped(path: "str | Path | int") -> ctypes.Array:
+    """The bytes of a file, without a copy; a descriptor is closed."""
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
         return (ctypes.c_char * size).from_buffer(
@@ -317,7 +317,10 @@ class Engine:
         if index(num_threads) < 1:
             raise ValueError(f"num_threads={num_threads} must be at least 1")
         self.path, self._library = path, load_library()
-        data, error = mapped(path), ctypes.create_string_buffer(ERROR_SIZE)
+        self._file = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+        _free_with(self, os.close, self._file)
+        self._stamp = _stamp(self._file)
+        data, error = mapped(os.dup(self._file)), ctypes.create_string_buffer(ERROR_SIZE)
         isa = os.environ.get("STLM_ISA", "") if isa is None else isa
         self._handle = self._library.stlm_load(data, len(data), isa.encode(), error)
         if not self._handle:
@@ -337,6 +340,18 @@ class Engine:
         self._known = weakref.WeakKeyDictionary()  # models that were compared, with the versions of their weights
         self._typing = threading.Lock()
         self._typed: tuple[Rows, bytes, list[Snapshot]] | None = None  # of `complete`: a row, its text, states in it
+
+    def digest(self) -> bytes:
+        """SHA-256 of the file that was loaded, also if another has its name since.
+
+        Raises:
+            ValueError: if it was overwritten since.
+        """
+        import hashlib
+
+        if _stamp(self._file) != self._stamp:
+            raise ValueError(f"{self.path} was overwritten after it was loaded: load it again")
+        return hashlib.sha256(mapped(os.dup(self._file))).digest()
 
     # Text
 
@@ -461,7 +476,7 @@ class Engine:
         **options,
     ):
         """What `generate(custom_generate=engine)` calls: see [`write_with`]."""
-        from .custom_generate import write_with  # imports torch
+        from modeling_stlm.inference.custom_generate import write_with  # imports torch, and the package
 
         return write_with(self, model, input_ids, streamer=streamer, tokenizer=tokenizer, **options)
 
@@ -473,6 +488,12 @@ def _bytes(text: Text) -> bytes:
 def _free_with(owner: object, free, handle: int) -> None:
     """Free `handle` with `owner`; not at the end of the process, when a thread may still be computing with it."""
     weakref.finalize(owner, free, handle).atexit = False
+
+
+def _stamp(file: int) -> tuple[int, int]:
+    """Size and time of the last change of an open file."""
+    found = os.fstat(file)
+    return found.st_size, found.st_mtime_ns
 
 
 def _address(numbers: array, at: int = 0) -> int:
