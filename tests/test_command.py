@@ -85,11 +85,17 @@ def test_run_imports_neither_torch_nor_transformers_nor_numpy(stlm, engine):
     assert code == 0 and loaded.strip() in (b"[]", b"['pathlib']"), errors  # which hooks of editable installs import
 
 
+def test_the_command_leaves_the_package_as_it_is(stlm, engine):
+    then = "main(); import modeling_stlm; print([modeling_stlm.STLMConfig.model_type])"
+    code, output, errors = end_of(stlm("run", engine.path, "-p", "x", "-n", 1, then=then))
+    assert code == 0 and output.endswith(b"['stlm']\n"), errors
+
+
 def test_run_ends_quietly_when_nobody_reads_or_somebody_interrupts(stlm, engine):
     process = stlm("run", engine.path, "-p", "x", "-n", 10**8, "--seed", 3)
     assert len(process.stdout.read(10)) == 10
     process.stdout.close()
-    assert process.wait(60) == 0 and process.stderr.read() == b""
+    assert process.wait(60) == 141 and process.stderr.read() == b""  # which a shell says of SIGPIPE
     process = stlm("run", engine.path, "-p", "x", "-n", 10**8, "--seed", 3)
     assert len(process.stdout.read(10)) == 10
     process.send_signal(signal.SIGINT)
@@ -109,6 +115,9 @@ def test_what_is_wrong_is_said_in_one_line(stlm, engine, tmp_path):
         assert code == 1 and output == b"" and words in errors and errors.count("\n") == 1, errors
     code, _, errors = end_of(stlm("run"))
     assert code == 2 and "usage: stlm run" in errors
+    for arguments in (["bench", engine.path, "--repeats", 0], ["run", engine.path, "-n", -5]):
+        code, output, errors = end_of(stlm(*arguments))
+        assert code == 2 and output == b"" and f"{arguments[-1]} must be at least 1" in errors
 
 
 def test_bench_prints_a_table(stlm, engine):
