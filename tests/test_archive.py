@@ -182,6 +182,8 @@ def test_outputs_replace_files_and_nothing_else(tmp_path):
         with output(str(tmp_path / "pipe")) as file:
             file.write(b"through")
         assert read.result() == b"through" and (tmp_path / "pipe").is_fifo()
+    with open(os.devnull, "wb") as sink, output(f"/dev/fd/{sink.fileno()}") as file:
+        file.write(b"nowhere")
     with pytest.raises(KeyError), output(str(tmp_path / "x")) as file:
         raise KeyError
     assert {path.name for path in tmp_path.iterdir()} == {"x", "x.part", "y", "real", "link", "pipe"}

@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import BinaryIO
 
-from .engine import Engine, Rows, _free_with, mapped
+from .engine import Engine, Rows, _free_with
 
 
 MAGIC, VERSION = b"STLZ", 1
@@ -112,7 +112,7 @@ def pack(engine: Engine, source: BinaryIO, target: BinaryIO) -> tuple[int, int]:
     return lengths["content"], lengths["archive"]
 
 
-def unpack(engine: Engine, archive: bytes | ctypes.Array, target: BinaryIO) -> int:
+def unpack(engine: Engine, archive: bytes, target: BinaryIO) -> int:
     """Write the content of `archive` to `target`; its length.
 
     Raises:
@@ -146,13 +146,12 @@ def output(path: str) -> Iterator[BinaryIO]:
     if path == "-":
         yield sys.stdout.buffer
         return
-    path = os.path.realpath(path)  # where a link leads to
     if os.path.exists(path) and not os.path.isfile(path):
         with open(path, "wb") as file:
             yield file
         return
-    folder, name = os.path.split(path)
-    with tempfile.NamedTemporaryFile(dir=folder, prefix=name, suffix=".part", delete=False) as file:
+    path = os.path.realpath(path)  # where a link leads to
+    with tempfile.NamedTemporaryFile(dir=os.path.dirname(path), prefix="stlm-", suffix=".part", delete=False) as file:
         try:
             yield file
             file.close()
@@ -180,6 +179,5 @@ def pack_file(engine: Engine, source: str, target: str) -> tuple[int, int]:
 
 def unpack_file(engine: Engine, source: str, target: str) -> int:
     """[`unpack`] of files, or `-` for standard input and output."""
-    archive = sys.stdin.buffer.read() if source == "-" else mapped(source)
-    with output(target) as content:
-        return unpack(engine, archive, content)
+    with open(0 if source == "-" else source, "rb") as file, output(target) as content:
+        return unpack(engine, file.read(), content)

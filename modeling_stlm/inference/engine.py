@@ -29,6 +29,7 @@ from operator import index
 TYPE_CHECKING = False  # what type checkers take for true; the import of typing takes some milliseconds
 if TYPE_CHECKING:
     from pathlib import Path
+    from typing import BinaryIO
 
     import numpy as np
     import torch
@@ -119,13 +120,12 @@ def load_library() -> ctypes.CDLL:
     return library
 
 
-def mapped(path: "str | Path | int") -> ctypes.Array:
-    """The bytes of a file, without a copy; a descriptor is closed."""
-    with open(path, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        return (ctypes.c_char * size).from_buffer(
-            mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY) if size else bytearray()
-        )
+def mapped(file: "BinaryIO") -> ctypes.Array:
+    """The bytes of a file, without a copy."""
+    size = os.fstat(file.fileno()).st_size
+    return (ctypes.c_char * size).from_buffer(
+        mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY) if size else bytearray()
+    )
 
 
 class Snapshot:
@@ -317,10 +317,10 @@ class Engine:
         if index(num_threads) < 1:
             raise ValueError(f"num_threads={num_threads} must be at least 1")
         self.path, self._library = path, load_library()
-        self._file = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
-        _free_with(self, os.close, self._file)
+        self._file = open(path, "rb")
+        weakref.finalize(self, self._file.close)
         self._stamp = _stamp(self._file)
-        data, error = mapped(os.dup(self._file)), ctypes.create_string_buffer(ERROR_SIZE)
+        data, error = mapped(self._file), ctypes.create_string_buffer(ERROR_SIZE)
         isa = os.environ.get("STLM_ISA", "") if isa is None else isa
         self._handle = self._library.stlm_load(data, len(data), isa.encode(), error)
         if not self._handle:
@@ -351,7 +351,7 @@ class Engine:
 
         if _stamp(self._file) != self._stamp:
             raise ValueError(f"{self.path} was overwritten after it was loaded: load it again")
-        return hashlib.sha256(mapped(os.dup(self._file))).digest()
+        return hashlib.sha256(mapped(self._file)).digest()
 
     # Text
 
@@ -490,9 +490,9 @@ def _free_with(owner: object, free, handle: int) -> None:
     weakref.finalize(owner, free, handle).atexit = False
 
 
-def _stamp(file: int) -> tuple[int, int]:
-    """Size and time of the last change of an open file."""
-    found = os.fstat(file)
+def _stamp(file: "BinaryIO") -> tuple[int, int]:
+    """Size, and time of the last change."""
+    found = os.fstat(file.fileno())
     return found.st_size, found.st_mtime_ns
 
 
