@@ -5,6 +5,8 @@
 //       -I modeling_stlm/inference tests/fuzz_engine.c modeling_stlm/inference/stlm.c modeling_stlm/inference/zip.c -lm -o fuzz
 //   ./fuzz COUNT SEED model.gguf ...
 //
+// With -DWINDOW_BITS=9 the window of zip.c wraps within the contents that are tried.
+//
 // Prints how many files were tried and how many of them were loaded. Most mutations get a checksum that fits.
 #include "stlm.h"
 
@@ -53,6 +55,11 @@ static void use(const stlm_model *model) {
   uint64_t seeds[5] = {1, 2, 3, 4, 5};
   if (!batch || !floats) exit(2);
   for (int call = 0; call < 6; call++) {
+    const int row = (int)draw((uint32_t)num_rows);
+    int num_patches = 0;
+    const int32_t *patch_ends = stlm_patches(batch, row, &num_patches);
+    for (int i = 0; i < num_patches; i++)
+      if (patch_ends[i] <= (i ? patch_ends[i - 1] : 0) || patch_ends[i] > stlm_length(batch, row)) exit(6);
     uint8_t active[5];
     for (int r = 0; r < num_rows; r++) {
       counts[r] = (int32_t)draw(64);
@@ -62,10 +69,16 @@ static void use(const stlm_model *model) {
     if (draw(20) == 0) ids[draw(64)] = (int32_t)draw(0xffffffffu);
     stlm_sampling sampling = {draw(2) ? 0.0f : 0.7f, draw(2) ? 1.0f : 0.8f, draw(2) ? 0.0f : 0.1f, draw(2) ? 1.0f : 1.3f,
                               (int32_t)draw(8), 2, ends};
-    switch (draw(5)) {
+    switch (draw(6)) {
       case 0: stlm_logits(batch, floats); break;
       case 1: stlm_score(batch, counts, ids, floats); break;
       case 2: stlm_write(batch, &sampling, seeds, active, 1 + (int)draw(20), ids); break;
+      case 4: {
+        const stlm_sampling greedy = {0.0f, 1.0f, 0.0f, 1.0f, 0, 2, ends};
+        const stlm_sampling samplings[5] = {sampling, greedy, sampling, greedy, sampling};
+        stlm_write_each(batch, samplings, seeds, active, 1 + (int)draw(20), ids);
+        break;
+      }
       case 3:
         if (snapshot && draw(2)) stlm_rewind(batch, 0, snapshot);
         stlm_drop(snapshot);
@@ -79,29 +92,56 @@ static void use(const stlm_model *model) {
   free(floats);
 }
 
+// A row that has read the token that begins documents and `size` bytes.
+static stlm_batch *row_after(const stlm_model *model, const uint8_t *bytes, int size) {
+  const int bos = 257, count = size + 1;
+  int32_t ids[1 + 2 * STLM_SEGMENT] = {bos < stlm_describe(model)->vocab_size ? bos : 0};
+  stlm_batch *row = stlm_open(model, 1);
+  if (!row) exit(2);
+  for (int i = 0; i < size; i++) ids[i + 1] = bytes[i];
+  stlm_read(row, &count, ids);  // may fail, and then also what is done with the row
+  return row;
+}
+
 // What is coded must come back, whatever the model says; code that was changed, or another text, may.
 static void code(const stlm_model *model) {
-  uint8_t bytes[STLM_SEGMENT], code[16 * STLM_SEGMENT], decoded[STLM_SEGMENT];
-  const int count = (int)draw(100), bos = 257;
-  const int32_t one = 1, start = bos < stlm_describe(model)->vocab_size ? bos : 0;
+  uint8_t bytes[2 * STLM_SEGMENT + 1], code[3 * 16 * STLM_SEGMENT], decoded[3 * STLM_SEGMENT];
+  const int count = (int)draw(draw(3) ? 100 : 2 * STLM_SEGMENT + 1);
   for (int i = 0; i < count; i++) bytes[i] = (uint8_t)(draw(4) ? "ab \n"[draw(4)] : (int)draw(256));
+  stlm_batch *many = stlm_open(model, 70);
+  if (!many) exit(2);
   for (int is_changed = 0; is_changed < 2; is_changed++) {
-    stlm_batch *writer = stlm_open(model, 1), *reader = stlm_open(model, 1);
     stlm_coder *encoder = stlm_encoder(model), *decoder = NULL;
-    int size = -1, length = -1;
-    if (!writer || !reader) exit(2);
-    if (encoder && !stlm_read(writer, &one, &start)) size = stlm_encode(encoder, writer, bytes, count, code);
-    if (is_changed && size > 0) code[draw((uint32_t)size)] ^= (uint8_t)(1 << draw(8));
-    if (size > 0) decoder = stlm_decoder(model, code, (size_t)size);
-    if (decoder && !stlm_read(reader, &one, &start)) length = stlm_decode(decoder, reader, decoded);
-    if (decoder && !is_changed && (length != count || memcmp(bytes, decoded, (size_t)count))) exit(4);
+    int size = 0, length = STLM_SEGMENT, added = 0;
+    for (int at = 0; encoder && added >= 0 && length == STLM_SEGMENT; at += length) {
+      stlm_batch *row = row_after(model, bytes, at);
+      length = count - at < STLM_SEGMENT ? count - at : STLM_SEGMENT;
+      if (stlm_encode(encoder, many, bytes, 1, code) != -1) exit(5);
+      if (stlm_encode(encoder, row, bytes, STLM_SEGMENT + 1, code) != -1) exit(5);
+      added = stlm_encode(encoder, row, bytes + at, length, code + size);
+      size += added;
+      if (length < STLM_SEGMENT && added >= 0 && stlm_encode(encoder, row, bytes, 0, code) != -1) exit(5);
+      stlm_close(row);
+    }
+    if (is_changed && added > 0) code[draw((uint32_t)size)] ^= (uint8_t)(1 << draw(8));
+    if (added > 0) decoder = stlm_decoder(model, code, (size_t)size);
+    length = STLM_SEGMENT;
+    for (int at = 0; decoder && length == STLM_SEGMENT && at <= 2 * STLM_SEGMENT; at += length) {
+      stlm_batch *row = row_after(model, decoded, at);
+      if (stlm_decode(decoder, many, decoded) != -1) exit(5);
+      length = stlm_decode(decoder, row, decoded + at);
+      if (!is_changed && (length < 0 || at + length > count || memcmp(bytes + at, decoded + at, (size_t)length))) exit(4);
+      if (!is_changed && length < STLM_SEGMENT && at + length != count) exit(4);
+      if (length >= 0 && length < STLM_SEGMENT && stlm_decode(decoder, row, decoded) != -1) exit(5);
+      stlm_close(row);
+    }
     stlm_coder_close(encoder), stlm_coder_close(decoder);
-    stlm_close(writer), stlm_close(reader);
   }
+  stlm_close(many);
 }
 
 int main(int count, char **arguments) {
-  static const char *const isas[] = {"", "scalar", "avx2", "avx512"};
+  static const char *const isas[] = {"", "scalar", "simd128", "avx2", "avx512"};
   const long tries = count > 3 ? atol(arguments[1]) : 0;
   long loaded = 0;
   if (count < 4) return 2;
@@ -121,7 +161,7 @@ int main(int count, char **arguments) {
     char error[STLM_ERROR_SIZE];
     if (!exact) return 2;
     memcpy(exact, buffer, size);
-    stlm_model *model = stlm_load(exact, size, isas[draw(4)], error);
+    stlm_model *model = stlm_load(exact, size, isas[draw(5)], error);
     free(exact);
     if (!model && !*error) return 3;  // no words
     if (model) use(model), code(model);

@@ -9,6 +9,7 @@ import random
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from modeling_stlm.inference import engine as engine_module
-from modeling_stlm.inference.archive import CONTEXT, HEADER_SIZE, SEGMENT, Coder, pack, unpack
+from modeling_stlm.inference.archive import CONTEXT, HEADER_SIZE, SEGMENT, Coder, output, pack, unpack
 from modeling_stlm.inference.engine import Engine, Rows
 from modeling_stlm.inference.export import export_gguf
 
@@ -136,6 +137,56 @@ def test_archives_of_another_model_are_refused_by_name(engine, tmp_path):
     export_gguf(tiny_model(), tmp_path / "tiny.gguf", "q8")
     with pytest.raises(ValueError, match=r"another model than .*tiny\.gguf"):
         unpacked(Engine(tmp_path / "tiny.gguf"), packed(engine, b"x"))
+
+
+def test_an_archive_belongs_to_the_model_that_was_loaded_not_to_the_name_of_its_file(engine, tmp_path):
+    path, other = tmp_path / "m.gguf", tmp_path / "other.gguf"
+    shutil.copy(engine.path, path)
+    loaded = Engine(path)
+    export_gguf(tiny_model(), other, "q8")
+    os.replace(other, path)
+    assert unpacked(engine, packed(loaded, b"abc")) == b"abc"
+    loaded = Engine(path)
+    path.write_bytes(engine.path.read_bytes())
+    with pytest.raises(ValueError, match=r"m\.gguf was overwritten after it was loaded"):
+        packed(loaded, b"abc")
+
+
+def test_a_source_may_read_less_than_it_is_asked_for(engine):
+    class Pipe(io.BytesIO):
+        def read(self, size):
+            return super().read(min(size, 100))
+
+    archive, content = io.BytesIO(), SHAKESPEARE[: SEGMENT + 300]
+    assert pack(engine, Pipe(content), archive)[0] == len(content)
+    assert unpacked(engine, archive.getvalue()) == content
+
+
+def test_outputs_replace_files_and_nothing_else(tmp_path):
+    part, real, link = tmp_path / "x.part", tmp_path / "real", tmp_path / "link"
+    part.write_bytes(b"mine")
+    with output(str(tmp_path / "x")) as file:
+        file.write(b"content")
+    assert part.read_bytes() == b"mine" and (tmp_path / "x").read_bytes() == b"content"
+    real.write_bytes(b"old")
+    real.chmod(0o640)
+    link.symlink_to("real")
+    with output(str(link)) as file:
+        file.write(b"new")
+    assert link.is_symlink() and real.read_bytes() == b"new" and real.stat().st_mode & 0o777 == 0o640
+    (tmp_path / "y").touch()
+    assert (tmp_path / "x").stat().st_mode == (tmp_path / "y").stat().st_mode
+    os.mkfifo(tmp_path / "pipe")
+    with ThreadPoolExecutor(1) as pool:
+        read = pool.submit((tmp_path / "pipe").read_bytes)
+        with output(str(tmp_path / "pipe")) as file:
+            file.write(b"through")
+        assert read.result() == b"through" and (tmp_path / "pipe").is_fifo()
+    with open(os.devnull, "wb") as sink, output(f"/dev/fd/{sink.fileno()}") as file:
+        file.write(b"nowhere")
+    with pytest.raises(KeyError), output(str(tmp_path / "x")) as file:
+        raise KeyError
+    assert {path.name for path in tmp_path.iterdir()} == {"x", "x.part", "y", "real", "link", "pipe"}
 
 
 def test_a_model_without_all_bytes_is_refused(tmp_path):

@@ -244,6 +244,20 @@ def test_wrong_files_and_calls_are_refused_in_words(files, tmp_path):
 
 
 @in_node
+def test_a_module_that_was_not_found_is_looked_for_again(files):
+    program = """
+      const [module, path, none] = process.argv.slice(1).map((address) => new URL(address));
+      const { Engine } = await import(module);
+      const words = await Engine.load(path, { wasm: none }).catch((error) => error.message);
+      process.stdout.write(JSON.stringify([words, [...(await Engine.load(path)).generate("x", 5)]]));
+    """
+    addresses = [path.as_uri() for path in (PACKAGE / "stlm.mjs", files["q8"], PACKAGE / "none.wasm")]
+    command = ["node", "--input-type=module", "--eval", program, *addresses]
+    words, text = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    assert "none.wasm" in words and bytes(text) == Engine(files["q8"]).generate(b"x", 5)
+
+
+@in_node
 def test_the_snippet_of_the_readme_runs(files):
     readme = (PACKAGE / "README.md").read_text(encoding="utf-8")
     (snippet,) = re.findall(r"```js\n(.*?)```", readme, re.DOTALL)

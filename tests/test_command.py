@@ -1,17 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command `stlm`, as it is installed: in processes of its own, and its server in threads of this one."""
 
+import http.client
 import json
 import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
+import time
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -21,7 +25,7 @@ from transformers import AutoModelForCausalLM
 from modeling_stlm.inference import engine as engine_module
 from modeling_stlm.inference.engine import Engine, Rows
 from modeling_stlm.inference.export import export_gguf
-from modeling_stlm.inference.server import Server, cut
+from modeling_stlm.inference.server import Completion, Server, cut
 
 from .tiny import TEXT
 
@@ -85,11 +89,17 @@ def test_run_imports_neither_torch_nor_transformers_nor_numpy(stlm, engine):
     assert code == 0 and loaded.strip() in (b"[]", b"['pathlib']"), errors  # which hooks of editable installs import
 
 
+def test_the_command_leaves_the_package_as_it_is(stlm, engine):
+    then = "main(); print([name for name in sys.modules if name.startswith('modeling_stlm')])"
+    code, output, errors = end_of(stlm("run", engine.path, "-p", "x", "-n", 1, then=then))
+    assert code == 0 and output.endswith(b"[]\n"), errors
+
+
 def test_run_ends_quietly_when_nobody_reads_or_somebody_interrupts(stlm, engine):
     process = stlm("run", engine.path, "-p", "x", "-n", 10**8, "--seed", 3)
     assert len(process.stdout.read(10)) == 10
     process.stdout.close()
-    assert process.wait(60) == 0 and process.stderr.read() == b""
+    assert process.wait(60) == 141 and process.stderr.read() == b""  # which a shell says of SIGPIPE
     process = stlm("run", engine.path, "-p", "x", "-n", 10**8, "--seed", 3)
     assert len(process.stdout.read(10)) == 10
     process.send_signal(signal.SIGINT)
@@ -109,6 +119,9 @@ def test_what_is_wrong_is_said_in_one_line(stlm, engine, tmp_path):
         assert code == 1 and output == b"" and words in errors and errors.count("\n") == 1, errors
     code, _, errors = end_of(stlm("run"))
     assert code == 2 and "usage: stlm run" in errors
+    for arguments in (["bench", engine.path, "--repeats", 0], ["run", engine.path, "-n", -5]):
+        code, output, errors = end_of(stlm(*arguments))
+        assert code == 2 and output == b"" and f"{arguments[-1]} must be at least 1" in errors
 
 
 def test_bench_prints_a_table(stlm, engine):
@@ -131,9 +144,13 @@ def url(engine):
         thread.join()
 
 
-def post(url: str, body, path: str = "/v1/completions") -> dict:
+def request(url: str, body, path: str = "/v1/completions", kind: str = "application/json") -> urllib.request.Request:
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
-    with urllib.request.urlopen(urllib.request.Request(url + path, data), timeout=60) as answer:
+    return urllib.request.Request(url + path, data, {"Content-Type": kind})
+
+
+def post(*what) -> dict:
+    with urllib.request.urlopen(request(*what), timeout=60) as answer:
         return json.load(answer)
 
 
@@ -142,8 +159,7 @@ def text_of(url: str, **body) -> str:
 
 
 def events_of(url: str, **body) -> list[dict]:
-    data = json.dumps(body | {"stream": True}).encode()
-    with urllib.request.urlopen(urllib.request.Request(url + "/v1/completions", data), timeout=60) as answer:
+    with urllib.request.urlopen(request(url, body | {"stream": True}), timeout=60) as answer:
         assert answer.headers["Content-Type"] == "text/event-stream"
         events = [line.removeprefix("data: ") for line in answer.read().decode().split("\n\n") if line]
     assert events.pop() == "[DONE]"
@@ -236,12 +252,15 @@ def test_models_and_health(url):
         ({"prompt": []}, 400, "0 prompts times n=1"),
         ({"n": 10**6}, 400, "1 to 128 texts"),
         ({"max_tokens": 0}, 400, "max_tokens should be at least 1"),
+        ({"max_tokens": 10**9}, 400, "at most 1048576 less the 0 bytes of the prompt, got 1000000000"),
+        ({"prompt": ["x", "y" * 2**20]}, 400, "less the 1048576 bytes of the prompt, got 16"),
         ({"max_tokens": True}, 400, "max_tokens should be an integer, got true"),
         ({"temperature": -1}, 400, "temperature=-1 is out of its range"),
         ({"temperature": 10**400}, 400, "too large"),
         ({"temperature": "hot"}, 400, 'temperature should be a number, got "hot"'),
         ({"top_k": 2.5}, 400, "top_k should be an integer"),
         ({"stop": [""]}, 400, "stop should be"),
+        ({"stream_options": {"x": 1}}, 400, "this server knows include_usage"),
         ({"logprobs": 5}, 400, "does not know logprobs=5"),
         ({"top_q": 5}, 400, "does not know top_q=5"),
         ({"model": "gpt"}, 404, "has the model tiny, not gpt"),
@@ -264,13 +283,116 @@ def test_unknown_addresses_are_refused_in_words(url):
         assert refusal.value.code == 404 and "there is nothing at /v" in json.load(refusal.value)["error"]["message"]
 
 
+def test_a_page_of_another_site_cannot_post(url):
+    with pytest.raises(urllib.error.HTTPError) as refusal:
+        post(url, {"prompt": "x"}, "/v1/completions", "text/plain;charset=UTF-8")
+    assert refusal.value.code == 415 and "application/json, got text/plain" in refusal.value.read().decode()
+
+
+def test_a_length_of_many_digits_is_refused_in_words(url):
+    with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), timeout=60) as client:
+        client.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: " + b"9" * 5000 + b"\r\n\r\n")
+        answer = client.makefile("rb").read()
+    assert b" 413 " in answer and b"Content-Length of at most" in answer
+
+
+def test_usage_counts_a_prompt_once_and_ends_a_stream_that_asks(url):
+    body = {"prompt": ["ab", "c"], "n": 3, "max_tokens": 4}
+    usage = {"prompt_tokens": 3, "completion_tokens": 24, "total_tokens": 27}
+    assert post(url, body)["usage"] == usage
+    assert all("usage" not in event for event in events_of(url, **body))
+    *events, last = events_of(url, **body, stream_options={"include_usage": True})
+    assert last["usage"] == usage and last["choices"] == []
+    assert all(event["usage"] is None and event["choices"] for event in events)
+
+
+def test_a_kept_connection_answers_at_once(url):
+    client = http.client.HTTPConnection("127.0.0.1", int(url.rpartition(":")[2]))
+    started = time.monotonic()
+    for _ in range(50):  # which took 40 ms each, in waiting for an acknowledgement
+        client.request("GET", "/health")
+        client.getresponse().read()
+    assert time.monotonic() - started < 1
+    client.close()
+
+
+def test_copies_of_a_text_share_its_prompt(engine):
+    completion = Completion(engine, "tiny", {"prompt": "ab" * 1000, "n": 3})
+    assert {id(text.prompt) for text in completion.texts} == {id(completion.prompts[0])}
+
+
+@contextmanager
+def serving(engine, num_rows: int = 1):
+    """A server, and what its requests take."""
+    server = Server(engine, "127.0.0.1", 0, num_rows)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield server, f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+LONG = {"prompt": "x", "max_tokens": 10**6, "temperature": 0, "repetition_penalty": 1.1}  # minutes
+
+
 def test_a_client_that_goes_makes_room(url):
-    bodies = [json.dumps({"prompt": "x", "max_tokens": 10**9, "stream": True, "seed": n}).encode() for n in range(4)]
-    for body in bodies:  # which would take all rows
-        answer = urllib.request.urlopen(urllib.request.Request(url + "/v1/completions", body), timeout=60)
+    for _ in range(4):  # which would take all rows
+        answer = urllib.request.urlopen(request(url, LONG | {"stream": True}), timeout=60)
         assert answer.read(6) == b"data: "
         answer.close()
     assert len(text_of(url, prompt="x", temperature=0)) > 0
+    for _ in range(4):  # without an answer yet
+        with pytest.raises(TimeoutError), urllib.request.urlopen(request(url, LONG), timeout=0.2):
+            pass
+    assert len(text_of(url, prompt="x", temperature=0)) > 0
+
+
+def test_a_server_that_stops_answers_the_texts_that_are_written_and_those_that_wait(engine):
+    def status() -> int:
+        with pytest.raises(urllib.error.HTTPError) as refusal:
+            post(url, LONG)
+        assert "the server has stopped" in refusal.value.read().decode()
+        return refusal.value.code
+
+    with ThreadPoolExecutor(3) as pool:
+        with serving(engine) as (server, url):
+            answers = [pool.submit(status) for _ in range(3)]
+            while len(server.answering) < 3 or server.writer.texts[0] is server.writer.nothing:
+                time.sleep(0.01)
+            started = time.monotonic()
+        assert [answer.result(10) for answer in answers] == [503] * 3
+    assert not server.writer.is_alive() and time.monotonic() - started < 10
+
+
+def test_a_fault_of_the_writer_is_answered_and_the_next_text_written(engine, monkeypatch, capsys):
+    read = Rows.read
+
+    def faulty(self, texts):
+        if bytes(texts[0]) == b"bad":
+            raise MemoryError
+        return read(self, texts)
+
+    with serving(engine) as (_, url):
+        monkeypatch.setattr(Rows, "read", faulty)
+        with pytest.raises(urllib.error.HTTPError) as refusal:
+            post(url, {"prompt": "bad"})
+        assert refusal.value.code == 500 and "MemoryError" in refusal.value.read().decode()
+        assert text_of(url, prompt="good", temperature=0) == engine.generate("good", 16).decode(errors="replace")
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_serve_ends_while_all_rows_are_busy(stlm, engine):
+    process = stlm("serve", engine.path, "--port", 0, "--rows", 1)
+    url = process.stdout.readline().decode().strip().removesuffix("/v1")
+    with urllib.request.urlopen(request(url, LONG | {"stream": True}), timeout=60) as answer:
+        assert answer.read(6) == b"data: "
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 130 and process.stderr.read() == b""
+        assert b"the server has stopped" in answer.read()
+    process.stdout.close()
 
 
 def test_serve_says_where_and_ends_quietly(stlm, engine):

@@ -11,15 +11,16 @@ and C define: an archive of one machine is read on any other.
 """
 
 import ctypes
-import hashlib
 import os
+import stat
 import sys
+import tempfile
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import BinaryIO
 
-from .engine import Engine, Rows, _free_with, mapped
+from .engine import Engine, Rows, _free_with
 
 
 MAGIC, VERSION = b"STLZ", 1
@@ -77,11 +78,19 @@ class Coder:
 
 
 def _header(engine: Engine) -> bytes:
-    return MAGIC + bytes([VERSION]) + hashlib.sha256(mapped(engine.path)).digest()[:8]
+    return MAGIC + bytes([VERSION]) + engine.digest()[:8]
+
+
+def _read(source: BinaryIO) -> bytes:
+    """The next SEGMENT bytes, or fewer at the end: a read of a pipe may return less."""
+    segment = b""
+    while len(segment) < SEGMENT and (piece := source.read(SEGMENT - len(segment))):
+        segment += piece
+    return segment
 
 
 def pack(engine: Engine, source: BinaryIO, target: BinaryIO) -> tuple[int, int]:
-    """Write what `source` (buffered) holds to `target` as an archive; the bytes that were read and written."""
+    """Write what `source` holds to `target` as an archive; the bytes that were read and written."""
     sums = {"content": 0, "archive": 0}
     lengths = {"content": 0, "archive": 0}
 
@@ -95,7 +104,7 @@ def pack(engine: Engine, source: BinaryIO, target: BinaryIO) -> tuple[int, int]:
     coder, segment = Coder(engine), bytes(SEGMENT)
     write(_header(engine))
     while len(segment) == SEGMENT:
-        segment = source.read(SEGMENT)
+        segment = _read(source)
         count("content", segment)
         write(coder.encode(segment))
     write(sums["content"].to_bytes(4, "little"))
@@ -103,12 +112,13 @@ def pack(engine: Engine, source: BinaryIO, target: BinaryIO) -> tuple[int, int]:
     return lengths["content"], lengths["archive"]
 
 
-def unpack(engine: Engine, archive: bytes | ctypes.Array, target: BinaryIO) -> int:
+def unpack(engine: Engine, archive: bytes, target: BinaryIO) -> int:
     """Write the content of `archive` to `target`; its length.
 
     Raises:
-        ValueError: in words, for what is no archive, one of another model, or one that is truncated or damaged, before
-            anything is written.
+        ValueError: in words; before anything is written, for what is no archive, one of another model, or one that is
+            truncated or damaged. After it, if the content is not what was packed, which only a forged archive or
+            a fault of the machine can cause: [`unpack_file`] then leaves no file.
     """
     view = memoryview(archive).cast("B")
     if view[: len(MAGIC)] != MAGIC:
@@ -132,18 +142,33 @@ def unpack(engine: Engine, archive: bytes | ctypes.Array, target: BinaryIO) -> i
 
 @contextmanager
 def output(path: str) -> Iterator[BinaryIO]:
-    """The file `path`, which appears when all of it is written; standard output for `-`."""
+    """The file `path`, which appears when all of it is written; standard output for `-`, devices and pipes as they are."""
     if path == "-":
         yield sys.stdout.buffer
         return
-    part = path + ".part"
-    try:
-        with open(part, "wb") as file:
+    if os.path.exists(path) and not os.path.isfile(path):
+        with open(path, "wb") as file:
             yield file
-        os.replace(part, path)
-    finally:
-        if os.path.exists(part):
-            os.remove(part)
+        return
+    path = os.path.realpath(path)  # where a link leads to
+    with tempfile.NamedTemporaryFile(dir=os.path.dirname(path), prefix="stlm-", suffix=".part", delete=False) as file:
+        try:
+            yield file
+            file.close()
+            os.chmod(file.name, _mode(path))
+            os.replace(file.name, path)
+        except BaseException:
+            os.remove(file.name)
+            raise
+
+
+def _mode(path: str) -> int:
+    """The permissions of `path`, or those that a new file gets: temporary files are for their owner only."""
+    if os.path.exists(path):
+        return stat.S_IMODE(os.stat(path).st_mode)
+    mask = os.umask(0)
+    os.umask(mask)
+    return 0o666 & ~mask
 
 
 def pack_file(engine: Engine, source: str, target: str) -> tuple[int, int]:
@@ -154,6 +179,5 @@ def pack_file(engine: Engine, source: str, target: str) -> tuple[int, int]:
 
 def unpack_file(engine: Engine, source: str, target: str) -> int:
     """[`unpack`] of files, or `-` for standard input and output."""
-    archive = sys.stdin.buffer.read() if source == "-" else mapped(source)
-    with output(target) as content:
-        return unpack(engine, archive, content)
+    with open(0 if source == "-" else source, "rb") as file, output(target) as content:
+        return unpack(engine, file.read(), content)

@@ -8,7 +8,7 @@
     stlm unzip notes.stlz notes.txt --model model.gguf
 
 Imports neither torch nor transformers nor numpy, and the parts of a command only when it runs: a text begins after tens of
-milliseconds. `python -m modeling_stlm.inference.cli` is the same command, with the start-up time of the package.
+milliseconds.
 """
 
 import argparse
@@ -84,6 +84,12 @@ def serve(args: argparse.Namespace) -> None:
     serve(Engine(args.model, num_threads=args.threads), args.host, args.port, args.rows)
 
 
+def positive(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{number} must be at least 1")
+    return number
+
+
 def formatter(prog: str) -> argparse.HelpFormatter:
     # Without a width it imports shutil, even where nobody asks for help.
     return argparse.RawDescriptionHelpFormatter(prog, width=119)
@@ -101,14 +107,14 @@ def parser() -> argparse.ArgumentParser:
     options = command("run", run, "write what follows a prompt")
     options.add_argument("model", help="file of modeling_stlm.inference.export")
     options.add_argument("-p", "--prompt", help="standard input if left out")
-    options.add_argument("-n", "--num_bytes", type=int, default=200, help="at most, default 200")
+    options.add_argument("-n", "--num_bytes", type=positive, default=200, help="at most, default 200")
     options.add_argument("--temperature", type=float, default=0.8, help="default 0.8; 0: the likeliest bytes")
     options.add_argument("--top_k", type=int, default=0, help="default 0: all")
     options.add_argument("--top_p", type=float, default=0.95, help="default 0.95")
     options.add_argument("--seed", type=int, default=0, help="default 0")
     options = command("bench", bench, "bytes per CPU second of prompts and of writing, for 1 and 16 rows")
     options.add_argument("model")
-    options.add_argument("--repeats", type=int, default=3)
+    options.add_argument("--repeats", type=positive, default=3)
     options = command("serve", serve, "completions over HTTP, in the format of OpenAI")
     options.add_argument("model")
     options.add_argument("--host", default="127.0.0.1")
@@ -133,13 +139,10 @@ def main() -> int:
         sys.stdout.flush()
     except BrokenPipeError:  # somebody read enough: leave nothing that Python would flush at its end
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141  # 128 + SIGPIPE, as shells have it
     except KeyboardInterrupt:
         return 130
     except (ImportError, MemoryError, OSError, OverflowError, ValueError) as error:
         print(f"stlm: {error}", file=sys.stderr)
         return 1
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -29,6 +29,7 @@ from operator import index
 TYPE_CHECKING = False  # what type checkers take for true; the import of typing takes some milliseconds
 if TYPE_CHECKING:
     from pathlib import Path
+    from typing import BinaryIO
 
     import numpy as np
     import torch
@@ -119,13 +120,12 @@ def load_library() -> ctypes.CDLL:
     return library
 
 
-def mapped(path: "str | Path") -> ctypes.Array:
+def mapped(file: "BinaryIO") -> ctypes.Array:
     """The bytes of a file, without a copy."""
-    with open(path, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        return (ctypes.c_char * size).from_buffer(
-            mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY) if size else bytearray()
-        )
+    size = os.fstat(file.fileno()).st_size
+    return (ctypes.c_char * size).from_buffer(
+        mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY) if size else bytearray()
+    )
 
 
 class Snapshot:
@@ -167,12 +167,28 @@ class Rows:
             _free_with(self, library.stlm_close, handle)
             self._parts.append(_Part(handle, first, end))
 
+    def _call(self, call: Callable[[_Part], int], part: _Part) -> None:
+        if call(part):
+            raise ValueError(self.engine._library.stlm_error(part.handle).decode(errors="replace"))
+
     def _run(self, call: Callable[[_Part], int]) -> None:
-        """`call` every part, each on a thread: C runs without the lock of Python."""
-        runs = map if len(self._parts) == 1 else self.engine._pool.map
-        for part, status in zip(self._parts, list(runs(call, self._parts))):
-            if status:
-                raise ValueError(self.engine._library.stlm_error(part.handle).decode(errors="replace"))
+        """`call` every part, each on a thread: C runs without the lock of Python.
+
+        Returns or raises when all threads are done, also when somebody interrupts. What they use lives as long: a thread
+        holds `self` and what `call` refers to, of which addresses alone keep nothing.
+        """
+        if len(self._parts) == 1:
+            self._call(call, self._parts[0])
+            return
+        futures = []
+        try:
+            for part in self._parts:
+                futures.append(self.engine._pool.submit(self._call, call, part))
+            for future in futures:
+                future.result()
+        finally:
+            for future in futures:
+                future.exception()  # waits
 
     def _place(self, row: int) -> tuple[_Part, int]:
         """The part of `row`, and its index there."""
@@ -244,8 +260,8 @@ class Rows:
 
         self._refuse_empty(range(self.num_rows))
         logits = np.empty((self.num_rows, self.engine.vocab_size), np.float32)
-        address, step, call = logits.ctypes.data, logits.strides[0], self.engine._library.stlm_logits
-        self._run(lambda part: call(part.handle, address + step * part.first))
+        step, call = logits.strides[0], self.engine._library.stlm_logits
+        self._run(lambda part: call(part.handle, logits.ctypes.data + step * part.first))
         return logits
 
     def write(
@@ -301,7 +317,10 @@ class Engine:
         if index(num_threads) < 1:
             raise ValueError(f"num_threads={num_threads} must be at least 1")
         self.path, self._library = path, load_library()
-        data, error = mapped(path), ctypes.create_string_buffer(ERROR_SIZE)
+        self._file = open(path, "rb")
+        weakref.finalize(self, self._file.close)
+        self._stamp = _stamp(self._file)
+        data, error = mapped(self._file), ctypes.create_string_buffer(ERROR_SIZE)
         isa = os.environ.get("STLM_ISA", "") if isa is None else isa
         self._handle = self._library.stlm_load(data, len(data), isa.encode(), error)
         if not self._handle:
@@ -321,6 +340,18 @@ class Engine:
         self._known = weakref.WeakKeyDictionary()  # models that were compared, with the versions of their weights
         self._typing = threading.Lock()
         self._typed: tuple[Rows, bytes, list[Snapshot]] | None = None  # of `complete`: a row, its text, states in it
+
+    def digest(self) -> bytes:
+        """SHA-256 of the file that was loaded, also if another has its name since.
+
+        Raises:
+            ValueError: if it was overwritten since.
+        """
+        import hashlib
+
+        if _stamp(self._file) != self._stamp:
+            raise ValueError(f"{self.path} was overwritten after it was loaded: load it again")
+        return hashlib.sha256(mapped(self._file)).digest()
 
     # Text
 
@@ -445,7 +476,7 @@ class Engine:
         **options,
     ):
         """What `generate(custom_generate=engine)` calls: see [`write_with`]."""
-        from .custom_generate import write_with  # imports torch
+        from modeling_stlm.inference.custom_generate import write_with  # imports torch, and the package
 
         return write_with(self, model, input_ids, streamer=streamer, tokenizer=tokenizer, **options)
 
@@ -457,6 +488,12 @@ def _bytes(text: Text) -> bytes:
 def _free_with(owner: object, free, handle: int) -> None:
     """Free `handle` with `owner`; not at the end of the process, when a thread may still be computing with it."""
     weakref.finalize(owner, free, handle).atexit = False
+
+
+def _stamp(file: "BinaryIO") -> tuple[int, int]:
+    """Size, and time of the last change."""
+    found = os.fstat(file.fileno())
+    return found.st_size, found.st_mtime_ns
 
 
 def _address(numbers: array, at: int = 0) -> int:

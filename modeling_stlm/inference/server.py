@@ -13,10 +13,12 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
+from socket import MSG_PEEK
 
 from .engine import Engine, Rows, _Sampling, _written
 
@@ -24,15 +26,16 @@ from .engine import Engine, Rows, _Sampling, _written
 PROMPT_PIECE, PIECE = 256, 8  # bytes that a row reads, and writes, before the others have their turn
 MAX_BODY = 1 << 24
 MAX_TEXTS = 128  # of a request
+MAX_LENGTH = 1 << 20  # bytes of a prompt and what may be written after it
+GRACE = 5  # seconds in which requests are told that the server stops
 OPTIONS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-KNOWN = (*OPTIONS, "model", "prompt", "max_tokens", "seed", "stop", "stream", "n", "echo", "user")
+KNOWN = (*OPTIONS, "model", "prompt", "max_tokens", "seed", "stop", "stream", "stream_options", "n", "echo", "user")
 NEUTRAL = {  # what clients send of the rest, if it changes nothing
     "best_of": (None, 1),
     "frequency_penalty": (None, 0),
     "logit_bias": (None, {}),
     "logprobs": (None,),
     "presence_penalty": (None, 0),
-    "stream_options": (None, {}),
     "suffix": (None, ""),
 }
 
@@ -47,14 +50,27 @@ class Refusal(Exception):
         self.answer = {"error": {"message": message, "type": kind, "param": param, "code": None}}
 
 
+def stopped() -> Refusal:
+    return Refusal("the server has stopped", status=503)
+
+
 class Text:
-    """A text to be written: `put` receives its bytes, then its last bytes with the reason of its end."""
+    """A text to be written: `put` receives its bytes, then its last bytes with the reason of its end, or why it failed."""
 
     def __init__(
-        self, ids: list[int], sampling: _Sampling, seed: int, max_bytes: int, put: Callable[[bytes, str | None], None]
+        self,
+        prompt: Sequence[int],
+        sampling: _Sampling,
+        seed: int,
+        max_bytes: int,
+        put: Callable[[bytes, str | Refusal | None], None],
     ):
-        self.unread, self.sampling, self.seed, self.left, self.put = ids, sampling, seed, max_bytes, put
+        self.prompt, self.sampling, self.seed, self.left, self.put = prompt, sampling, seed, max_bytes, put
+        self.num_read = 0  # of the prompt
         self.is_cancelled = False
+
+    def is_unread(self) -> bool:
+        return self.num_read < len(self.prompt)
 
 
 class Writer(threading.Thread):
@@ -64,28 +80,40 @@ class Writer(threading.Thread):
         super().__init__(name="stlm-writer")
         self.rows = Rows(engine, num_rows)
         self.empty = self.rows.take()
-        self.nothing = Text([], engine.sampling(), 0, 0, None)  # of a row that is free
+        self.nothing = Text(b"", engine.sampling(), 0, 0, None)  # of a row that is free
         self.texts = [self.nothing] * num_rows
         self.waiting: SimpleQueue[Text | None] = SimpleQueue()
+        self.adding, self.stopping = threading.Lock(), threading.Event()
 
     def add(self, text: Text) -> None:
-        self.waiting.put(text)
+        with self.adding:
+            if not self.stopping.is_set():
+                self.waiting.put(text)
+                return
+        text.put(b"", stopped())
 
     def stop(self) -> None:
-        """End the thread, and with it the texts that are being written."""
-        self.waiting.put(None)
+        """End the thread, and with it the texts that are being written or wait."""
+        with self.adding:
+            self.stopping.set()
+        self.waiting.put(None)  # wakes the thread
         self.join()
 
     def run(self) -> None:
-        while self.admit():
+        while not self.stopping.is_set():
             try:
+                self.admit()
                 self.advance()
-            except ValueError as error:  # no memory for such long texts
-                self.fail(str(error))
-        self.fail("the server has stopped")
+            except Exception as error:  # whatever it is, texts that come later are written
+                traceback.print_exc()
+                self.fail(Refusal(f"error: {str(error) or type(error).__name__}", status=500))
+        self.fail(stopped())
+        while not self.waiting.empty():
+            if text := self.waiting.get():
+                text.put(b"", stopped())
 
-    def admit(self) -> bool:
-        """Give free rows to waiting texts, of which one is waited for if all rows are free; False at the end."""
+    def admit(self) -> None:
+        """Give free rows to waiting texts, of which one is waited for if all rows are free."""
         for row, text in enumerate(self.texts):
             if text.is_cancelled:
                 self.texts[row] = self.nothing
@@ -93,19 +121,18 @@ class Writer(threading.Thread):
             is_idle = all(text is self.nothing for text in self.texts)
             if text is self.nothing and (is_idle or not self.waiting.empty()):
                 if (new := self.waiting.get()) is None:
-                    return False
+                    return
                 self.texts[row] = new
                 self.rows.rewind(self.empty, row)
-        return True
 
     def advance(self) -> None:
         """Every text reads a piece of its prompt or, after it, writes a few bytes."""
-        active = bytearray(text.left > 0 and not text.unread for text in self.texts)
+        active = bytearray(text.left > 0 and not text.is_unread() for text in self.texts)
         writing = [row for row, is_writing in enumerate(active) if is_writing]
-        if any(text.unread for text in self.texts):
-            self.rows.read([text.unread[:PROMPT_PIECE] for text in self.texts])
+        if any(text.is_unread() for text in self.texts):
+            self.rows.read([text.prompt[text.num_read : text.num_read + PROMPT_PIECE] for text in self.texts])
             for text in self.texts:
-                del text.unread[:PROMPT_PIECE]
+                text.num_read += PROMPT_PIECE
         if writing:
             count = min(PIECE, max(self.texts[row].left for row in writing))
             samplings, seeds = zip(*((text.sampling, text.seed) for text in self.texts))
@@ -121,10 +148,10 @@ class Writer(threading.Thread):
         if reason:
             self.texts[row] = self.nothing
 
-    def fail(self, message: str) -> None:
+    def fail(self, refusal: Refusal) -> None:
         for row, text in enumerate(self.texts):
             if text is not self.nothing:
-                text.put(b"", f"error: {message}")
+                text.put(b"", refusal)
                 self.texts[row] = self.nothing
 
 
@@ -162,8 +189,13 @@ class Completion:
         )
         if not 1 <= copies * len(prompts) <= MAX_TEXTS:
             raise Refusal(f"{len(prompts)} prompts times n={copies} should be 1 to {MAX_TEXTS} texts", "n")
-        if max_bytes < 1:
-            raise Refusal(f"max_tokens should be at least 1, got {max_bytes}", "max_tokens")
+        prompts = [_encoded(prompt) for prompt in prompts]
+        longest = max(map(len, prompts))
+        if not 1 <= max_bytes <= MAX_LENGTH - longest:
+            most = f"{MAX_LENGTH} less the {longest} bytes of the prompt"
+            raise Refusal(
+                f"max_tokens should be at least 1 and at most {most}, got {str(max_bytes)[:20]}", "max_tokens"
+            )
         kinds = dict.fromkeys(OPTIONS, ((int, float), number)) | {"top_k": (int, whole)}
         options = {name: field(body, name, kind, None, words) for name, (kind, words) in kinds.items()}
         options = {name: value for name, value in options.items() if value is not None}
@@ -178,30 +210,39 @@ class Completion:
         self.model, self.stops = model, [_encoded(stop) for stop in stops]
         self.stream = field(body, "stream", bool, False, "true or false")
         self.echo = field(body, "echo", bool, False, "true or false")
+        stream_options = field(body, "stream_options", dict, {}, "an object")
+        if stream_options.keys() - {"include_usage"}:
+            raise Refusal("of stream_options, this server knows include_usage", "stream_options")
+        self.include_usage = field(stream_options, "include_usage", bool, False, "true or false")
+        self.num_read = sum(map(len, prompts))  # once, however many texts follow
         self.num_written = 0  # bytes so far
-        self.prompts = [_encoded(prompt) for prompt in prompts for _ in range(copies)]
-        self.events: SimpleQueue[tuple[int, bytes, str | None]] = SimpleQueue()
+        self.prompts = [prompt for prompt in prompts for _ in range(copies)]
+        self.events: SimpleQueue[tuple[int, bytes, str | Refusal | None]] = SimpleQueue()
         self.texts = [
-            Text(engine._ids(prompt), sampling, (seed + i) % 2**64, max_bytes, self.receiver(i))
+            Text(prompt or [engine.bos_token_id], sampling, (seed + i) % 2**64, max_bytes, self.receiver(i))
             for i, prompt in enumerate(self.prompts)
         ]
         self.head = {"id": f"cmpl-{os.urandom(12).hex()}", "object": "text_completion", "created": int(time.time())}
 
-    def receiver(self, i: int) -> Callable[[bytes, str | None], None]:
+    def receiver(self, i: int) -> Callable[[bytes, str | Refusal | None], None]:
         return lambda piece, reason: self.events.put((i, piece, reason))
 
-    def pieces(self) -> Iterator[tuple[int, str, str | None]]:
-        """Index of a text, what was written of it, and, at its end, the reason."""
+    def pieces(self, check: Callable[[], None]) -> Iterator[tuple[int, str, str | None]]:
+        """Index of a text, what was written of it, and, at its end, the reason. Calls `check` every second and oftener."""
         decoders = [codecs.getincrementaldecoder("utf-8")("replace") for _ in self.texts]
         held, num_open = [b""] * len(self.texts), len(self.texts)
         if self.echo:
             yield from ((i, prompt.decode(errors="replace"), None) for i, prompt in enumerate(self.prompts))
         while num_open:
-            i, piece, reason = self.events.get()
+            check()
+            try:
+                i, piece, reason = self.events.get(timeout=1)
+            except Empty:
+                continue
             if self.texts[i].is_cancelled:
                 continue
-            if reason and reason.startswith("error"):
-                raise Refusal(reason, status=500)
+            if isinstance(reason, Refusal):
+                raise reason
             written, held[i], is_stopped = cut(held[i] + piece, self.stops)
             if is_stopped:
                 self.texts[i].is_cancelled, reason = True, "stop"
@@ -221,15 +262,25 @@ class Completion:
         choice = {"text": text, "index": i, "logprobs": None, "finish_reason": reason}
         return self.head | {"model": self.model, "choices": [choice]}
 
-    def answer(self) -> dict:
+    def usage(self) -> dict:
+        read, written = self.num_read, self.num_written
+        return {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
+
+    def answer(self, check: Callable[[], None]) -> dict:
         texts, reasons = [""] * len(self.texts), [""] * len(self.texts)
-        for i, text, reason in self.pieces():
+        for i, text, reason in self.pieces(check):
             texts[i] += text
             reasons[i] = reason
         choices = [self.chunk(i, text, reasons[i])["choices"][0] for i, text in enumerate(texts)]
-        read, written = sum(map(len, self.prompts)), self.num_written
-        usage = {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
-        return self.head | {"model": self.model, "choices": choices, "usage": usage}
+        return self.head | {"model": self.model, "choices": choices, "usage": self.usage()}
+
+    def chunks(self, check: Callable[[], None]) -> Iterator[dict]:
+        """Every piece and, if asked for, the usage, for which the pieces then have a field."""
+        no_usage = {"usage": None} if self.include_usage else {}
+        for piece in self.pieces(check):
+            yield self.chunk(*piece) | no_usage
+        if self.include_usage:
+            yield self.head | {"model": self.model, "choices": [], "usage": self.usage()}
 
 
 def cut(text: bytes, stops: list[bytes]) -> tuple[bytes, bytes, bool]:
@@ -247,6 +298,7 @@ def _encoded(prompt: str) -> bytes:
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # a body that waits for the acknowledgement of its headers takes 40 ms more
     server: "Server"
 
     def log_message(self, *message):
@@ -281,26 +333,42 @@ class Handler(BaseHTTPRequestHandler):
         except Refusal as refusal:
             self.refuse(refusal)
             return
-        for text in completion.texts:
-            self.server.writer.add(text)
+        self.server.answering.add(completion)
         try:
+            for text in completion.texts:
+                self.server.writer.add(text)
             if completion.stream:
                 self.send_events(completion)
             else:
-                self.send(completion.answer())
+                self.send(completion.answer(self.check))
         except Refusal as refusal:
             self.refuse(refusal)
         finally:
             completion.cancel()
+            self.server.answering.discard(completion)
+
+    def check(self) -> None:
+        """Raise `ConnectionError` if the client has gone: there is nothing to read from it, and never will be."""
+        self.connection.setblocking(False)
+        try:
+            if not self.connection.recv(1, MSG_PEEK):
+                raise ConnectionAbortedError
+        except BlockingIOError:
+            pass
+        finally:
+            self.connection.setblocking(True)
 
     def read_completion(self) -> Completion:
         size = self.headers.get("Content-Length", "")
-        if not size.isdecimal() or int(size) > MAX_BODY:
+        if not size.isdecimal() or len(size) > len(str(MAX_BODY)) or int(size) > MAX_BODY:
             self.close_connection = True  # the body is not read
             raise Refusal(f"the body should have a Content-Length of at most {MAX_BODY} bytes", status=413)
         body = self.rfile.read(int(size))
         if self.path != "/v1/completions":
             raise Refusal(f"there is nothing at {self.path[:80]}: POST /v1/completions", status=404)
+        kind = self.headers.get_content_type()
+        if kind != "application/json":  # which other pages of a browser cannot send here
+            raise Refusal(f"the Content-Type should be application/json, got {kind[:80]}", status=415)
         try:
             body = json.loads(body)
         except (RecursionError, ValueError) as error:
@@ -318,8 +386,8 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("Connection", "close")
         self.end_headers()
         try:
-            for piece in completion.pieces():
-                self.wfile.write(f"data: {json.dumps(completion.chunk(*piece))}\n\n".encode())
+            for chunk in completion.chunks(self.check):
+                self.wfile.write(f"data: {json.dumps(chunk)}\n\n".encode())
         except Refusal as refusal:  # in the middle of the answer
             self.wfile.write(f"data: {json.dumps(refusal.answer)}\n\n".encode())
         self.wfile.write(b"data: [DONE]\n\n")
@@ -335,11 +403,15 @@ class Server(ThreadingHTTPServer):
         self.engine, self.model, self.created = engine, Path(engine.path).stem, int(time.time())
         self.writer = Writer(engine, num_rows)
         self.writer.start()
+        self.answering: set[Completion] = set()
         super().__init__((host, port), Handler)  # closes the server if it fails
 
     def server_close(self):
         super().server_close()
         self.writer.stop()
+        deadline = time.monotonic() + GRACE
+        while self.answering and time.monotonic() < deadline:
+            time.sleep(0.01)
 
 
 def serve(engine: Engine, host: str, port: int, num_rows: int) -> None:

@@ -1630,6 +1630,10 @@ static int refuse(stlm_batch *b, const char *format, ...) {
   return -1;
 }
 
+int stlm_refuse(stlm_batch *b, const char *sentence) { return refuse(b, "%s", sentence); }
+
+int stlm_is_row_of(const stlm_batch *b, const stlm_model *m) { return b->model == m && b->num_rows == 1; }
+
 // `*memory` with room for `count` items, those past `used` zeroed; 0 without memory.
 static int resize(void *memory, size_t used, size_t count, size_t size) {
   char *larger, *old;

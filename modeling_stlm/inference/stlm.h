@@ -87,9 +87,14 @@ STLM_API stlm_snapshot *stlm_take(const stlm_batch *batch, int row);
 STLM_API int stlm_rewind(stlm_batch *batch, int row, const stlm_snapshot *snapshot);
 STLM_API void stlm_drop(stlm_snapshot *snapshot);
 
+// Of stlm.c for zip.c: whether `batch` is one row of `model`; an error, as of the functions above.
+int stlm_is_row_of(const stlm_batch *batch, const stlm_model *model);
+int stlm_refuse(stlm_batch *batch, const char *sentence);
+
 // zip.c: bytes in an arithmetic code with the probabilities that the only row of `batch` gives them, in segments of
-// STLM_SEGMENT bytes and a shorter one (also of none), with which the code ends. NULL without memory, or for a vocabulary
-// without all bytes. The code of a decoder must outlive it.
+// STLM_SEGMENT bytes and a shorter one (also of none), with which the code ends: calls after it fail. The row must have read
+// the same before a segment is decoded as before it was encoded; what it has read after it is not said. NULL without memory,
+// or for a vocabulary without all bytes. The code of a decoder must outlive it.
 STLM_API stlm_coder *stlm_encoder(const stlm_model *model);
 STLM_API stlm_coder *stlm_decoder(const stlm_model *model, const void *code, size_t size);
 STLM_API void stlm_coder_close(stlm_coder *coder);

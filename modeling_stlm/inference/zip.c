@@ -17,8 +17,13 @@
 #error "floats are kept with more digits than they have: compile for SSE2 (-msse2 -mfpmath=sse)"
 #endif
 
+#ifndef WINDOW_BITS
+#define WINDOW_BITS 22
+#endif
+
 enum { BYTES = 256, PIECE = 64, LAST = 2, STORED = 1, NUM_KINDS = 4 };
-enum { WINDOW = 1 << 22, SLOTS = 1 << 18, SHORTEST = 6, LONG = 16, LONGEST = 32, LENGTHS = 5, OCTAVES = 24, MOST = 1 << 26 };
+enum { WINDOW = 1 << WINDOW_BITS, SLOTS = 1 << 18, SHORTEST = 6, LONG = 16, LONGEST = 32 };
+enum { LENGTHS = 5, OCTAVES = 24, MOST = 1 << 26 };
 
 typedef struct { uint64_t start, size, total; } Interval;  // of a byte among the weights of all
 
@@ -44,6 +49,7 @@ typedef struct {
 } Range;
 
 struct stlm_coder {
+  const stlm_model *model;
   Range range;
   uint32_t kinds[NUM_KINDS];  // how often there was each kind of segment, and once more
   const uint8_t *code;  // of a decoder
@@ -51,7 +57,7 @@ struct stlm_coder {
   uint64_t number;  // the next 8 bytes of it
   History history;
   Interval intervals[STLM_SEGMENT];
-  int vocab;
+  int vocab, has_ended;
   float *logits;  // (PIECE, V)
 };
 
@@ -214,6 +220,7 @@ static stlm_coder *open_coder(const stlm_model *model) {
     free(c), free(logits);
     return NULL;
   }
+  c->model = model;
   c->vocab = stlm_describe(model)->vocab_size;
   c->logits = logits;
   c->range.range = UINT64_MAX;
@@ -239,7 +246,14 @@ void stlm_coder_close(stlm_coder *c) {
   free(c);
 }
 
+static int check(const stlm_coder *c, stlm_batch *b, int size) {
+  if (!stlm_is_row_of(b, c->model)) return stlm_refuse(b, "a coder takes one row of its model");
+  if (size < 0 || size > STLM_SEGMENT) return stlm_refuse(b, "a segment has 0 to 512 bytes");
+  return c->has_ended ? stlm_refuse(b, "the code has ended: a segment of less than 512 bytes is the last") : 0;
+}
+
 int stlm_encode(stlm_coder *c, stlm_batch *b, const uint8_t *bytes, int size, uint8_t *to) {
+  if (check(c, b, size)) return -1;
   const int is_last = size < STLM_SEGMENT;
   Counts counts;
   memcpy(counts, c->history.counts, sizeof counts);
@@ -271,10 +285,12 @@ int stlm_encode(stlm_coder *c, stlm_batch *b, const uint8_t *bytes, int size, ui
   if (is_stored) memcpy(c->history.counts, counts, sizeof counts);  // a decoder has no expectations of what is stored
   for (int i = 0; i < size; i++) narrow(&c->range, is_stored ? (Interval){bytes[i], 1, BYTES} : c->intervals[i]);
   if (is_last) finish(&c->range);
+  c->has_ended = is_last;
   return (int)c->range.at;
 }
 
 int stlm_decode(stlm_coder *c, stlm_batch *b, uint8_t *to) {
+  if (check(c, b, 0)) return -1;
   int kind = 0;
   for (uint64_t place = place_of(c, kind_interval(c, 0).total); kind < NUM_KINDS - 1; kind++) {
     const Interval interval = kind_interval(c, kind);
@@ -305,5 +321,6 @@ int stlm_decode(stlm_coder *c, stlm_batch *b, uint8_t *to) {
     append(&c->history, to[i]);
     if (stlm_read(b, &one, &byte)) return -1;
   }
+  c->has_ended = size < STLM_SEGMENT;
   return size;
 }

@@ -25,7 +25,7 @@ export interface Sampling {
 export class Engine {
   /**
    * @param source A GGUF file that `modeling_stlm.inference.export` wrote: where it is, or its bytes.
-   * @param options.wasm Where stlm.wasm is, unless it lies beside this module. The first call decides.
+   * @param options.wasm Where stlm.wasm is, unless it lies beside this module. The first call that finds it decides.
    * @throws Error in words, for a damaged, truncated, foreign or newer file.
    */
   static load(source: string | URL | Blob | ArrayBuffer | ArrayBufferView, options?: { wasm?: string | URL }): Promise<Engine>;

@@ -45,7 +45,12 @@ export class Engine {
   #snapshots = []; // [length of a prefix of #ids, handle]: shortest first, the first is that of the empty row
 
   static async load(source, { wasm = new URL("stlm.wasm", import.meta.url) } = {}) {
-    compiled ??= read(wasm).then(WebAssembly.compile);
+    compiled ??= read(wasm)
+      .then(WebAssembly.compile)
+      .catch((error) => {
+        compiled = undefined; // the next call tries again
+        throw error;
+      });
     const [module, file] = await Promise.all([compiled, read(source)]);
     const imports = { env: { emscripten_notify_memory_growth() {} } };
     return new Engine(file, (await WebAssembly.instantiate(module, imports)).exports);
