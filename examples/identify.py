@@ -327,8 +327,7 @@ def accuracy(model: "PreTrainedModel", sentences: dict[str, list[str]], length: 
     return sum(sum(hit) / len(hit) for hit in hits.values()) / len(hits)
 
 
-def main():
-    args = parse_arguments()
+def main(args: argparse.Namespace):
     if args.train:
         return train(args)
     lines = iter(args.lines or (line.decode(errors="replace").rstrip("\r\n") for line in sys.stdin.buffer))
@@ -345,5 +344,6 @@ def main():
 
 
 if __name__ == "__main__":
+    args = parse_arguments()
     with quiet_exit():
-        main()
+        main(args)
