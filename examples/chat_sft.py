@@ -28,7 +28,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--train", type=text_file, default=HERE / "data" / "chats.jsonl", help="JSON lines")
     parser.add_argument("--output", type=Path, default=Path("runs/chat"), help="folder")
     parser.add_argument("--max_steps", type=at_least_one, default=60, help="of training")
-    parser.add_argument("--batch_size", type=at_least_one, default=8, help="chats a step")
+    parser.add_argument("--batch_size", type=at_least_one, default=8, help="chats per step")
     parser.add_argument("--max_length", type=at_least_one, default=2048, help="bytes of a chat; the rest is cut")
     parser.add_argument("--learning_rate", type=float, default=1e-3, help="of AdamW")
     parser.add_argument("--prompt", default="How much is the red lamp?", help="what is asked in the end")

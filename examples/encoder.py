@@ -33,7 +33,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--max_bytes", type=at_least_one, default=320, help="longest passage")
     parser.add_argument("--max_minutes", type=at_least_zero, default=45, help="of training")
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="for --max_minutes")
-    parser.add_argument("--batch_size", type=at_least_one, default=64, help="passages a step")
+    parser.add_argument("--batch_size", type=at_least_one, default=64, help="passages per step")
     parser.add_argument("--muon_lr", type=at_least_zero, default=0.02, help="of the matrices")
     parser.add_argument("--adamw_lr", type=at_least_zero, default=4e-3, help="of all others")
     parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast, of the teacher, too")

@@ -30,7 +30,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--output", type=Path, default=Path("runs/finetuned"), help="folder")
     parser.add_argument("--max_steps", type=at_least_one, default=150, help="of training")
-    parser.add_argument("--batch_size", type=at_least_one, default=8, help="windows of 1024 bytes a step")
+    parser.add_argument("--batch_size", type=at_least_one, default=8, help="windows of 1024 bytes per step")
     parser.add_argument("--learning_rate", type=float, default=1e-3, help="of AdamW")
     parser.add_argument("--lora_rank", type=int, default=0, help="0: train all weights")
     parser.add_argument("--prompt", default="ROMEO:\n", help="start of the sample at the end")

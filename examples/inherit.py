@@ -52,7 +52,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--output", type=Path, default=Path("runs/inherited"), help="folder")
     parser.add_argument("--max_steps", type=int, default=100, help="of each training")
-    parser.add_argument("--batch_size", type=int, default=8, help="windows of 1024 bytes a step")
+    parser.add_argument("--batch_size", type=int, default=8, help="windows of 1024 bytes per step")
     parser.add_argument("--muon_lr", type=float, default=0.02, help="learning rate of the matrices")
     parser.add_argument("--adamw_lr", type=float, default=4e-3, help="learning rate of all other parameters")
     parser.add_argument("--seed", type=int, default=1, help="of weights and order")

@@ -388,7 +388,7 @@ def test_the_survey_measures_cost_beside_quality(tmp_path):
     results = json.loads(run("research/survey.py", *options, cwd=tmp_path).splitlines()[-1])["results"]
     assert list(results) == systems and (tmp_path / "plot.png").stat().st_size > 0
     slow, fast = results.values()
-    assert fast["bytes a second"]["median"] > slow["bytes a second"]["median"]
+    assert fast["bytes per second"]["median"] > slow["bytes per second"]["median"]
     assert fast["MB"] < slow["MB"] and fast["MB of memory"]["median"] < slow["MB of memory"]["median"]
     assert 0 < fast["bits per byte"] == slow["bits per byte"]
 

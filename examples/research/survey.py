@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a byte costs and how good it is: presets, shipped checkpoints, Llamas in PyTorch and in llama.cpp, on one core.
+"""Cost of a byte and quality: presets, shipped checkpoints, Llamas in PyTorch and in llama.cpp, on one core.
 
     pip install llama-cpp-python gguf    # as for llamacpp.py
     OMP_NUM_THREADS=1 taskset -c 0 python examples/research/survey.py --repeats 3 --plot examples/research/survey.png
@@ -122,7 +122,7 @@ def child(runner: str, path: str, text: bytes) -> dict[str, float]:
         seconds = (llamacpp.run_engine if runner == "engine" else run_pytorch)(path, text)
     return {
         "ms to the first byte": 1000 * seconds["prompt"],
-        "bytes a second": NEW_BYTES / seconds["new"],
+        "bytes per second": NEW_BYTES / seconds["new"],
         "MB of memory": resident_mb("VmHWM") - before,
     }
 
@@ -147,7 +147,7 @@ def draw(rows: dict[str, dict], path: Path, title: str) -> None:
     trained = {name: row for name, row in rows.items() if row["bits per byte"] is not None}
     for name, row in trained.items():
         runner = SYSTEMS[name][0]
-        spot = row["bytes a second"]["median"], row["bits per byte"]
+        spot = row["bytes per second"]["median"], row["bits per byte"]
         axis.scatter(*spot, s=12 * row["MB"], color=colours[runner], alpha=0.5)
         axis.annotate(
             f"{name}\n{row['MB']:.0f} MB", spot, (0, 10), textcoords="offset points", ha="center", fontsize=7
@@ -200,13 +200,21 @@ def table(results: dict[str, dict]) -> str:
     def cell(value: dict) -> str:
         return f"{value['median']:,.0f} ({value['low']:,.0f}-{value['high']:,.0f})"
 
-    head = ["", "MB of file", "MB of memory", "ms to the first byte", "bytes a second", "CPU s a kB", "bits per byte"]
+    head = [
+        "",
+        "MB of file",
+        "MB of memory",
+        "ms to the first byte",
+        "bytes per second",
+        "CPU s per kB",
+        "bits per byte",
+    ]
     rows = [
         [
             name,
             f"{row['MB']:.1f}",
             *(cell(row[measure]) for measure in head[2:5]),
-            f"{1000 / row['bytes a second']['median']:.3f}",
+            f"{1000 / row['bytes per second']['median']:.3f}",
             "" if row["bits per byte"] is None else f"{row['bits per byte']:.3f}",
         ]
         for name, row in results.items()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The engine: a trained STLM in one file of C, from Python.
+"""The engine: a trained STLM in C without dependencies, from Python.
 
     python -m modeling_stlm.inference.export examples/checkpoints/stlm-3m stlm-3m.gguf --type q8
 

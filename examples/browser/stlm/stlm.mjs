@@ -163,7 +163,7 @@ export class Engine {
     return pieces;
   }
 
-  // Memory of the module: views of it are detached when it grows, so they are made anew.
+  // Memory of the module: views of it are detached when it grows, so new ones are made.
 
   get #bytes() {
     return new Uint8Array(this.#wasm.memory.buffer);
