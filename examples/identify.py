@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which language is it? One label per byte, so that short, noisy and mixed lines work.
 
-    python examples/identify.py "Guten Tag" "Bon dia"     # or lines of standard input: code (ISO 639-3), probability, line
+    python examples/identify.py "Guten Tag" "Dzień dobry"     # or lines of standard input: code (ISO 639-3), probability, line
     python examples/identify.py --spans < mixed_lines.txt # where which language stands
     python examples/identify.py --train train.jsonl.gz --validation validation.jsonl.gz --output runs/langid
 

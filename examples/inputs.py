@@ -81,7 +81,7 @@ def file_pattern(value: str) -> str:
 def decode(data: bytes, path: Path) -> str:
     """`data` of the file `path` as UTF-8; what is wrong with it, and what to do, ends the program."""
     try:
-        return data.decode("utf-8")
+        return data.decode("utf-8").removeprefix("\ufeff")  # the mark that some programs put first
     except UnicodeDecodeError as error:
         raise SystemExit(
             f"{path} is not UTF-8: byte 0x{data[error.start]:02x} at offset {error.start}. Convert it first, for example "

@@ -24,7 +24,8 @@ def read_labelled(path: Path) -> tuple[list[str], list[str]]:
     for number, row in enumerate(rows, start=1):
         if not row.get("text") or row.get("label") in (None, ""):
             raise SystemExit(
-                f"row {number} of {path} has the columns {sorted(map(str, row))}, expected `text` and `label`, not empty"
+                f"row {number} of {path} has the columns {sorted(map(str, row))}, expected `text` and `label`, separated by "
+                "commas and neither of them empty"
             )
         texts.append(row["text"])
         labels.append(str(row["label"]))
@@ -51,5 +52,7 @@ def split_rows(
     order = list(range(len(rows[0])))
     random.Random(seed).shuffle(order)
     cut = round(len(order) * (1 - share))
+    if not 0 < cut < len(order):
+        raise SystemExit(f"{len(order)} rows are too few to test on a share of {share} of them: give more, or --test")
     first, second = ([[column[i] for i in part] for column in rows] for part in (order[:cut], order[cut:]))
     return tuple(first), tuple(second)

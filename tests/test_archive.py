@@ -17,7 +17,17 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from modeling_stlm.inference import engine as engine_module
-from modeling_stlm.inference.archive import CONTEXT, HEADER_SIZE, SEGMENT, Coder, output, pack, unpack
+from modeling_stlm.inference.archive import (
+    CONTEXT,
+    HEADER_SIZE,
+    SEGMENT,
+    Coder,
+    output,
+    pack,
+    pack_file,
+    unpack,
+    unpack_file,
+)
 from modeling_stlm.inference.engine import Engine, Rows
 from modeling_stlm.inference.export import export_gguf
 
@@ -187,6 +197,17 @@ def test_outputs_replace_files_and_nothing_else(tmp_path):
     with pytest.raises(KeyError), output(str(tmp_path / "x")) as file:
         raise KeyError
     assert {path.name for path in tmp_path.iterdir()} == {"x", "x.part", "y", "real", "link", "pipe"}
+
+
+def test_a_file_is_not_replaced_by_its_own_archive(engine, tmp_path):
+    text, link = tmp_path / "text", tmp_path / "link"
+    text.write_bytes(b"a text")
+    link.symlink_to(text)
+    for act in (pack_file, unpack_file):
+        for target in (text, link):
+            with pytest.raises(ValueError, match="are the same file"):
+                act(engine, str(text), str(target))
+    assert text.read_bytes() == b"a text" and link.is_symlink()
 
 
 def test_a_model_without_all_bytes_is_refused(tmp_path):

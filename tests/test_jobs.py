@@ -252,7 +252,7 @@ def test_a_head_starts_as_the_logistic_regression(num_labels):
     ("name", "content", "message"),
     [
         ("rows.csv", "text,topic\na,b\n", "row 1 of rows.csv has the columns .*topic.*expected `text` and `label`"),
-        ("rows.csv", "text,label\na,1\n,2\n", "row 2 .*not empty"),
+        ("rows.csv", "text,label\na,1\n,2\n", "row 2 .*neither of them empty"),
         ("rows.csv", "text,label\na,1\nb,1\n", "expected at least two labels"),
         ("rows.jsonl", '{"text": "a", "label": 0}\n{"text": "b"}\n', "row 2 .*expected `text` and `label`"),
     ],
@@ -264,12 +264,17 @@ def test_what_is_wrong_with_labelled_rows_is_said(name, content, message, tmp_pa
         rows.read_labelled(rows.Path(name))
 
 
+def test_two_rows_leave_nothing_to_test_on():
+    with pytest.raises(SystemExit, match="2 rows are too few to test on a share of"):
+        rows.split_rows((["a", "b"], ["x", "y"]))
+
+
 def test_labels_may_be_numbers_and_texts_of_many_lines(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"text": "a", "label": 0}\n{"text": "b\\nc", "label": 1}\n')
     assert rows.read_labelled(path) == (["a", "b\nc"], ["0", "1"])
     path = tmp_path / "rows.csv"
-    path.write_text('label,text\nx,"one\ntwo, three"\ny,four\n')
+    path.write_text('\ufefflabel,text\nx,"one\ntwo, three"\ny,four\n')
     assert rows.read_labelled(path) == (["one\ntwo, three", "four"], ["x", "y"])
 
 

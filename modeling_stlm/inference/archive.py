@@ -171,13 +171,20 @@ def _mode(path: str) -> int:
     return 0o666 & ~mask
 
 
+def _check_distinct(source: str, target: str) -> None:
+    if os.path.isfile(source) and os.path.exists(target) and os.path.samefile(source, target):
+        raise ValueError(f"{source} and {target} are the same file, which would be lost: expected another target")
+
+
 def pack_file(engine: Engine, source: str, target: str) -> tuple[int, int]:
     """[`pack`] of files, or `-` for standard input and output."""
+    _check_distinct(source, target)
     with open(0 if source == "-" else source, "rb") as file, output(target) as archive:
         return pack(engine, file, archive)
 
 
 def unpack_file(engine: Engine, source: str, target: str) -> int:
     """[`unpack`] of files, or `-` for standard input and output."""
+    _check_distinct(source, target)
     with open(0 if source == "-" else source, "rb") as file, output(target) as content:
         return unpack(engine, file.read(), content)
