@@ -99,7 +99,7 @@ def test_onnx_runtime_writes_the_bytes_of_generate(tmp_path, capsys, monkeypatch
     STLMTokenizer().save_pretrained(tmp_path / "model")
     command = ["export_onnx.py", "--checkpoint", str(tmp_path / "model"), "--output", str(tmp_path / "onnx")]
     monkeypatch.setattr(sys, "argv", [*command, "--max_length", "128", "--num_bytes", "40"])
-    export_onnx.main()
+    export_onnx.main(export_onnx.parse_arguments())
     assert "bytes a second" in capsys.readouterr().out
     graphs = ExportedModel.from_pretrained(tmp_path / "onnx")
     runners = graphs.runners
@@ -116,5 +116,5 @@ def test_onnx_runtime_writes_the_bytes_of_generate(tmp_path, capsys, monkeypatch
 def test_a_prompt_longer_than_the_graphs_is_refused(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["export_onnx.py", "--output", str(tmp_path / "onnx"), "--max_length", "50"])
     with pytest.raises(SystemExit):
-        export_onnx.main()
+        export_onnx.main(export_onnx.parse_arguments())
     assert "do not fit in --max_length 50" in capsys.readouterr().err and not (tmp_path / "onnx").exists()

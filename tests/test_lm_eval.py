@@ -182,7 +182,7 @@ def test_scores_by_paradigm_and_field_are_printed_and_written(files, evaluate_lm
     output = tmp_path / "scores" / "scores.json"
     arguments = ["--blimp", files["blimp_file"], "--batch_size", "8", "--output", str(output)]
     monkeypatch.setattr(sys, "argv", ["evaluate_lm.py", *arguments, "--device", "cpu"])
-    evaluate_lm.main()
+    evaluate_lm.main(evaluate_lm.parse_arguments())
     printed, scores = capsys.readouterr().out, json.loads(output.read_text())["scores"]["blimp_file"]
     model = AutoModelForCausalLM.from_pretrained(SHIPPED, dtype=torch.float32)
     right = {

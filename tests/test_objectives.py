@@ -569,8 +569,9 @@ def test_research_training_takes_objectives_by_name(monkeypatch):
     monkeypatch.syspath_prepend(examples)
     monkeypatch.syspath_prepend(examples / "research")
     train = importlib.import_module("train")
-    command = "--train a --validation b --output c --max_steps 1 --objective NextThought 0.1 --objective Denoising 0.2 0.3 0.4"
-    chosen = train.parse_arguments(command.split()).objective
+    text = str(examples / "data" / "shakespeare.txt")
+    command = "--output c --max_steps 1 --objective NextThought 0.1 --objective Denoising 0.2 0.3 0.4"
+    chosen = train.parse_arguments(["--train", text, "--validation", text, *command.split()]).objective
     terms = train.with_objectives(tiny_model(), chosen).objectives
     assert [type(term).__name__ for term in terms.terms] == ["NextThought", "Denoising"]
     assert terms.weights == [0.1, 0.4] and (terms.terms[1].spans, terms.terms[1].noise) == (0.2, 0.3)
