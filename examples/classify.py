@@ -7,7 +7,7 @@
 
 Rows have the columns `text` and `label` (csv or JSON lines, also .gz). The head starts as a logistic regression on the mean
 of the hidden states, then everything is trained (LP-FT, arXiv:2202.10054). A head that starts at random has to grow first, and
-wants ten times the rate (`research/LOG.md`). Needs `scikit-learn`.
+wants ten times the rate (`research/LOG.md`).
 """
 
 import argparse
@@ -78,7 +78,6 @@ def tfidf(train: tuple[list, list]) -> Pipeline:
 
 def start_head(model, features, labels) -> None:
     """Set the head to a logistic regression on `features (N, D)` and class indices `labels (N,)`."""
-
     scale = features.std(0)
     fitted = LogisticRegression(C=0.1, fit_intercept=False, max_iter=1000).fit(features / scale, labels)
     weight = fitted.coef_ / scale

@@ -53,7 +53,6 @@ def neighbours(queries, embeddings):
 
 def label_accuracy(encoder, train: tuple[list, list], test: tuple[list, list]) -> None:
     """Print how often the nearest row has the right label."""
-
     labels, right = np.array(train[1]), np.array(test[1])
     known = encoder.encode(train[0], normalize_embeddings=True)
     start = time.perf_counter()

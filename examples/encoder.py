@@ -6,7 +6,7 @@
 Takes passages of whole sentences from `--text` (files as of `pretrain.py`), asks the teacher for their embeddings once, and
 trains with the plain `Trainer`: a quarter of the rows has masked spans, a quarter is noisy (typos, case, look-alikes) and
 keeps the embedding of the clean text. Ctrl-C and SIGTERM save; the same command goes on. The output loads through
-`AutoModelForMaskedLM`, every classification head, and `SentenceTransformer`. Needs `sentence-transformers`.
+`AutoModelForMaskedLM`, every classification head, and `SentenceTransformer`.
 """
 
 import argparse

@@ -93,6 +93,10 @@ def test_the_card_tells_the_run_and_no_folder_of_the_machine(checkpoint):
     for text in ("9,830,400 bytes seen in 1,200 steps", "abc1234", "a CPU", "Letters of a test.", "*.txt"):
         assert text in card
     assert str(checkpoint) not in card
+    assert "linear decay over the last 60%" in card  # of runs before it was an argument
+    results = RESULTS | {"arguments": RESULTS["arguments"] | {"decay": "0.25"}}
+    (checkpoint / "results.json").write_text(json.dumps(results))
+    assert "linear decay over the last 25%" in str(build_model_card(checkpoint, **OPTIONS))
 
 
 def test_scores_of_exported_weights_replace_those_of_the_run(checkpoint):

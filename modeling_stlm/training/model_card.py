@@ -343,7 +343,7 @@ def _training(results: dict) -> str:
             f"- {results['bytes_seen']:,} bytes seen in {results['steps']:,} steps of {arguments['batch_size']} windows "
             f"of {arguments['block_bytes']} bytes; budget: {budget}",
             f"- optimizer: Muon {arguments['muon_lr']} on matrices, AdamW {arguments['adamw_lr']} on the rest, warm-up "
-            "2%, linear decay over the last 60%",
+            f"2%, linear decay over the last {float(arguments.get('decay', 0.6)):.0%}",
             f"- texts: {arguments['train']}",
             f"- {results['device']}; torch {results['torch']}, transformers {results['transformers']}, commit "
             f"{results['commit']}",
