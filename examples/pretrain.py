@@ -40,12 +40,15 @@ def argument_parser():
     parser.add_argument("--batch_size", type=int, default=8, help="windows per step")
     parser.add_argument("--muon_lr", type=float, default=0.02, help="learning rate of the matrices")
     parser.add_argument("--adamw_lr", type=float, default=4e-3, help="learning rate of all other parameters")
+    parser.add_argument("--weight_decay", type=float, default=0.0, help="of the matrices")
     parser.add_argument("--decay", type=share, default=0.6, help="share of the budget in which the rates fall to zero")
     parser.add_argument(
         "--bf16",
         action=argparse.BooleanOptionalAction,
         help="bfloat16 autocast; by default where the GPU or CPU has instructions for it",
     )
+    parser.add_argument("--compile", action="store_true", help="compile the step: a minute at the start")
+    parser.add_argument("--workers", type=int, default=0, help="processes that cut windows")
     parser.add_argument("--eval_steps", type=int, default=500, help="steps between evaluated checkpoints")
     parser.add_argument("--seed", type=int, default=1, help="of weights and order")
     return parser, budget
@@ -108,7 +111,14 @@ def choose_precision(args: argparse.Namespace) -> None:
         args.bf16 = has_bfloat16("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def compile_whole_steps() -> None:
+    """Let `torch_compile` make one graph of a step, whose number of patches depends on the text."""
+    torch._dynamo.config.capture_scalar_outputs = torch._dynamo.config.capture_dynamic_output_shape_ops = True
+
+
 def training_arguments(args: argparse.Namespace, step_bytes: float, **changes) -> TrainingArguments:
+    if args.compile:
+        compile_whole_steps()
     if args.max_minutes is None:  # warm up for 2% of the steps
         steps = args.max_steps or max(1, round(args.max_bytes / step_bytes))
         warmup = max(1, int(0.02 * steps))
@@ -130,9 +140,16 @@ def training_arguments(args: argparse.Namespace, step_bytes: float, **changes) -
         "disable_tqdm": True,
         "bf16": args.bf16,
         "use_cpu": not torch.cuda.is_available(),
+        "torch_compile": args.compile,
+        "dataloader_num_workers": args.workers,
         "report_to": "none",
     }
     return TrainingArguments(str(args.output), **settings | changes)
+
+
+def optimizer_arguments(args: argparse.Namespace) -> dict[str, float]:
+    """Keywords of `MuonRecipe`."""
+    return {name: getattr(args, name) for name in ("muon_lr", "adamw_lr", "weight_decay")}
 
 
 def train(args: argparse.Namespace, trainer: Trainer, step_bytes: float) -> None:
@@ -179,7 +196,7 @@ def main(args: argparse.Namespace):
         processing_class=tokenizer,
         compute_metrics=evaluator,
         preprocess_logits_for_metrics=evaluator.nats,
-        optimizer_cls_and_kwargs=(MuonRecipe, {"muon_lr": args.muon_lr, "adamw_lr": args.adamw_lr}),
+        optimizer_cls_and_kwargs=(MuonRecipe, optimizer_arguments(args)),
         callbacks=[TimeBudget(args.max_minutes, decay=args.decay, clock=args.clock)] if timed else [],
     )
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]

@@ -161,7 +161,7 @@ def main():
         processing_class=tokenizer,
         compute_metrics=evaluator,
         preprocess_logits_for_metrics=evaluator.nats,
-        optimizer_cls_and_kwargs=(MuonRecipe, {"muon_lr": args.muon_lr, "adamw_lr": args.adamw_lr}),
+        optimizer_cls_and_kwargs=(MuonRecipe, pretrain.optimizer_arguments(args)),
         callbacks=callbacks,
     )
     pretrain.train(args, trainer, step_bytes)

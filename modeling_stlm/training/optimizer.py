@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Muon for the matrices of the hidden layers, AdamW for everything else (embeddings, norms, convolutions, vectors)."""
 
+import collections
 import functools
 
 import torch
@@ -25,22 +26,29 @@ class MuonWithAdamW(torch.optim.AdamW):
             self.param_groups = groups
         for group in groups:
             if group["use_muon"]:
-                for parameter in group["params"]:
-                    if parameter.grad is not None:
-                        self._muon_step(parameter, group)
+                self._muon_step(group)
         return loss
 
-    def _muon_step(self, parameter: torch.Tensor, group: dict) -> None:
+    def _muon_step(self, group: dict) -> None:
+        by_shape = collections.defaultdict(list)
+        for parameter in group["params"]:
+            if parameter.grad is not None:
+                by_shape[parameter.shape].append(parameter)
+        for (rows, columns), parameters in by_shape.items():
+            buffers = [self._momentum_buffer(parameter) for parameter in parameters]
+            gradients = [parameter.grad for parameter in parameters]
+            torch._foreach_lerp_(buffers, gradients, 1 - group["momentum"])
+            updates = torch.stack(torch._foreach_lerp(gradients, buffers, group["momentum"]))
+            updates = orthogonalize(updates).to(parameters[0].dtype).unbind()
+            torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+            torch._foreach_add_(parameters, updates, alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
+
+    def _momentum_buffer(self, parameter: torch.Tensor) -> torch.Tensor:
         state = self.state[parameter]
         if not state:
             state["momentum_buffer"] = torch.zeros_like(parameter)
             state["step"] = torch.tensor(0.0)  # unused; AdamW looks for it when a state is loaded
-        momentum = group["momentum"]
-        state["momentum_buffer"].lerp_(parameter.grad, 1 - momentum)
-        update = orthogonalize(parameter.grad.lerp(state["momentum_buffer"], momentum))
-        rows, columns = parameter.shape
-        parameter.mul_(1 - group["lr"] * group["weight_decay"])
-        parameter.add_(update.to(parameter.dtype), alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
+        return state["momentum_buffer"]
 
 
 @functools.cache
@@ -52,17 +60,18 @@ def has_bfloat16(device_type: str) -> bool:
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
-def orthogonalize(matrix: torch.Tensor, steps: int = 5) -> torch.Tensor:
-    """Nearest semi-orthogonal matrix, roughly: singular values end between 0.5 and 1.5 (Newton-Schulz, quintic)."""
+def orthogonalize(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
+    """Nearest semi-orthogonal matrix of each of `matrices (N, rows, columns)`, roughly: singular values end between 0.5 and
+    1.5 (Newton-Schulz, quintic). Matrices of one shape go together: a GPU has little to do with each of them."""
     a, b, c = 3.4445, -4.7750, 2.0315
-    x = matrix.bfloat16() if has_bfloat16(matrix.device.type) else matrix.float()
-    tall = x.shape[0] > x.shape[1]
-    x = x.T if tall else x
-    x = x / x.norm().clamp(min=1e-7)
+    x = matrices.bfloat16() if has_bfloat16(matrices.device.type) else matrices.float()
+    tall = x.shape[1] > x.shape[2]
+    x = x.mT if tall else x
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(steps):
-        gram = x @ x.T
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.T if tall else x
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
 
 
 class MuonRecipe:
