@@ -11,13 +11,16 @@ folder gets the checkpoint with tokenizer and generation config, `history.json`,
 import argparse
 import json
 import platform
+import random
 import subprocess
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from inputs import HelpFormatter, file_pattern, quiet_exit, share
 
 
 SPLITS = ("train", "validation", "test")
+PASSAGE = 300, 3000  # characters that `--repeat` says twice
 
 
 def argument_parser():
@@ -29,6 +32,12 @@ def argument_parser():
         "--test", type=file_pattern, nargs="+", default=[], help="files or patterns, evaluated once at the end"
     )
     parser.add_argument("--output", type=Path, required=True, help="folder of the run, new or to go on with")
+    parser.add_argument(
+        "--noise", type=share, default=0.0, help="share of the training documents that get the errors of noise.py"
+    )
+    parser.add_argument(
+        "--repeat", type=share, default=0.0, help="share of the training documents of which a passage is said twice"
+    )
     parser.add_argument("--model", default="stlm-3m", help="a preset or a folder with a config.json")
     parser.add_argument("--set", nargs="*", default=[], metavar="FIELD=VALUE", help="config fields to change, as JSON")
     budget = parser.add_mutually_exclusive_group(required=True)
@@ -60,6 +69,7 @@ if __name__ == "__main__":
 import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
+from noise import KINDS, add_noise
 from run_folder import ProgressLines, last_checkpoint, save
 from score import documents
 from transformers import AutoModelForCausalLM, PrinterCallback, Trainer, TrainingArguments, logging, set_seed
@@ -72,17 +82,36 @@ from modeling_stlm.training.optimizer import MuonRecipe, has_bfloat16
 from modeling_stlm.training.time_budget import TimeBudget
 
 
+def altered(texts: Iterable[str | bytes], noise: float, repeat: float) -> Iterator[str | bytes]:
+    """The documents, some of them with errors in 1 to 10% of their letters, and some followed by a document that is a
+    passage of them, twice. What a text holds decides, so that every tokenizer gets the same."""
+    for text in texts:
+        text = text if isinstance(text, str) else text.decode("utf-8", errors="surrogateescape")
+        choose = random.Random(text)
+        has_noise, is_repeated = choose.random() < noise, choose.random() < repeat
+        if is_repeated:
+            start, length = choose.randrange(len(text)), choose.randint(*PASSAGE)
+            yield 2 * text[start : start + length]
+        if has_noise:
+            text = add_noise(text, choose.choice(sorted(KINDS)), choose.uniform(0.01, 0.1), seed=choose.random())
+        yield text.encode("utf-8", errors="surrogateescape")
+
+
 def write_corpora(args: argparse.Namespace, tokenizer, folder: Path) -> dict[str, Path]:
     """The tokenized texts by split; those already in `folder` are kept."""
     corpora = {split: folder / f"{split}.bin" for split in SPLITS if getattr(args, split)}
+    alterations = {name: getattr(args, name) for name in ("noise", "repeat") if getattr(args, name)}
     for split, path in corpora.items():
         patterns, sources = getattr(args, split), path.with_suffix(".json")
+        is_altered = split == "train" and bool(alterations)
+        made_from = [*patterns, *([alterations] if is_altered else [])]
         if not path.is_file():
             path.parent.mkdir(parents=True, exist_ok=True)
-            sources.write_text(json.dumps(patterns))
-            write_corpus(path, documents(patterns), tokenizer)
-        elif json.loads(sources.read_text()) != patterns:
-            raise SystemExit(f"{path} was made from {sources.read_text()}, not {patterns}: use another folder")
+            sources.write_text(json.dumps(made_from))
+            texts = documents(patterns)
+            write_corpus(path, altered(texts, args.noise, args.repeat) if is_altered else texts, tokenizer)
+        elif json.loads(sources.read_text()) != made_from:
+            raise SystemExit(f"{path} was made from {sources.read_text()}, not {made_from}: use another folder")
     return corpora
 
 
