@@ -56,7 +56,6 @@ def argument_parser():
         action=argparse.BooleanOptionalAction,
         help="bfloat16 autocast; by default where the GPU or CPU has instructions for it",
     )
-    parser.add_argument("--compile", action="store_true", help="compile the step: a minute at the start")
     parser.add_argument("--workers", type=int, default=0, help="processes that cut windows")
     parser.add_argument("--eval_steps", type=int, default=500, help="steps between evaluated checkpoints")
     parser.add_argument("--seed", type=int, default=1, help="of weights and order")
@@ -83,16 +82,16 @@ from modeling_stlm.training.time_budget import TimeBudget
 
 
 def altered(texts: Iterable[str | bytes], noise: float, repeat: float) -> Iterator[str | bytes]:
-    """The documents, some of them with errors in 1 to 10% of their letters, and some followed by a document that is a
-    passage of them, twice. What a text holds decides, so that every tokenizer gets the same."""
+    """The documents, some of them with errors in 1 to 10% of their letters, and some after a document that is a passage of
+    them, twice. What a text holds decides, so that every tokenizer gets the same."""
     for text in texts:
         text = text if isinstance(text, str) else text.decode("utf-8", errors="surrogateescape")
-        choose = random.Random(text)
-        has_noise, is_repeated = choose.random() < noise, choose.random() < repeat
-        if is_repeated:
+        choose = random.Random(f"repeat {text}")
+        if choose.random() < repeat:
             start, length = choose.randrange(len(text)), choose.randint(*PASSAGE)
             yield 2 * text[start : start + length]
-        if has_noise:
+        choose = random.Random(f"noise {text}")
+        if choose.random() < noise:
             text = add_noise(text, choose.choice(sorted(KINDS)), choose.uniform(0.01, 0.1), seed=choose.random())
         yield text.encode("utf-8", errors="surrogateescape")
 
@@ -140,14 +139,7 @@ def choose_precision(args: argparse.Namespace) -> None:
         args.bf16 = has_bfloat16("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def compile_whole_steps() -> None:
-    """Let `torch_compile` make one graph of a step, whose number of patches depends on the text."""
-    torch._dynamo.config.capture_scalar_outputs = torch._dynamo.config.capture_dynamic_output_shape_ops = True
-
-
 def training_arguments(args: argparse.Namespace, step_bytes: float, **changes) -> TrainingArguments:
-    if args.compile:
-        compile_whole_steps()
     if args.max_minutes is None:  # warm up for 2% of the steps
         steps = args.max_steps or max(1, round(args.max_bytes / step_bytes))
         warmup = max(1, int(0.02 * steps))
@@ -169,7 +161,6 @@ def training_arguments(args: argparse.Namespace, step_bytes: float, **changes) -
         "disable_tqdm": True,
         "bf16": args.bf16,
         "use_cpu": not torch.cuda.is_available(),
-        "torch_compile": args.compile,
         "dataloader_num_workers": args.workers,
         "report_to": "none",
     }
@@ -238,6 +229,7 @@ def main(args: argparse.Namespace):
         "stored_parameters": model.num_parameters(),
         "steps": steps,
         "bytes_seen": steps * step_bytes,  # special tokens included
+        "corpus_bytes": len(sets["train"]) * args.block_bytes,
         "budget": {"minutes": args.max_minutes, "clock": args.clock} if timed else {"steps": steps},
         "bits_per_byte": {split: score[f"{split}_bits_per_byte"] for split, score in scores.items()},
         "commit": commit,

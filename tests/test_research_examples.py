@@ -5,6 +5,7 @@ import gzip
 import importlib
 import json
 import math
+import os
 import subprocess
 import sys
 from itertools import pairwise
@@ -30,8 +31,8 @@ from .tiny import tiny_model
 
 RESEARCH = ROOT / "examples" / "research"
 sys.path[:0] = [str(RESEARCH), str(ROOT / "examples")]
-EXAMPLES = ("ablate", "controls", "costs", "noise", "report", "score")
-ablate, controls, costs, noise, report, score = (importlib.import_module(name) for name in EXAMPLES)
+EXAMPLES = ("ablate", "controls", "costs", "noise", "pretrain", "report", "score")
+ablate, controls, costs, noise, pretrain_script, report, score = (importlib.import_module(name) for name in EXAMPLES)
 
 
 def train(small_text: Path, output: Path, *more) -> dict:
@@ -138,6 +139,53 @@ def test_both_sentences_of_a_pair_get_the_same_noise():
         ]
         assert all(a[0] == b[0] and a[2:] == b[2:] for a, b in zip(*noised))
         assert any(row != good.split(" ") for row in noised[0])
+
+
+def test_altered_documents_are_the_same_each_time_and_say_what_was_asked():
+    texts = [f"Document {i}: " + "some words of a plain text. " * (5 + i % 7) for i in range(300)]
+    plain, noised, repeated, both = (
+        [text.decode() if isinstance(text, bytes) else text for text in pretrain_script.altered(texts, *shares)]
+        for shares in ((0, 0), (0.2, 0), (0, 0.1), (0.2, 0.1))
+    )
+    assert plain == texts
+    changed = [(new, old) for new, old in zip(noised, texts, strict=True) if new != old]
+    assert 30 < len(changed) < 90
+    assert all(0.85 * len(old) < len(new) < 1.15 * len(old) for new, old in changed)
+    passages = [text for text in repeated if text not in texts]
+    assert 10 < len(passages) < 60 and len(repeated) == len(texts) + len(passages)
+    assert all(text[: len(text) // 2] == text[len(text) // 2 :] for text in passages)
+    assert [text for text in both if text not in passages] == noised
+    assert both == [t.decode() if isinstance(t, bytes) else t for t in pretrain_script.altered(texts, 0.2, 0.1)]
+
+
+def test_corpora_say_how_they_were_altered(small_text, tmp_path):
+    options = ["--noise", "0.5", "--repeat", "0.5", "--max_steps", "1"]
+    train(small_text, tmp_path / "run", *options)
+    made_from = json.loads((tmp_path / "run" / "data" / "bytes" / "train.json").read_text())
+    assert made_from[-1] == {"noise": 0.5, "repeat": 0.5}
+    assert json.loads((tmp_path / "run" / "data" / "bytes" / "validation.json").read_text()) == made_from[:-1]
+    with pytest.raises(AssertionError, match="use another folder"):
+        train(small_text, tmp_path / "run", "--max_steps", "1")
+
+
+def test_presets_train_one_after_the_other_and_go_on(small_text, tmp_path):
+    data = tmp_path / "texts"
+    (data / "train").mkdir(parents=True)
+    rows = [{"text": small_text.read_text()}]
+    for name in ("train/a", "validation", "test"):
+        json_lines(data / f"{name}.jsonl.gz", rows)
+    environment = os.environ | {
+        "WINDOWS": "2",
+        "WINDOW_BYTES": "256",
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    }
+    steps = []
+    for minutes in ("0.03", "0.06"):
+        command = ["bash", str(RESEARCH / "gpu.sh"), str(data), str(tmp_path / "out"), minutes, "stlm-3m"]
+        subprocess.run(command, check=True, env=environment)
+        steps.append(json.loads((tmp_path / "out" / "stlm-3m" / "results.json").read_text())["steps"])
+    assert 0 < steps[0] < steps[1]
+    assert subprocess.run(command[:4], capture_output=True).returncode == 2
 
 
 def test_budgets_in_bytes_and_operations(small_text, tmp_path):

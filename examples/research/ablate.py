@@ -76,7 +76,13 @@ def command(arguments: dict, args: argparse.Namespace, output: Path) -> list[str
         if name == "set":
             words += ["--set", *(f"{field}={json.dumps(change)}" for field, change in value.items())]
         else:
-            words += [f"--{name}", *map(str, value)] if isinstance(value, list) else [f"--{name}"] if value is True else [f"--{name}", str(value)]
+            words += (
+                [f"--{name}", *map(str, value)]
+                if isinstance(value, list)
+                else [f"--{name}"]
+                if value is True
+                else [f"--{name}", str(value)]
+            )
     return words
 
 

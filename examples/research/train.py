@@ -127,7 +127,7 @@ def main():
     sample = torch.stack([windows[i]["input_ids"] for i in range(0, len(windows), -(-len(windows) // 16))])
 
     def bytes_per_unit() -> float:
-        return bytes_per_patch(model, sample) if isinstance(model, STLMForCausalLM) else id_bytes
+        return bytes_per_patch(model, sample.to(model.device)) if isinstance(model, STLMForCausalLM) else id_bytes
 
     # An untrained router does not tell the patch length it will be trained for.
     is_routed = isinstance(model, STLMForCausalLM) and model.config.patching == "learned"
@@ -179,6 +179,7 @@ def main():
         "flops_per_byte": round(flops),
         "steps": steps,
         "bytes_seen": bytes_seen,
+        "corpus_bytes": round(len(sets["train"]) * block_size * id_bytes),
         "training_flops": 3 * flops * bytes_seen,
         "wall_seconds": round(stopwatch.wall_seconds),
         "cpu_seconds": round(stopwatch.cpu_seconds),

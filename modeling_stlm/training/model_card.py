@@ -338,10 +338,11 @@ def _training(results: dict) -> str:
         return ""
     arguments = results["arguments"]
     budget = ", ".join(f"{name} {value}" for name, value in results["budget"].items())
+    passes = f", {results['bytes_seen'] / corpus:.1f} passes" if (corpus := results.get("corpus_bytes")) else ""
     return "\n".join(
         [
-            f"- {results['bytes_seen']:,} bytes seen in {results['steps']:,} steps of {arguments['batch_size']} windows "
-            f"of {arguments['block_bytes']} bytes; budget: {budget}",
+            f"- {results['bytes_seen']:,} bytes seen{passes} in {results['steps']:,} steps of {arguments['batch_size']} "
+            f"windows of {arguments['block_bytes']} bytes; budget: {budget}",
             f"- optimizer: Muon {arguments['muon_lr']} on matrices, AdamW {arguments['adamw_lr']} on the rest, warm-up "
             f"2%, linear decay over the last {float(arguments.get('decay', 0.6)):.0%}",
             f"- texts: {arguments['train']}",
