@@ -114,10 +114,12 @@ def test_logits_equal_those_of_forward_at_every_byte(name, tmp_path):
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
 def test_shipped_checkpoints_have_the_logits_of_forward(path, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    text = (ROOT / "examples" / "data" / "shakespeare.txt").read_bytes()[:600]
+    text = (ROOT / "examples" / "data" / "shakespeare.txt").read_bytes()[:900]
     with torch.no_grad():
         expected = model(torch.tensor([list(text)])).logits[0]
-    exact = step_logits(Rows(engine_of(model, tmp_path), 1), list(text))
+    rows = Rows(engine_of(model, tmp_path), 1)
+    exact = step_logits(rows, list(text))
+    assert len(rows.patch_ends(0)) > 128  # more than one page of keys and values
     assert_equal(torch.from_numpy(exact), expected)
     # They were stored in bfloat16, so half the size loses nothing.
     assert np.array_equal(step_logits(Rows(engine_of(model, tmp_path, "bf16"), 1), list(text)), exact)

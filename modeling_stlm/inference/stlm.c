@@ -101,6 +101,14 @@ typedef struct {
 typedef enum { SPACELIKE, FIXED, VOCABULARY, LEARNED } Rule;
 typedef enum { RELU2, RELU, SILU } Activation;
 
+// Keys and values of an attention, `room` slots a page; where they begin in each: keys [groups][room / 16][K][16], values
+// [groups][room][K rounded up to 16].
+typedef struct {
+  char *const *pages;
+  int room;
+  size_t keys, values;
+} Kept;
+
 // The functions that are compiled for several sets of instructions.
 typedef struct Kernels {
   const char *name;
@@ -108,8 +116,7 @@ typedef struct Kernels {
   void (*product)(stlm_batch *, const Matrix *, const float *x, int n, float *y);
   void (*norm)(const float *x, const float *weight, float eps, int n, int width, float *to);
   void (*add_row)(const Table *, int64_t row, float *to);
-  void (*attend)(stlm_batch *, const Attention *, int i, float *projected, char *keys, char *values, int room, int slot,
-                 int count, float *to);
+  void (*attend)(stlm_batch *, const Attention *, int i, float *projected, Kept kept, int slot, int count, float *to);
 } Kernels;
 
 typedef struct Block { struct Block *next; } Block;
@@ -161,7 +168,7 @@ typedef struct {
   int32_t *earlier;  // (bytes) the place before of the gram that ends at a byte, for match embeddings
   int byte_room, patch_room;
   int32_t *patch_ends;  // (patches) bytes up to the end of each
-  char *keys, *values;  // (passes), each as in `attend`
+  char **pages;  // keys and values of PART patches each, of all passes; NULL past the last that was needed
   Slot *slots;
   int num_slots, num_grams;  // a power of two; slots in use
 } Row;
@@ -801,12 +808,11 @@ INLINE void keep(char *to, float number, int item) {
   else memcpy(to, &half, 2);
 }
 
-// Keeps key and value of token i at `slot` and attends to the slots below `count`, of `room`: keys [groups][room / 16][K][16]
-// and values [groups][room][K rounded up to 16]. `projected` (H + 2 groups, K) is changed.
-INLINE void attend(FloatSums sums_of, stlm_batch *b, const Attention *a, int i, float *projected, char *keys, char *values,
-                   int room, int slot, int count, float *to) {
+// Keeps key and value of token i at `slot` and attends to the slots below `count`. `projected` (H + 2 groups, K) is changed.
+INLINE void attend(FloatSums sums_of, stlm_batch *b, const Attention *a, int i, float *projected, Kept kept, int slot,
+                   int count, float *to) {
   const int width = a->width, wide = round_up(width, LANES), queries = a->heads / a->groups, padded = round_up(count, LANES);
-  const int item = b->model->item;
+  const int item = b->model->item, room = kept.room, within = slot % room;
   const size_t step = (size_t)(item * LANES), key_step = step * (size_t)width, value_step = (size_t)(item * wide);
   const float *cosines = b->cosines + i * width / 2, *sines = b->sines + i * width / 2;
   const float scale = 1.0f / sqrtf((float)width);
@@ -815,22 +821,26 @@ INLINE void attend(FloatSums sums_of, stlm_batch *b, const Attention *a, int i, 
   norm(key, a->k_norm, b->model->eps, a->groups, width, key);
   for (int h = 0; h < a->heads; h++) turn(query + h * width, cosines, sines, width, scale);
   for (int g = 0; g < a->groups; g++) {
-    char *column = keys + (size_t)(slot / LANES) * key_step + slot % LANES * item, *row = values + (size_t)slot * value_step;
+    char *const page = kept.pages[slot / room], *row = page + kept.values + (size_t)within * value_step;
+    char *column = page + kept.keys + (size_t)(within / LANES) * key_step + within % LANES * item;
     turn(key, cosines, sines, width, 1.0f);
     for (int c = 0; c < width; c++) {
       keep(column + (size_t)c * step, key[c], item);
       keep(row + c * item, value[c], item);
     }
-    product_of_floats(sums_of, keys, step, key_step, width, padded, query, (size_t)width, queries, b->scores, (size_t)padded);
+    for (int at = 0; at < count; at += room)
+      product_of_floats(sums_of, kept.pages[at / room] + kept.keys, step, key_step, width, min_int(room, padded - at), query,
+                        (size_t)width, queries, b->scores + at, (size_t)padded);
     for (int q = 0; q < queries; q++) softmax(b->scores + q * padded, count);
     memset(to, 0, sizeof(float) * (size_t)(queries * width));
     for (int at = 0; at < count; at += PART) {  // values of so many slots stay in the cache for all queries
-      product_of_floats(sums_of, values + (size_t)at * value_step, value_step, step, min_int(PART, count - at), width,
-                        b->scores + at, (size_t)padded, queries, b->part, (size_t)width);
+      const char *values = kept.pages[at / room] + kept.values + (size_t)(at % room) * value_step;
+      product_of_floats(sums_of, values, value_step, step, min_int(PART, count - at), width, b->scores + at, (size_t)padded,
+                        queries, b->part, (size_t)width);
       add_to(to, b->part, queries * width);
     }
     query += queries * width, to += queries * width, key += width, value += width;
-    keys += (size_t)(room / LANES) * key_step, values += (size_t)room * value_step;
+    kept.keys += (size_t)(room / LANES) * key_step, kept.values += (size_t)room * value_step;
   }
 }
 
@@ -850,9 +860,10 @@ INLINE void byte_layer(stlm_batch *b, const ByteLayer *layer, int n, const Kerne
     int t = b->at_of[i];
     if (layer->is_attention) {
       set_angles(b, i, t, &layer->attention);
-      k->attend(b, &layer->attention, i, b->y + i * in->out, (char *)state,
-                (char *)(state + ring_of_keys(m, &layer->attention)), round_up(m->window, LANES), t % m->window,
-                min_int(t + 1, m->window), b->x + i * out->in);
+      char *const page = (char *)state;
+      const Kept kept = {&page, round_up(m->window, LANES), 0, sizeof(float) * ring_of_keys(m, &layer->attention)};
+      k->attend(b, &layer->attention, i, b->y + i * in->out, kept, t % m->window, min_int(t + 1, m->window),
+                b->x + i * out->in);
     } else {
       convolve(m, layer, state, t, b->y + i * in->out, b->x + i * width);
     }
@@ -950,6 +961,17 @@ INLINE int find_patches(stlm_batch *b, int n, const Kernels *k) {
   return num_patches;
 }
 
+// Bytes of the keys, and of the values, of a page and a pass of the trunk.
+INLINE size_t keys_of_pass(const stlm_model *m) {
+  const Attention *a = &m->attention_blocks[0].attention;
+  return (size_t)(m->item * PART) * (size_t)(a->groups * a->width);
+}
+
+INLINE size_t values_of_pass(const stlm_model *m) {
+  const Attention *a = &m->attention_blocks[0].attention;
+  return (size_t)(m->item * PART) * (size_t)(a->groups * round_up(a->width, LANES));
+}
+
 INLINE void run_trunk(stlm_batch *b, int p, const Kernels *k) {
   const stlm_model *m = b->model;
   const int width = m->trunk_width;
@@ -962,10 +984,9 @@ INLINE void run_trunk(stlm_batch *b, int p, const Kernels *k) {
     k->product(b, &a->qkv, b->x, p, b->y);
     for (int i = 0; i < p; i++) {
       const Row *row = b->rows + b->patch_row[i];
-      const size_t first = (size_t)(pass * a->groups) * (size_t)row->patch_room;
-      k->attend(b, a, i, b->y + i * a->qkv.out, row->keys + first * (size_t)(a->width * m->item),
-                row->values + first * (size_t)(round_up(a->width, LANES) * m->item), row->patch_room, b->patch_index[i],
-                b->patch_index[i] + 1, b->x + i * a->out.in);
+      const Kept kept = {row->pages, PART, (size_t)pass * keys_of_pass(m), (size_t)m->num_passes * keys_of_pass(m) +
+                         (size_t)pass * values_of_pass(m)};
+      k->attend(b, a, i, b->y + i * a->qkv.out, kept, b->patch_index[i], b->patch_index[i] + 1, b->x + i * a->out.in);
     }
     k->product(b, &a->out, b->x, p, b->y);
     add_to(b->patches, b->y, p * width);
@@ -1015,10 +1036,10 @@ INLINE void forward(stlm_batch *b, int n, const Kernels *k) {
     else if (m->type == Q4) product_of_q4(sums_q4_##isa, b, m, x, n, y);                                        \
     else product_of_floats(sums_of, m->weights, step, step * in, m->in, m->out, x, in, n, y, out);              \
   }                                                                                                             \
-  TARGET static void attend_##isa(stlm_batch *b, const Attention *a, int i, float *projected, char *keys,       \
-                                  char *values, int room, int slot, int count, float *to) {                     \
+  TARGET static void attend_##isa(stlm_batch *b, const Attention *a, int i, float *projected, Kept kept,        \
+                                  int slot, int count, float *to) {                                             \
     const FloatSums sums_of = b->model->item == 2 ? sums_bf16_##isa : sums_f32_##isa;                           \
-    attend(sums_of, b, a, i, projected, keys, values, room, slot, count, to);                                   \
+    attend(sums_of, b, a, i, projected, kept, slot, count, to);                                                 \
   }                                                                                                             \
   TARGET static void norm_##isa(const float *x, const float *weight, float eps, int n, int width, float *to) {  \
     norm(x, weight, eps, n, width, to);                                                                         \
@@ -1606,7 +1627,8 @@ void stlm_close(stlm_batch *b) {
   if (!b) return;
   for (int r = 0; b->rows && r < b->num_rows; r++) {
     Row *row = b->rows + r;
-    free(row->keys), free(row->values), free(row->patch_ends), free(row->state);
+    for (int i = 0; i < row->patch_room / PART; i++) free(row->pages[i]);
+    free(row->pages), free(row->patch_ends), free(row->state);
     free(row->ids), free(row->digests), free(row->earlier), free(row->slots);
   }
   free(b->rows), free(b->hidden), free(b->quantized), free(b->block_sums), free(b->scores);
@@ -1645,14 +1667,7 @@ static int resize(void *memory, size_t used, size_t count, size_t size) {
   return 1;
 }
 
-// `count` parts of `old` bytes with room for `new` bytes each, zeroed; NULL without memory.
-static char *widened(const char *parts, size_t count, size_t old, size_t new) {
-  char *wider = calloc(count, new);
-  for (size_t i = 0; i < count && wider && parts; i++) memcpy(wider + i * new, parts + i * old, old);
-  return wider;
-}
-
-// Room for `more` bytes, which may all end patches.
+// Room for `more` bytes, at most MAX_TOKENS, which may all end patches.
 static int reserve(stlm_batch *b, Row *row, int more) {
   const stlm_model *m = b->model;
   const Attention *a = &m->attention_blocks[0].attention;
@@ -1666,18 +1681,15 @@ static int reserve(stlm_batch *b, Row *row, int more) {
     row->byte_room = (int)room;
   }
   if (patches > row->patch_room) {
-    const size_t old = (size_t)row->patch_room, room = (size_t)round_up(patches + patches / 8, LANES);
-    const size_t parts = (size_t)(m->num_passes * a->groups);
-    const size_t key = (size_t)(m->item * a->width), value = (size_t)(m->item * round_up(a->width, LANES));
-    char *keys = widened(row->keys, parts, old * key, room * key);
-    char *values = widened(row->values, parts, old * value, room * value);
-    if (!keys || !values || !resize(&row->patch_ends, old, room, sizeof *row->patch_ends)) {
-      free(keys), free(values);
+    const size_t used = (size_t)row->patch_room, room = (size_t)round_up(patches + patches / 8, PART);
+    if (!resize(&row->patch_ends, used, room, sizeof *row->patch_ends) ||
+        !resize(&row->pages, used / PART, room / PART, sizeof *row->pages))
       return refuse(b, "not enough memory for %d patches", patches);
-    }
-    free(row->keys), free(row->values);
-    row->keys = keys, row->values = values, row->patch_room = (int)room;
+    row->patch_room = (int)room;
   }
+  char **page = row->pages + (patches - 1) / PART;  // the only one that may be missing
+  if (!*page && !(*page = calloc((size_t)m->num_passes, keys_of_pass(m) + values_of_pass(m))))
+    return refuse(b, "not enough memory for %d patches", patches);
   const int scores = max_int(row->patch_room, round_up(m->window, LANES));
   if (scores > b->score_room) {
     int queries = a->heads / a->groups;
@@ -1689,7 +1701,7 @@ static int reserve(stlm_batch *b, Row *row, int more) {
   }
   if (m->match_bytes && (int64_t)(row->num_grams + more) * 2 > row->num_slots) {
     size_t count = 256;
-    while (count < (size_t)bytes * 4) count *= 2;
+    while (count < (size_t)(row->num_grams + more) * 2) count *= 2;
     Slot *slots = calloc(count, sizeof *slots);
     if (!slots) return refuse(b, "not enough memory for %d bytes", bytes);
     free(row->slots);
