@@ -3,11 +3,14 @@
 
     pip install llama-cpp-python gguf    # built from source, so with the instructions of this CPU; about 10 minutes
     OMP_NUM_THREADS=1 taskset -c 0 python examples/research/llamacpp.py --repeats 3
+    OMP_NUM_THREADS=1 taskset -c 0 python examples/research/llamacpp.py --repeats 1 --sweep --plot examples/research/speed_llamacpp.png
 
 Every figure is text bytes per CPU second, median (lowest-highest) over the repeats; each run has its own process, and
 the models take turns. The prompt is 1,024 bytes of the text, then 256 bytes are generated: tokens of the argmax in
 llama.cpp, which has random weights (speed does not depend on them), and the bytes of the text in STLM, through `generate`
-or through `Rows` of the engine. Both C libraries are called from Python for each token or byte. The BPE is trained on the text that is measured. The last line is one JSON document.
+or through `Rows` of the engine. Both C libraries are called from Python for each token or byte. The BPE is trained on the text that
+is measured. With `--sweep`, bytes generated after prompts of several lengths, and of several rows at once: 128 of each row,
+as sequences of one batch in llama.cpp. The last line is one JSON document.
 
 If llama.cpp crashes on a CPU with AMX (version 0.3.36 of the bindings did in a virtual machine), build it without:
 `CMAKE_ARGS="-DCMAKE_C_FLAGS=-mno-amx-tile\\ -mno-amx-int8 -DCMAKE_CXX_FLAGS=-mno-amx-tile\\ -mno-amx-int8"`.
@@ -15,15 +18,18 @@ If llama.cpp crashes on a CPU with AMX (version 0.3.36 of the bindings did in a 
 
 import argparse
 import json
-import statistics
+import multiprocessing
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import NamedTuple
 
 import numpy as np
+from benchmark import Peer, cell, draw, generate, summary
 from controls import train_bpe
 from provenance import run_info
 from tables import markdown_table
@@ -31,9 +37,13 @@ from tables import markdown_table
 
 HERE = Path(__file__).parent
 VOCABULARY, WIDTH, LAYERS, FEED_FORWARD, HEAD = 8192, 320, 6, 864, 64  # 10,061,120 parameters, tied
-PROMPT_BYTES, NEW_BYTES = 1024, 256
+PROMPT_BYTES, NEW_BYTES, SWEEP_BYTES = 1024, 256, 128
 LLAMAS = {f"llama.cpp {kind}": kind for kind in ("f32", "f16", "q8_0", "q4_0")}
 STLMS = {"STLM, generate": "", **{f"STLM, engine, {kind}": kind for kind in ("f32", "bf16", "q8", "q4_0")}}
+SWEPT = tuple(f"llama.cpp {kind}" for kind in ("f32", "q8_0", "q4_0")) + tuple(
+    f"STLM, engine, {kind}" for kind in ("f32", "q8", "q4_0")
+)
+CONTEXTS, BATCHES = (1024, 2048, 4096, 8192, 16384 - SWEEP_BYTES), (1, 4, 16, 64)
 
 
 def write_gguf(path: Path, kind: str, tokenizer) -> None:
@@ -42,7 +52,7 @@ def write_gguf(path: Path, kind: str, tokenizer) -> None:
 
     writer, random = gguf.GGUFWriter(path, "llama"), np.random.default_rng(0)
     quantization = {name: getattr(gguf.GGMLQuantizationType, name.upper()) for name in ("q8_0", "q4_0")}.get(kind)
-    writer.add_context_length(4096)
+    writer.add_context_length(8192)
     writer.add_embedding_length(WIDTH)
     writer.add_block_count(LAYERS)
     writer.add_feed_forward_length(FEED_FORWARD)
@@ -83,8 +93,8 @@ def write_gguf(path: Path, kind: str, tokenizer) -> None:
     writer.close()
 
 
-def run_llama(path: str, prompt: list[int], num_new: int) -> dict[str, float]:
-    """CPU seconds for the tokens `prompt` and for `num_new` tokens after them."""
+def run_llama(path: str, prompts: list[list[int]], num_new: int) -> dict[str, float]:
+    """CPU seconds for the tokens of `prompts`, each a sequence of its own, and for `num_new` tokens after each."""
     import llama_cpp
 
     llama_cpp.llama_backend_init()
@@ -92,37 +102,54 @@ def run_llama(path: str, prompt: list[int], num_new: int) -> dict[str, float]:
     llama_cpp.llama_log_set(silent, None)
     model = llama_cpp.llama_model_load_from_file(path.encode(), llama_cpp.llama_model_default_params())
     settings = llama_cpp.llama_context_default_params()
-    settings.n_ctx = settings.n_batch = settings.n_ubatch = len(prompt) + num_new + 8
+    longest = max(map(len, prompts)) + num_new + 8
+    settings.n_ctx = len(prompts) * -(-longest // 256) * 256  # rounded up by the library, too
+    settings.n_batch = settings.n_ubatch = longest
+    settings.n_seq_max = len(prompts)
     settings.n_threads = settings.n_threads_batch = 1
     context = llama_cpp.llama_init_from_model(model, settings)
-    tokens, token = (llama_cpp.llama_token * len(prompt))(*prompt), (llama_cpp.llama_token * 1)()
-    started = time.process_time()
-    assert llama_cpp.llama_decode(context, llama_cpp.llama_batch_get_one(tokens, len(prompt))) == 0
+    batch = llama_cpp.llama_batch_init(longest, 0, 1)
+
+    def decode(tokens: list[tuple[int, int, int]], first_output: int) -> list[int]:
+        """The likeliest tokens after those, given with position and sequence, from `first_output` on."""
+        batch.n_tokens = len(tokens)
+        for i, (token, position, sequence) in enumerate(tokens):
+            batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.seq_id[i][0] = token, position, 1, sequence
+            batch.logits[i] = i >= first_output
+        assert llama_cpp.llama_decode(context, batch) == 0
+        pointers = (llama_cpp.llama_get_logits_ith(context, i) for i in range(first_output, len(tokens)))
+        return [int(np.ctypeslib.as_array(pointer, shape=(VOCABULARY,)).argmax()) for pointer in pointers]
+
+    started, likeliest = time.process_time(), []
+    for row, prompt in enumerate(prompts):
+        likeliest += decode([(token, i, row) for i, token in enumerate(prompt)], len(prompt) - 1)
     after_prompt = time.process_time()
-    for _ in range(num_new):
-        logits = np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(context, -1), shape=(VOCABULARY,))
-        token[0] = int(logits.argmax())
-        assert llama_cpp.llama_decode(context, llama_cpp.llama_batch_get_one(token, 1)) == 0
-    llama_cpp.llama_synchronize(context)
-    return {"prompt": after_prompt - started, "new": time.process_time() - after_prompt}
+    for i in range(num_new):
+        tokens = [(token, len(prompts[row]) + i, row) for row, token in enumerate(likeliest)]
+        likeliest = decode(tokens, 0)
+    seconds = {"prompt": after_prompt - started, "new": time.process_time() - after_prompt}
+    llama_cpp.llama_batch_free(batch)
+    llama_cpp.llama_free(context)
+    llama_cpp.llama_model_free(model)
+    return seconds
 
 
-def run_engine(path: str, text: bytes) -> dict[str, float]:
+def run_engine(path: str, texts: list[bytes], num_new: int = NEW_BYTES) -> dict[str, float]:
+    """CPU seconds for `texts` without their last `num_new` bytes, and for those."""
     from modeling_stlm.inference.engine import Engine, Rows
 
-    rows = Rows(Engine(path), 1)
+    rows, context = Rows(Engine(path), len(texts)), len(texts[0]) - num_new
     started = time.process_time()
-    rows.read([text[:PROMPT_BYTES]])
+    rows.read([text[:context] for text in texts])
     after_prompt = time.process_time()
-    for byte in text[PROMPT_BYTES : PROMPT_BYTES + NEW_BYTES]:
-        rows.logits()[0].argmax()
-        rows.read([bytes([byte])])
+    for at in range(context, context + num_new):
+        rows.logits().argmax(axis=1)
+        rows.read([text[at : at + 1] for text in texts])
     return {"prompt": after_prompt - started, "new": time.process_time() - after_prompt}
 
 
 def run_generate(checkpoint: str, text: bytes) -> dict[str, float]:
     import torch
-    from benchmark import Peer, generate
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
@@ -134,60 +161,115 @@ def run_generate(checkpoint: str, text: bytes) -> dict[str, float]:
     return {"prompt": times[0] - started, "new": times[-1] - times[0]}
 
 
+def cut(text: bytes, num_rows: int, num_bytes: int) -> list[bytes]:
+    step = len(text) // num_rows
+    return [text[i * step : i * step + num_bytes] for i in range(num_rows)]
+
+
+class Case(NamedTuple):
+    """So many texts at once, `num_new` bytes of each after the rest of it."""
+
+    texts: list[bytes]
+    num_new: int
+    prompts: list[list[int]]  # the same as tokens
+    num_new_tokens: int
+    num_new_token_bytes: int  # of all rows, all of which get as many tokens
+
+    @classmethod
+    def of(cls, texts: list[bytes], num_new: int, tokenizer) -> "Case":
+        prompts, new = (
+            [tokenizer(part.decode("ascii", "ignore"))["input_ids"] for part in parts]
+            for parts in ([text[:-num_new] for text in texts], [text[-num_new:] for text in texts])
+        )
+        count = min(map(len, new))
+        num_bytes = sum(len(tokenizer.decode(row[:count]).encode()) for row in new)
+        return cls(texts, num_new, prompts, count, num_bytes)
+
+
+def child(name: str, path: str, cases: dict[str, Case], checkpoint: str) -> dict[str, dict[str, float]]:
+    """Bytes per CPU second, of all rows of a case together."""
+    found = {}
+    for measure, case in cases.items():
+        num_new = len(case.texts) * case.num_new
+        if name in LLAMAS:
+            seconds, num_new = run_llama(path, case.prompts, case.num_new_tokens), case.num_new_token_bytes
+        elif STLMS[name]:
+            seconds = run_engine(path, case.texts, case.num_new)
+        else:
+            seconds = run_generate(checkpoint, case.texts[0])
+        num_prompt = sum(len(text) - case.num_new for text in case.texts)
+        found[measure] = {"generated": num_new / seconds["new"], "prompt": num_prompt / seconds["prompt"]}
+    return found
+
+
+def make_files(names: Iterable[str], checkpoint: str, tokenizer, folder: Path) -> dict[str, Path]:
+    files = {name: folder / f"{name}.gguf" for name in names}
+    for name, file in files.items():
+        if name in LLAMAS:
+            write_gguf(file, LLAMAS[name], tokenizer)
+        elif STLMS[name]:
+            export = [sys.executable, "-m", "modeling_stlm.inference.export", checkpoint, file]
+            subprocess.run([*export, "--type", STLMS[name]], check=True)
+    return files
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", default=str(HERE.parent / "checkpoints" / "stlm-10m"))
     parser.add_argument("--text", type=Path, default=HERE.parent / "data" / "shakespeare.txt")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--sweep", action="store_true", help="generation by context length and number of rows instead")
+    parser.add_argument("--plot", type=Path, help="with --sweep: file for the plot")
     args = parser.parse_args()
+    if args.plot and not args.sweep:
+        parser.error("--plot draws what --sweep measures")
     text = args.text.read_bytes()
-    if args.child:
-        name, path = args.child
-        if name in STLMS:
-            print(json.dumps(run_engine(path, text) if path else run_generate(args.checkpoint, text)))
-        else:
-            print(json.dumps(run_llama(path, *json.loads(Path(path).with_suffix(".json").read_text()))))
-        return
     info = run_info() | {name: version(name) for name in ("llama-cpp-python", "gguf")}  # of the code that runs
-    results = {name: [] for name in (*LLAMAS, *STLMS)}
+    tokenizer = train_bpe([text], VOCABULARY)
+    if args.sweep:
+        sizes = {f"context {size}": (1, size) for size in CONTEXTS}
+        sizes |= {f"batch {num_rows}": (num_rows, PROMPT_BYTES) for num_rows in BATCHES}
+        cases = {
+            measure: Case.of(cut(text, num_rows, size + SWEEP_BYTES), SWEEP_BYTES, tokenizer)
+            for measure, (num_rows, size) in sizes.items()
+        }
+    else:
+        cases = {"": Case.of(cut(text, 1, PROMPT_BYTES + NEW_BYTES), NEW_BYTES, tokenizer)}
+    names = SWEPT if args.sweep else (*LLAMAS, *STLMS)
+    results = {name: {measure: [] for measure in cases} for name in names}
     with TemporaryDirectory() as folder:
-        tokenizer = train_bpe([text], VOCABULARY)
-        prompt, new = (
-            tokenizer(part.decode())["input_ids"]
-            for part in (text[:PROMPT_BYTES], text[PROMPT_BYTES : PROMPT_BYTES + NEW_BYTES])
-        )
-        files = {name: Path(folder) / f"{kind}.gguf" for name, kind in LLAMAS.items()}
-        for name, file in files.items():
-            write_gguf(file, LLAMAS[name], tokenizer)
-            file.with_suffix(".json").write_text(json.dumps([prompt, len(new)]))
-        for name, kind in STLMS.items():
-            if kind:
-                files[name] = Path(folder) / f"stlm-{kind}.gguf"
-                export_command = [sys.executable, "-m", "modeling_stlm.inference.export", args.checkpoint]
-                subprocess.run([*export_command, str(files[name]), "--type", kind], check=True)
+        files = make_files(names, args.checkpoint, tokenizer, Path(folder))
         for _ in range(args.repeats):
-            for name, runs in results.items():
-                command = [
-                    sys.executable,
-                    __file__,
-                    "--child",
-                    name,
-                    str(files.get(name, "")),
-                    "--text",
-                    str(args.text),
-                ]
-                command += ["--checkpoint", args.checkpoint]
-                output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
-                seconds = json.loads(output.splitlines()[-1])
-                runs.append({"generated": NEW_BYTES / seconds["new"], "prompt": PROMPT_BYTES / seconds["prompt"]})
+            for name in names:
+                with multiprocessing.get_context("spawn").Pool(1) as pool:
+                    found = pool.apply(child, (name, str(files[name]), cases, args.checkpoint))
+                for measure, speeds in found.items():
+                    results[name][measure].append(speeds)
     print(", ".join(f"{name} {value}" for name, value in info.items()))
-    rows = []
-    for name, runs in results.items():
-        columns = [sorted(run[measure] for run in runs) for measure in ("generated", "prompt")]
-        rows.append([name, *(f"{statistics.median(c):,.0f} ({c[0]:,.0f}-{c[-1]:,.0f})" for c in columns)])
-    print(markdown_table(["", "generated bytes per CPU second", "prompt bytes per CPU second"], rows))
-    print(json.dumps({"results": results, "tokens": [len(prompt), len(new)]} | info))
+    table = {
+        name: {
+            f"{measure} {kind}".strip(): summary([run[kind] for run in runs])
+            for measure, runs in row.items()
+            for kind in (("generated",) if args.sweep else ("generated", "prompt"))
+        }
+        for name, row in results.items()
+    }
+    columns = list(table[names[0]])
+    print(
+        markdown_table(
+            ["bytes per CPU second", *columns], [[n, *(cell(row[c]) for c in columns)] for n, row in table.items()]
+        )
+    )
+    tokens = {measure: [sum(map(len, case.prompts)), case.num_new_tokens] for measure, case in cases.items()}
+    print(json.dumps({"results": results, "tokens": tokens} | info))
+    if args.plot:
+        table = {name: {c.removesuffix(" generated"): row[c] for c in columns} for name, row in table.items()}
+        draw(
+            table,
+            args.plot,
+            f"10M parameters, one core of {info['device'].split(',')[0]}, commit {info['commit']}",
+            "cpu",
+        )
 
 
 if __name__ == "__main__":

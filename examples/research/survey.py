@@ -35,6 +35,7 @@ from modeling_stlm import STLMConfig, STLMForCausalLM
 from modeling_stlm.inference.export import export_gguf
 
 
+TEXT_BYTES = PROMPT_BYTES + NEW_BYTES
 HERE = Path(__file__).parent
 CHECKPOINTS = HERE.parent / "checkpoints"
 # name: (what runs it, what it runs, trained model whose bits per byte it has)
@@ -72,7 +73,7 @@ def make_file(runner: str, name: str, text: bytes, folder: Path) -> Path:
         llamacpp.write_gguf(path, name, tokenizer)
         pieces = (text[:PROMPT_BYTES], text[PROMPT_BYTES : PROMPT_BYTES + NEW_BYTES])
         prompt, new = (tokenizer(piece.decode())["input_ids"] for piece in pieces)
-        path.with_suffix(".json").write_text(json.dumps([prompt, len(new)]))
+        path.with_suffix(".json").write_text(json.dumps([[prompt], len(new)]))
         return path
     if runner == "engine":
         preset, _, kind = name.partition(" ")
@@ -119,7 +120,7 @@ def child(runner: str, path: str, text: bytes) -> dict[str, float]:
     if runner == "llama.cpp":
         seconds = llamacpp.run_llama(path, *json.loads(Path(path).with_suffix(".json").read_text()))
     else:
-        seconds = (llamacpp.run_engine if runner == "engine" else run_pytorch)(path, text)
+        seconds = run_pytorch(path, text) if runner == "pytorch" else llamacpp.run_engine(path, [text[:TEXT_BYTES]])
     return {
         "ms to the first byte": 1000 * seconds["prompt"],
         "bytes per second": NEW_BYTES / seconds["new"],
