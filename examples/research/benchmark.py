@@ -305,7 +305,7 @@ def draw(table: dict, path: Path, title: str, clock: str) -> None:
         axis.set_xticks(list(cells), map(str, cells), minor=False)
         axis.minorticks_off()
         axis.grid(alpha=0.3)
-    axes[0, 0].legend()
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     figure.suptitle(title)
     figure.savefig(path, dpi=110)
 

@@ -159,9 +159,9 @@ def main():
     head = [
         "",
         "% of keys saved",
-        "us: a key is read",
-        f"and {args.new_bytes} bytes written",
-        "without the keys before",
+        "us to read a key",
+        f"to write {args.new_bytes} bytes",
+        "both without the keys before",
     ]
     print(markdown_table(head, rows))
     print(json.dumps({"results": results} | info))

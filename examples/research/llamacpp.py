@@ -23,6 +23,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -241,8 +242,8 @@ def main():
         files = make_files(names, args.checkpoint, tokenizer, Path(folder))
         for _ in range(args.repeats):
             for name in names:
-                with multiprocessing.get_context("spawn").Pool(1) as pool:
-                    found = pool.apply(child, (name, str(files[name]), cases, args.checkpoint))
+                with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+                    found = pool.submit(child, name, str(files[name]), cases, args.checkpoint).result()
                 for measure, speeds in found.items():
                     results[name][measure].append(speeds)
     print(", ".join(f"{name} {value}" for name, value in info.items()))
