@@ -63,18 +63,21 @@ from modeling_stlm import STLMCommittee, STLMConfig, STLMForCausalLM, STLMTokeni
 from modeling_stlm.training.bits_per_byte import BitsPerByteEvaluator
 from modeling_stlm.training.corpus import PackedWindows, ids_are_bytes, write_corpus
 from modeling_stlm.training.distillation import DistillationTrainer, StoredTeacher, SubwordTeacher, store_teacher
-from modeling_stlm.training.optimizer import MuonRecipe
+from modeling_stlm.training.optimizer import MuonRecipe, has_bfloat16
 
 
 def load_teacher(names: list[str], gguf_file: str | None):
     """A model of bytes, a committee of these, or a `SubwordTeacher`."""
     options = {"gguf_file": gguf_file} if gguf_file else {}
-    models = [AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, **options) for name in names]
     tokenizer = AutoTokenizer.from_pretrained(names[0], **options)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    if len(models) > 1:
-        return STLMCommittee.from_members(models).to(device)
-    return models[0].to(device) if ids_are_bytes(tokenizer) else SubwordTeacher(models[0].to(device), tokenizer)
+    if ids_are_bytes(tokenizer):
+        models = [AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, **options) for name in names]
+        return (STLMCommittee.from_members(models) if len(models) > 1 else models[0]).to(device)
+    # On a CPU bfloat16 is twice as fast, and eager attention faster than sdpa, which has a mask to read here.
+    dtype = torch.bfloat16 if has_bfloat16(device) else torch.float32
+    options |= {"dtype": dtype, "attn_implementation": "eager"}
+    return SubwordTeacher(AutoModelForCausalLM.from_pretrained(names[0], **options).to(device), tokenizer)
 
 
 def train(args: argparse.Namespace, sets: dict, teacher, teacher_weight: float) -> tuple[DistillationTrainer, dict]:

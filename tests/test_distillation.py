@@ -286,6 +286,58 @@ def test_where_a_teacher_says_nothing_nothing_is_stored(tmp_path):
     assert torch.equal(teacher_log_probs(stored, inputs), teacher_log_probs(Digits(), inputs))
 
 
+class Interrupted(tuple):
+    """Rows, after the last of which the process is stopped."""
+
+    def __iter__(self):
+        yield from super().__iter__()
+        raise KeyboardInterrupt
+
+
+class Counted:
+    """Counts the texts that a teacher reads."""
+
+    def __init__(self, teacher):
+        self.teacher, self.count = teacher, 0
+
+    def next_byte_log_probs(self, text: bytes) -> torch.Tensor:
+        self.count += 1
+        return self.teacher.next_byte_log_probs(text)
+
+
+def test_resumed_storing_is_the_uninterrupted_one(tmp_path):
+    rows = [{"input_ids": list(text)} for text in (b"the trunk", b"runs there", b"and then", b"the other")]
+    subwords = SubwordTeacher(llama(byte_level_bpe()), byte_level_bpe())
+    whole = store_teacher(tmp_path / "whole.bin", subwords, rows)
+    path = tmp_path / "cut.bin"
+    with pytest.raises(KeyboardInterrupt):
+        store_teacher(path, subwords, Interrupted(rows[:3]))
+    assert [file.name for file in tmp_path.glob("cut*")] == ["cut.bin.rows"]
+    kept = sorted((tmp_path / "cut.bin.rows").iterdir())
+    assert len(kept) == 3
+    kept[0].write_bytes(kept[0].read_bytes()[:-1])  # as after a crash: one row is cut
+    kept[1].write_bytes(b"")  # and one is empty
+    with pytest.raises(ValueError, match=r"cut\.bin\.rows are of another teacher: .* differ by .* at most 0\.01"):
+        store_teacher(path, SubwordTeacher(llama(byte_level_bpe(), seed=1), byte_level_bpe()), rows)
+    counted = Counted(subwords)
+    store_teacher(path, counted, rows)
+    assert counted.count <= 4  # the one row left once more, to compare, and those that are not whole
+    assert path.read_bytes() == whole.read_bytes()
+    first, second = (np.load(distillation.index_path(name)) for name in (path, whole))
+    assert np.array_equal(first, second)
+    assert sorted(file.name for file in tmp_path.glob("cut*")) == ["cut.bin", "cut.bin.index.npy"]
+
+
+def test_rows_that_are_there_are_not_read_again(tmp_path):
+    rows = [{"input_ids": list(text)} for text in (b"the trunk", b"runs there", b"and then", b"the other")]
+    counted = Counted(Digits())
+    with pytest.raises(KeyboardInterrupt):
+        store_teacher(tmp_path / "teacher.bin", counted, Interrupted(rows[:3]))
+    assert counted.count == 3
+    store_teacher(tmp_path / "teacher.bin", counted, rows)
+    assert counted.count == 3 + 2  # the last one, and the first to compare
+
+
 def test_empty_and_foreign_files_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"no rows to write to .*: the dataset is empty"):
         store_teacher(tmp_path / "none.bin", tiny_model(), [])
