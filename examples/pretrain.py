@@ -10,9 +10,7 @@ folder gets the checkpoint with tokenizer and generation config, `history.json`,
 
 import argparse
 import json
-import platform
 import random
-import subprocess
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -73,10 +71,9 @@ if __name__ == "__main__":
     args = argument_parser()[0].parse_args()
 
 import torch
-import transformers
 from huggingface_hub.errors import StrictDataclassError
 from noise import KINDS, add_noise
-from run_folder import ProgressLines, last_checkpoint, save
+from run_folder import ProgressLines, last_checkpoint, run_info, save
 from score import documents
 from transformers import AutoModelForCausalLM, PrinterCallback, Trainer, TrainingArguments, logging, set_seed
 
@@ -220,8 +217,6 @@ def main(args: argparse.Namespace):
         optimizer_cls_and_kwargs=(MuonRecipe, optimizer_arguments(args)),
         callbacks=[TimeBudget(args.max_minutes, decay=args.decay, clock=args.clock)] if timed else [],
     )
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     train(args, trainer, step_bytes)
     steps = trainer.state.global_step
     scores = {split: trainer.evaluate(sets[split], metric_key_prefix=split) for split in sets if split != "train"}
@@ -233,11 +228,7 @@ def main(args: argparse.Namespace):
         "corpus_bytes": len(sets["train"]) * args.block_bytes,
         "budget": {"minutes": args.max_minutes, "clock": args.clock} if timed else {"steps": steps},
         "bits_per_byte": {split: score[f"{split}_bits_per_byte"] for split, score in scores.items()},
-        "commit": commit,
-        "device": torch.cuda.get_device_name() if model.device.type == "cuda" else platform.machine(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
+    } | run_info(model.device)
     save(trainer, results, args)
 
 
