@@ -3,6 +3,7 @@
 
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -601,3 +602,29 @@ def test_the_example_compares_with_plain_training(tmp_path, small_text, kind):
     assert [e.metric_value for e in card.data.eval_results] == [round(results["distilled"]["bits_per_byte"], 4)]
     assert metadata_errors(str(card)) == []
     assert type(AutoModelForCausalLM.from_pretrained(tmp_path / "out")) is STLMForCausalLM
+
+
+def test_the_question_of_distillation_is_asked_at_equal_time(tmp_path):
+    (tmp_path / "text.txt").write_text("Zoë saw 東京. " + TEXT * 12)
+    tiny_model().save_pretrained(tmp_path / "teacher")
+    TOKENIZER.save_pretrained(tmp_path / "teacher")
+    options = ["--train", "text.txt", "--validation", "text.txt", "--teacher", "teacher", "--output", "out"]
+    options += ["--windows", 3, "--validation_windows", 2, "--block_bytes", 64, "--minutes", 0.005, "--seeds", 1, 2]
+    printed = run_example("research/distillation.py", *options, cwd=tmp_path)
+    results = json.loads((tmp_path / "out" / "teacher.json").read_text())
+    students = results["students"]
+    assert [(s["student"], s["seed"]) for s in students] == [
+        (kind, seed) for kind in ("distilled", "same", "fresh", "fresh") for seed in (1, 2)
+    ]
+    assert [s["minutes"] for s in students] == [0.005] * 6 + [0.01] * 2
+    assert all(s["steps"] >= 1 and 2 < s["bits_per_byte"] < 9 for s in students)
+    assert len({s["bits_per_byte"] for s in students}) == 8
+    assert results["bytes"] == 3 * 64 and results["teacher_minutes"] >= 0 and 2 < results["teacher_bits_per_byte"] < 20
+    means = [sum(s["bits_per_byte"] for s in students[i : i + 2]) / 2 for i in range(0, 8, 2)]
+    for kind, mean in zip(("distilled", "same", "fresh", "fresh"), means):
+        assert re.search(
+            rf"^\| {kind} \|.*\| {mean:.4f} ± .*\| {re.escape(f'{mean - means[0]:+.4f}')} ± ", printed, re.MULTILINE
+        )
+    again = run_example("research/distillation.py", *options, cwd=tmp_path)
+    assert again.splitlines()[-6:] == printed.splitlines()[-6:] and '"seed"' not in again
+    assert len(StoredTeacher(tmp_path / "out" / "teacher.bin").index) == 3 and str(tmp_path) not in json.dumps(results)
