@@ -597,7 +597,7 @@ def test_the_example_compares_with_plain_training(tmp_path, small_text, kind):
     assert ("teacher_seconds" in results) == (tmp_path / "out" / "teacher.bin").is_file() == (kind == "subwords")
     assert str(tmp_path) not in json.dumps(results)
     card = build_model_card(tmp_path / "out")  # as push_to_hub.py writes it
-    assert f"learned from what `{' '.join(names)}` says, with weight 0.5 in the loss" in card.text
+    assert f"- distilled from `{' '.join(names)}`, weight 0.5 of the loss" in card.text
     assert "384 bytes seen in 3 steps of 2 windows of 64 bytes" in card.text
     assert [e.metric_value for e in card.data.eval_results] == [round(results["distilled"]["bits_per_byte"], 4)]
     assert metadata_errors(str(card)) == []

@@ -5,10 +5,10 @@
     python examples/research/distillation.py --train 'corpus/train/*.jsonl.gz' --validation corpus/validation.jsonl.gz \
         --teacher SmolLM2-135M/ --gguf_file SmolLM2-135M-Instruct.Q4_1.gguf --windows 1400 --minutes 2 --seeds 1 2 3
 
-What the teacher says about the windows is written once; an interrupted call goes on where it was. Then students of every
-seed train for the same CPU time: `distilled` on the windows of the teacher and what it said, `same` on these windows in
-the same order, `fresh` on windows that the teacher never read, each about once, and, with `--longer 2 3`, so many times as
-long. Finished students are not repeated. Prints a table, and writes `OUTPUT/TEACHER.json`.
+The outputs of the teacher are stored once; the same command resumes. Then students of every seed train for the same CPU
+time: `distilled` on the stored windows and outputs, `same` on these windows in the same order without a teacher, `fresh`
+on all other windows; with `--longer 2 3`, `fresh` also for two and three times as long. Finished students are not
+repeated. Prints a table, and writes `OUTPUT/TEACHER.json`.
 """
 
 import argparse
@@ -99,7 +99,7 @@ def prepare(args: argparse.Namespace) -> dict[str, Subset]:
 
 
 def store(args: argparse.Namespace, windows: Subset) -> tuple[StoredTeacher, float]:
-    """What the teacher says, and the CPU time in seconds that it took."""
+    """The outputs of the teacher, and the CPU time in seconds that they took, without loading it."""
     path = args.output / f"{args.name}.bin"
     clock = path.with_suffix(".seconds.json")
     if not path.is_file():

@@ -357,9 +357,7 @@ def _training(results: dict) -> str:
 def _teacher(arguments: dict[str, str]) -> list[str]:
     if "teacher" not in arguments:
         return []
-    return [
-        f"- learned from what `{arguments['teacher']}` says, with weight {arguments['teacher_weight']} in the loss"
-    ]
+    return [f"- distilled from `{arguments['teacher']}`, weight {arguments['teacher_weight']} of the loss"]
 
 
 def _fine_tuning(base: dict, results: dict) -> str:
