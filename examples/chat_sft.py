@@ -14,7 +14,17 @@ import argparse
 import json
 from pathlib import Path
 
-from inputs import HelpFormatter, at_least_one, checkpoint, quiet_exit, read_json_lines, text_file
+from inputs import (
+    HelpFormatter,
+    add_bf16,
+    at_least_one,
+    causal_checkpoint,
+    choose_precision,
+    positive,
+    quiet_exit,
+    read_json_lines,
+    text_file,
+)
 
 
 HERE = Path(__file__).parent
@@ -23,14 +33,15 @@ HERE = Path(__file__).parent
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument(
-        "--checkpoint", type=checkpoint, default=str(HERE / "checkpoints" / "stlm-3m"), help="folder or Hub id"
+        "--checkpoint", type=causal_checkpoint, default=str(HERE / "checkpoints" / "stlm-3m"), help="folder or Hub id"
     )
     parser.add_argument("--train", type=text_file, default=HERE / "data" / "chats.jsonl", help="JSON lines")
     parser.add_argument("--output", type=Path, default=Path("runs/chat"), help="folder")
     parser.add_argument("--max_steps", type=at_least_one, default=60, help="of training")
     parser.add_argument("--batch_size", type=at_least_one, default=8, help="chats per step")
     parser.add_argument("--max_length", type=at_least_one, default=2048, help="bytes of a chat; the rest is cut")
-    parser.add_argument("--learning_rate", type=float, default=1e-3, help="of AdamW")
+    parser.add_argument("--learning_rate", type=positive, default=1e-3, help="of AdamW")
+    add_bf16(parser)
     parser.add_argument("--prompt", default="How much is the red lamp?", help="what is asked in the end")
     return parser.parse_args()
 
@@ -70,6 +81,7 @@ def reply(model, tokenizer, prompt: str) -> str:
 
 def main(args: argparse.Namespace):
     chats = read_chats(args.train)
+    choose_precision(args)
     tokenizer = AutoTokenizer.from_pretrained(args.checkpoint)
     model = AutoModelForCausalLM.from_pretrained(args.checkpoint, dtype=torch.float32)
     print(f"{args.checkpoint}: {model.num_parameters():,} parameters, {len(chats):,} chats")
@@ -88,7 +100,7 @@ def main(args: argparse.Namespace):
             logging_steps=max(1, args.max_steps // 10),
             save_strategy="no",
             report_to="none",
-            bf16=torch.cuda.is_available(),
+            bf16=args.bf16,
             activation_checkpointing=False,
             use_cpu=not torch.cuda.is_available(),
         ),

@@ -14,7 +14,7 @@ import argparse
 import time
 from pathlib import Path
 
-from inputs import HelpFormatter, at_least_one, at_least_zero, checkpoint, quiet_exit, text_file
+from inputs import HelpFormatter, add_label_training, choose_precision, quiet_exit, text_file
 from rows import read_labelled, speeches, split_rows
 
 
@@ -27,16 +27,7 @@ def parse_arguments() -> argparse.Namespace:
         "--train", type=text_file, help="labelled rows; without it, speeches of the shipped Shakespeare"
     )
     parser.add_argument("--test", type=text_file, help="labelled rows; without it, a fifth of --train")
-    parser.add_argument(
-        "--checkpoint", type=checkpoint, default=str(HERE / "checkpoints" / "stlm-3m-encoder"), help="folder or Hub id"
-    )
-    parser.add_argument("--output", type=Path, default=Path("runs/classifier"), help="folder of the classifier")
-    parser.add_argument("--epochs", type=at_least_zero, default=3, help="over the rows")
-    parser.add_argument("--learning_rate", type=at_least_zero, default=2e-3, help="of AdamW")
-    parser.add_argument("--batch_size", type=at_least_one, default=32, help="rows")
-    parser.add_argument("--max_bytes", type=at_least_one, default=512, help="read of each text")
-    parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast: faster on a GPU and on recent CPUs")
-    parser.add_argument("--seed", type=int, default=1, help="of weights and order")
+    add_label_training(parser, "runs/classifier", 2e-3, 32)
     return parser.parse_args()
 
 
@@ -141,6 +132,7 @@ def accuracy(trainer: Trainer, rows: tuple[list, list], max_bytes: int) -> tuple
 
 
 def main(args: argparse.Namespace):
+    choose_precision(args)
     train, test = read_sets(args)
     trainer = trainer_of(train, args)
     model = trainer.model

@@ -18,7 +18,7 @@ import time
 from itertools import islice
 from pathlib import Path
 
-from inputs import HelpFormatter, file_pattern, quiet_exit, text_file
+from inputs import HelpFormatter, at_least_one, file_pattern, positive, quiet_exit, text_file, whole
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -31,18 +31,18 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--column", default="text", help="of the labelled files; FewRel: marked")
     parser.add_argument("--output", type=Path, required=True, help="folder")
     parser.add_argument("--preset", default="stlm-3m", help="all sizes but the depth of the trunk")
-    parser.add_argument("--deep", type=int, default=6, help="layers of the deep trunk")
-    parser.add_argument("--shallow", type=int, default=1, help="layers of the shallow trunks")
-    parser.add_argument("--members", type=int, default=4, help="shallow models in a committee")
-    parser.add_argument("--articles", type=int, nargs="+", default=[100, 300, 1000], help="sizes of the corpus")
+    parser.add_argument("--deep", type=at_least_one, default=6, help="layers of the deep trunk")
+    parser.add_argument("--shallow", type=at_least_one, default=1, help="layers of the shallow trunks")
+    parser.add_argument("--members", type=at_least_one, default=4, help="shallow models in a committee")
+    parser.add_argument("--articles", type=whole, nargs="+", default=[100, 300, 1000], help="sizes of the corpus")
     parser.add_argument(
-        "--rows", type=int, help="labelled rows to train on, the first ones of a shuffle; default: all"
+        "--rows", type=at_least_one, help="labelled rows to train on, the first ones of a shuffle; default: all"
     )
-    parser.add_argument("--max_bytes", type=int, default=512, help="bytes read of each article and row")
-    parser.add_argument("--pretraining_epochs", type=float, default=1, help="over the articles")
-    parser.add_argument("--finetuning_epochs", type=float, default=1, help="over the labelled rows")
-    parser.add_argument("--batch_size", type=int, default=32, help="rows")
-    parser.add_argument("--seeds", type=int, default=1, help="repetitions")
+    parser.add_argument("--max_bytes", type=at_least_one, default=512, help="bytes read of each article and row")
+    parser.add_argument("--pretraining_epochs", type=positive, default=1, help="over the articles")
+    parser.add_argument("--finetuning_epochs", type=positive, default=1, help="over the labelled rows")
+    parser.add_argument("--batch_size", type=at_least_one, default=32, help="rows")
+    parser.add_argument("--seeds", type=at_least_one, default=1, help="repetitions")
     return parser.parse_args()
 
 

@@ -7,8 +7,9 @@
         --windows 4000 --max_steps 2000 --output runs/distilled
 
 The teacher may be any causal language model with a byte-level tokenizer or byte fallback. What a model of subwords says is
-slow to compute (SmolLM2-135M: 7 s for 1 kB on one core), so it is written once to `OUTPUT/TEACHER.bin`. Both students see
-the same windows in the same order. Prints bits per byte on the last tenth of the text; writes `results.json` and the
+slow to compute (SmolLM2-135M: 1.5 s for 1 kB on one core with bfloat16 instructions, 4 s without), so it is written once to
+`OUTPUT/TEACHER.bin`; after an interruption the same command goes on. Both students see the same windows in the same
+order. Prints bits per byte on the last tenth of the text; writes `results.json` and the
 distilled student.
 """
 
@@ -56,6 +57,7 @@ if __name__ == "__main__":
     args = parse_arguments()
 
 import torch
+from run_folder import run_info
 from torch.utils.data import Subset
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments, set_seed
 
@@ -63,18 +65,24 @@ from modeling_stlm import STLMCommittee, STLMConfig, STLMForCausalLM, STLMTokeni
 from modeling_stlm.training.bits_per_byte import BitsPerByteEvaluator
 from modeling_stlm.training.corpus import PackedWindows, ids_are_bytes, write_corpus
 from modeling_stlm.training.distillation import DistillationTrainer, StoredTeacher, SubwordTeacher, store_teacher
-from modeling_stlm.training.optimizer import MuonRecipe
+from modeling_stlm.training.optimizer import MuonRecipe, has_bfloat16
+
+
+RATES = {"muon_lr": 0.02, "adamw_lr": 4e-3}
 
 
 def load_teacher(names: list[str], gguf_file: str | None):
     """A model of bytes, a committee of these, or a `SubwordTeacher`."""
     options = {"gguf_file": gguf_file} if gguf_file else {}
-    models = [AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, **options) for name in names]
     tokenizer = AutoTokenizer.from_pretrained(names[0], **options)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    if len(models) > 1:
-        return STLMCommittee.from_members(models).to(device)
-    return models[0].to(device) if ids_are_bytes(tokenizer) else SubwordTeacher(models[0].to(device), tokenizer)
+    if ids_are_bytes(tokenizer):
+        models = [AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, **options) for name in names]
+        return (STLMCommittee.from_members(models) if len(models) > 1 else models[0]).to(device)
+    # On a CPU bfloat16 is twice as fast, and eager attention faster than sdpa, which has a mask to read here.
+    dtype = torch.bfloat16 if has_bfloat16(device) else torch.float32
+    options |= {"dtype": dtype, "attn_implementation": "eager"}
+    return SubwordTeacher(AutoModelForCausalLM.from_pretrained(names[0], **options).to(device), tokenizer)
 
 
 def train(args: argparse.Namespace, sets: dict, teacher, teacher_weight: float) -> tuple[DistillationTrainer, dict]:
@@ -103,7 +111,7 @@ def train(args: argparse.Namespace, sets: dict, teacher, teacher_weight: float) 
         processing_class=STLMTokenizer(),
         compute_metrics=evaluator,
         preprocess_logits_for_metrics=evaluator.nats,
-        optimizer_cls_and_kwargs=(MuonRecipe, {"muon_lr": 0.02, "adamw_lr": 4e-3}),
+        optimizer_cls_and_kwargs=(MuonRecipe, RATES),
         teacher=teacher,
         teacher_weight=teacher_weight,
     )
@@ -133,8 +141,18 @@ def main(args: argparse.Namespace):
     trainer, results["distilled"] = train(args, sets, teacher, args.teacher_weight)
     trainer.model.config.use_cache = True  # Trainer turns it off
     trainer.save_model(args.output)
-    settings = {name: str(value) for name, value in vars(args).items() if name not in ("output", "text", "teacher")}
-    results["arguments"] = settings | {"text": args.text.name, "teacher": [Path(name).name for name in args.teacher]}
+    files = {"train": f"nine tenths of {args.text.name}", "validation": f"last tenth of {args.text.name}"}
+    settings = {name: value for name, value in vars(args).items() if name not in ("output", "text")} | files | RATES
+    settings["teacher"] = " ".join(Path(name).name for name in args.teacher)
+    results |= {
+        "model": args.student,
+        "stored_parameters": trainer.model.num_parameters(),
+        "steps": args.max_steps,
+        "bytes_seen": args.max_steps * args.batch_size * args.block_bytes,  # special tokens included
+        "budget": {"steps": args.max_steps},
+        "bits_per_byte": {"validation": results["distilled"]["bits_per_byte"]},
+        "arguments": {name: str(value) for name, value in settings.items()},
+    } | run_info(trainer.model.device)
     (args.output / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     for name in ("plain", "distilled"):
         print(f"{name}: {results[name]['bits_per_byte']:.4f} bits per byte, {results[name]['seconds']:.0f} s")

@@ -14,7 +14,7 @@ import argparse
 import time
 from pathlib import Path
 
-from inputs import HelpFormatter, checkpoint, quiet_exit, read_json_lines, read_text, text_file
+from inputs import HelpFormatter, quiet_exit, read_json_lines, read_text, sentence_encoder, text_file
 from rows import read_labelled
 
 
@@ -24,7 +24,10 @@ HERE = Path(__file__).parent
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument(
-        "--checkpoint", type=checkpoint, default=str(HERE / "checkpoints" / "stlm-3m-encoder"), help="folder or Hub id"
+        "--checkpoint",
+        type=sentence_encoder,
+        default=str(HERE / "checkpoints" / "stlm-3m-encoder"),
+        help="a sentence-transformers folder or Hub id",
     )
     parser.add_argument("--texts", type=text_file, help="one a line; without it, the shipped dialogues")
     parser.add_argument("--query", help="what the nearest texts are looked for; without it, the first text")

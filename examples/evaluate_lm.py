@@ -19,7 +19,7 @@ from collections import defaultdict
 from importlib.metadata import version
 from pathlib import Path
 
-from inputs import HelpFormatter, checkpoint, quiet_exit, text_file
+from inputs import HelpFormatter, at_least_one, causal_checkpoint, quiet_exit, text_file
 
 
 HERE = Path(__file__).parent
@@ -37,12 +37,12 @@ TASKS = {
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument(
-        "--checkpoint", type=checkpoint, default=str(HERE / "checkpoints" / "stlm-3m"), help="folder or Hub id"
+        "--checkpoint", type=causal_checkpoint, default=str(HERE / "checkpoints" / "stlm-3m"), help="folder or Hub id"
     )
     for task, fields in TASKS.items():
         parser.add_argument(f"--{task}", type=text_file, help=f"JSON lines with {fields}")
-    parser.add_argument("--limit", type=int, help="only the first rows of each file")
-    parser.add_argument("--batch_size", type=int, default=64, help="texts; they are sorted by length")
+    parser.add_argument("--limit", type=at_least_one, help="only the first rows of each file")
+    parser.add_argument("--batch_size", type=at_least_one, default=64, help="texts; they are sorted by length")
     parser.add_argument("--no_bos", action="store_true", help="no <bos> before contexts")
     parser.add_argument("--device", help="cuda, cpu...; default: the fastest there is")
     parser.add_argument("--output", type=Path, help="scores as JSON")

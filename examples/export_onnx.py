@@ -13,7 +13,7 @@ import argparse
 import time
 from pathlib import Path
 
-from inputs import HelpFormatter, at_least_one, checkpoint, quiet_exit
+from inputs import HelpFormatter, at_least_one, causal_checkpoint, quiet_exit
 
 
 HERE = Path(__file__).parent
@@ -22,7 +22,7 @@ HERE = Path(__file__).parent
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument(
-        "--checkpoint", type=checkpoint, default=str(HERE / "checkpoints" / "stlm-3m"), help="folder or Hub id"
+        "--checkpoint", type=causal_checkpoint, default=str(HERE / "checkpoints" / "stlm-3m"), help="folder or Hub id"
     )
     parser.add_argument("--output", type=Path, required=True, help="folder for the graphs")
     parser.add_argument("--max_length", type=at_least_one, default=512, help="bytes of prompt and answer together")

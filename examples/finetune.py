@@ -13,7 +13,7 @@ import argparse
 import json
 from pathlib import Path
 
-from inputs import HelpFormatter, at_least_one, checkpoint, quiet_exit, read_text, text_file
+from inputs import HelpFormatter, at_least_one, causal_checkpoint, positive, quiet_exit, read_text, text_file, whole
 
 
 HERE = Path(__file__).parent
@@ -23,7 +23,7 @@ BLOCK_BYTES = 1024
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument(
-        "--checkpoint", type=checkpoint, default=str(HERE / "checkpoints" / "stlm-3m"), help="folder or Hub id"
+        "--checkpoint", type=causal_checkpoint, default=str(HERE / "checkpoints" / "stlm-3m"), help="folder or Hub id"
     )
     parser.add_argument(
         "--text", type=text_file, default=HERE / "data" / "shakespeare.txt", help="the last tenth is held out"
@@ -31,8 +31,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=Path("runs/finetuned"), help="folder")
     parser.add_argument("--max_steps", type=at_least_one, default=150, help="of training")
     parser.add_argument("--batch_size", type=at_least_one, default=8, help="windows of 1024 bytes per step")
-    parser.add_argument("--learning_rate", type=float, default=1e-3, help="of AdamW")
-    parser.add_argument("--lora_rank", type=int, default=0, help="0: train all weights")
+    parser.add_argument("--learning_rate", type=positive, default=1e-3, help="of AdamW")
+    parser.add_argument("--lora_rank", type=whole, default=0, help="0: train all weights")
     parser.add_argument("--prompt", default="ROMEO:\n", help="start of the sample at the end")
     return parser.parse_args()
 

@@ -12,7 +12,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from inputs import HelpFormatter, at_least_one, at_least_zero, checkpoint, quiet_exit
+from inputs import HelpFormatter, at_least_one, at_least_zero, causal_checkpoint, quiet_exit
 
 
 BASE_MODEL = """{checkpoint} is a base model: it was not trained on chats (its generation config does not end at <|im_end|>).
@@ -22,12 +22,15 @@ It continues text and does not answer. `python examples/chat_sft.py` trains a mo
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     default = Path(__file__).parent / "checkpoints" / "stlm-3m"
-    parser.add_argument("--checkpoint", type=checkpoint, default=str(default), help="folder or Hub id")
-    parser.add_argument("--prompt", help="generate once from this")
+    parser.add_argument("--checkpoint", type=causal_checkpoint, default=str(default), help="folder or Hub id")
+    parser.add_argument("--prompt", help="generate once from this; empty: from the beginning of a text")
     parser.add_argument("--chat", action="store_true", help="use the chat template")
     parser.add_argument("--max_new_tokens", type=at_least_one, default=256, help="bytes")
     parser.add_argument("--temperature", type=at_least_zero, default=0.8, help="0: greedy")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.chat and args.prompt == "":
+        parser.error("--prompt is empty: with --chat it is what the user says")
+    return args
 
 
 if __name__ == "__main__":
@@ -62,7 +65,10 @@ def main(args: argparse.Namespace):
     tokenizer = AutoTokenizer.from_pretrained(args.checkpoint)
     model = AutoModelForCausalLM.from_pretrained(args.checkpoint, dtype=torch.float32).eval()
     print(f"{args.checkpoint}: {model.num_parameters():,} parameters, {model.device}, {model.dtype}")
-    options = {"max_new_tokens": args.max_new_tokens, "streamer": TextStreamer(tokenizer, skip_prompt=args.chat)}
+    options = {
+        "max_new_tokens": args.max_new_tokens,
+        "streamer": TextStreamer(tokenizer, skip_prompt=args.chat or args.prompt == ""),
+    }
     if args.temperature > 0:
         options |= {"do_sample": True, "temperature": args.temperature, "top_p": 0.95}
     else:
@@ -78,7 +84,7 @@ def main(args: argparse.Namespace):
     cache, ids = DynamicCache(config=model.config), torch.empty(1, 0, dtype=torch.long)
     while True:
         text = args.prompt if args.prompt is not None else ask()
-        if not text:
+        if not text and args.prompt is None:
             return
         if args.chat:
             turn = [{"role": "user", "content": text}]
@@ -87,7 +93,8 @@ def main(args: argparse.Namespace):
             ids = model.generate(ids, attention_mask=torch.ones_like(ids), cache=cache, **options)
             ids = end_turn(ids, tokenizer)
         else:
-            model.generate(**tokenizer(text, return_tensors="pt"), **options)
+            beginning = {"input_ids": torch.tensor([[tokenizer.bos_token_id]])}
+            model.generate(**(tokenizer(text, return_tensors="pt") if text else beginning), **options)
         if args.prompt is not None:
             return
 

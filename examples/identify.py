@@ -23,7 +23,17 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from inputs import HelpFormatter, checkpoint, quiet_exit, text_file
+from inputs import (
+    HelpFormatter,
+    add_bf16,
+    at_least_one,
+    checkpoint,
+    choose_precision,
+    positive,
+    quiet_exit,
+    text_file,
+    whole,
+)
 
 
 if TYPE_CHECKING:
@@ -65,26 +75,29 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--train", type=text_file, nargs="+", help="JSON lines with text and lang: train a model")
     parser.add_argument("--validation", type=text_file, nargs="+", default=[], help="JSON lines: accuracy at the end")
     parser.add_argument("--output", type=Path, default=Path("runs/langid"), help="folder of the trained model")
-    parser.add_argument("--max_minutes", type=float, default=30, help="of training, in CPU time")
-    parser.add_argument("--batch_size", type=int, default=64, help="lines per step")
-    parser.add_argument("--muon_lr", type=float, default=0.03, help="learning rate of the matrices")
-    parser.add_argument("--adamw_lr", type=float, default=0.03, help="learning rate of all other parameters")
-    parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast")
-    parser.add_argument("--seed", type=int, default=1, help="of weights and order")
-    args = parser.parse_args()
-    if args.max_minutes <= 0 or args.batch_size < 1:
-        parser.error("--max_minutes must be positive, --batch_size at least 1")
-    return args
+    parser.add_argument("--max_minutes", type=positive, default=30, help="of training, in CPU time")
+    parser.add_argument("--batch_size", type=at_least_one, default=64, help="lines per step")
+    parser.add_argument("--muon_lr", type=positive, default=0.03, help="learning rate of the matrices")
+    parser.add_argument("--adamw_lr", type=positive, default=0.03, help="learning rate of all other parameters")
+    add_bf16(parser)
+    parser.add_argument("--seed", type=whole, default=1, help="of weights and order")
+    return parser.parse_args()
 
 
 # Identify
 
 
 def load(checkpoint: str | Path) -> "PreTrainedModel":
-    from transformers import AutoModelForTokenClassification
+    """A model with a label for every byte; any other ends the program, for it would get labels at random."""
+    from transformers import AutoConfig, AutoModelForTokenClassification
 
     import modeling_stlm  # noqa: F401  (registers the Auto classes)
 
+    names = AutoConfig.from_pretrained(checkpoint).architectures or ["model of no known kind"]
+    if not names[0].endswith("ForTokenClassification"):
+        raise SystemExit(
+            f"{checkpoint} is a {names[0]} and knows no languages: expected what `identify.py --train` writes"
+        )
     return AutoModelForTokenClassification.from_pretrained(checkpoint).eval()
 
 
@@ -260,6 +273,7 @@ def train(args: argparse.Namespace) -> None:
     from modeling_stlm.training.time_budget import TimeBudget
 
     set_seed(args.seed)
+    choose_precision(args)
     tokenizer = STLMTokenizer()
     model = STLMForTokenClassification(
         STLMConfig(**CONFIG, label2id=label2id, id2label={i: language for language, i in label2id.items()})

@@ -14,7 +14,7 @@ import json
 from itertools import islice
 from pathlib import Path
 
-from inputs import HelpFormatter, checkpoint, file_pattern, quiet_exit
+from inputs import HelpFormatter, at_least_one, causal_checkpoint, file_pattern, positive, quiet_exit, whole
 
 
 HERE = Path(__file__).parent
@@ -28,7 +28,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument(
         "--checkpoint",
-        type=checkpoint,
+        type=causal_checkpoint,
         default=str(HERE / "checkpoints" / "stlm-10m"),
         help="folder of the larger model",
     )
@@ -42,7 +42,7 @@ def parse_arguments() -> argparse.Namespace:
         help="of rows and columns: by their size, or by their effect on the loss",
     )
     parser.add_argument(
-        "--data_batches", type=int, default=8, help="batches for taylor and for n-gram tables; 0 for none"
+        "--data_batches", type=whole, default=8, help="batches for taylor and for n-gram tables; 0 for none"
     )
     parser.add_argument(
         "--train", type=file_pattern, nargs="+", help="files or patterns; by default nine tenths of the shipped text"
@@ -51,11 +51,11 @@ def parse_arguments() -> argparse.Namespace:
         "--validation", type=file_pattern, nargs="+", help="files or patterns; by default the rest of it"
     )
     parser.add_argument("--output", type=Path, default=Path("runs/inherited"), help="folder")
-    parser.add_argument("--max_steps", type=int, default=100, help="of each training")
-    parser.add_argument("--batch_size", type=int, default=8, help="windows of 1024 bytes per step")
-    parser.add_argument("--muon_lr", type=float, default=0.02, help="learning rate of the matrices")
-    parser.add_argument("--adamw_lr", type=float, default=4e-3, help="learning rate of all other parameters")
-    parser.add_argument("--seed", type=int, default=1, help="of weights and order")
+    parser.add_argument("--max_steps", type=at_least_one, default=100, help="of each training")
+    parser.add_argument("--batch_size", type=at_least_one, default=8, help="windows of 1024 bytes per step")
+    parser.add_argument("--muon_lr", type=positive, default=0.02, help="learning rate of the matrices")
+    parser.add_argument("--adamw_lr", type=positive, default=4e-3, help="learning rate of all other parameters")
+    parser.add_argument("--seed", type=whole, default=1, help="of weights and order")
     return parser.parse_args()
 
 

@@ -7,6 +7,7 @@ Scripts parse their arguments above the imports that take seconds, so that `--he
 import argparse
 import gzip
 import json
+import math
 import os
 import re
 import sys
@@ -55,6 +56,25 @@ def checkpoint(value: str) -> str:
             )
         raise argparse.ArgumentTypeError(
             f"{value} is {found}: expected a folder with a checkpoint, or the name of one on the Hub (owner/name)"
+        )
+    return value
+
+
+def causal_checkpoint(value: str) -> str:
+    """A [`checkpoint`] that predicts next bytes, which an encoder does not: it has seen them."""
+    config = Path(checkpoint(value)) / "config.json"
+    if config.is_file() and json.loads(config.read_bytes()).get("is_causal") is False:
+        raise argparse.ArgumentTypeError(
+            f"{value} is an encoder (is_causal=False): expected a causal language model, which predicts next bytes"
+        )
+    return value
+
+
+def sentence_encoder(value: str) -> str:
+    """A [`checkpoint`] whose embeddings mean something: without this file, sentence-transformers makes some up."""
+    if Path(checkpoint(value)).is_dir() and not (Path(value) / "modules.json").is_file():
+        raise argparse.ArgumentTypeError(
+            f"{value} has no modules.json: expected a folder of sentence-transformers, such as `encoder.py` writes"
         )
     return value
 
@@ -124,6 +144,20 @@ def at_least_zero(value: str) -> float:
     return number
 
 
+def positive(value: str) -> float:
+    number = float(value)
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"{value} must be above 0, and finite")
+    return number
+
+
+def whole(value: str) -> int:
+    number = int(value)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"{value} must be at least 0")
+    return number
+
+
 def share(value: str) -> float:
     number = float(value)
     if not 0 <= number <= 1:
@@ -138,12 +172,41 @@ def at_least_one(value: str) -> int:
     return number
 
 
+def add_bf16(parser: argparse.ArgumentParser, what: str = "bfloat16 autocast") -> None:
+    by_default = "by default where the GPU or CPU has instructions for it"
+    parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, help=f"{what}; {by_default}")
+
+
+def choose_precision(args: argparse.Namespace) -> None:
+    """Settle `--bf16` before it is used or recorded."""
+    if args.bf16 is None:
+        import torch
+
+        from modeling_stlm.training.optimizer import has_bfloat16
+
+        args.bf16 = has_bfloat16("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def add_label_training(parser: argparse.ArgumentParser, output: str, learning_rate: float, batch_size: int) -> None:
+    """What `classify.py` and `ner.py` share."""
+    parser.add_argument(
+        "--checkpoint", type=checkpoint, default=str(HERE / "checkpoints" / "stlm-3m-encoder"), help="folder or Hub id"
+    )
+    parser.add_argument("--output", type=Path, default=Path(output), help="folder of the trained model")
+    parser.add_argument("--epochs", type=positive, default=3, help="over the rows")
+    parser.add_argument("--learning_rate", type=positive, default=learning_rate, help="of AdamW")
+    parser.add_argument("--batch_size", type=at_least_one, default=batch_size, help="rows")
+    parser.add_argument("--max_bytes", type=at_least_one, default=512, help="read of each text")
+    add_bf16(parser)
+    parser.add_argument("--seed", type=whole, default=1, help="of weights and order")
+
+
 def summary_parser(description: str) -> argparse.ArgumentParser:
     """What `summarize.py` and `self_play.py` share."""
     dialogues = HERE / "data" / "dialogues.jsonl"
     parser = argparse.ArgumentParser(description=description, formatter_class=HelpFormatter)
     parser.add_argument(
-        "--checkpoint", type=checkpoint, default=str(HERE / "checkpoints" / "stlm-10m"), help="folder or Hub id"
+        "--checkpoint", type=causal_checkpoint, default=str(HERE / "checkpoints" / "stlm-10m"), help="folder or Hub id"
     )
     parser.add_argument("--train", type=text_file, default=dialogues, help="JSON lines")
     parser.add_argument("--test", type=text_file, help="JSON lines; without it, the last quarter of --train")
@@ -153,5 +216,5 @@ def summary_parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--text_bytes", type=at_least_one, default=1500, help="longest text")
     parser.add_argument("--summary_bytes", type=at_least_one, default=256, help="longest summary that is generated")
     parser.add_argument("--batch_size", type=at_least_one, default=8, help="rows")
-    parser.add_argument("--seed", type=int, default=1, help="of weights and order")
+    parser.add_argument("--seed", type=whole, default=1, help="of weights and order")
     return parser

@@ -18,7 +18,7 @@ import random
 import re
 from pathlib import Path
 
-from inputs import HelpFormatter, at_least_one, at_least_zero, checkpoint, quiet_exit, read_json_lines, text_file
+from inputs import HelpFormatter, add_label_training, choose_precision, quiet_exit, read_json_lines, text_file
 
 
 HERE = Path(__file__).parent
@@ -31,16 +31,7 @@ def parse_arguments() -> argparse.Namespace:
         "--train", type=text_file, help="rows with spans; without it, names in the shipped Shakespeare"
     )
     parser.add_argument("--test", type=text_file, help="rows with spans; needed with --train")
-    parser.add_argument(
-        "--checkpoint", type=checkpoint, default=str(HERE / "checkpoints" / "stlm-3m-encoder"), help="folder or Hub id"
-    )
-    parser.add_argument("--output", type=Path, default=Path("runs/spans"), help="folder of the tagger")
-    parser.add_argument("--epochs", type=at_least_zero, default=3, help="over the rows")
-    parser.add_argument("--learning_rate", type=at_least_zero, default=5e-3, help="of AdamW")
-    parser.add_argument("--batch_size", type=at_least_one, default=16, help="rows")
-    parser.add_argument("--max_bytes", type=at_least_one, default=512, help="read of each text")
-    parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast: faster on a GPU and on recent CPUs")
-    parser.add_argument("--seed", type=int, default=1, help="of weights and order")
+    add_label_training(parser, "runs/spans", 5e-3, 16)
     args = parser.parse_args()
     if bool(args.train) != bool(args.test):
         parser.error("--train and --test come together")
@@ -119,6 +110,7 @@ def looked_up(train: list[dict], test: list[dict]) -> list[set]:
 
 
 def main(args: argparse.Namespace):
+    choose_precision(args)
     if args.train:
         train, test = read_rows(args.train), read_rows(args.test)
     else:

@@ -10,13 +10,22 @@ folder gets the checkpoint with tokenizer and generation config, `history.json`,
 
 import argparse
 import json
-import platform
 import random
-import subprocess
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from inputs import HelpFormatter, file_pattern, quiet_exit, share
+from inputs import (
+    HelpFormatter,
+    add_bf16,
+    at_least_one,
+    at_least_zero,
+    choose_precision,
+    file_pattern,
+    positive,
+    quiet_exit,
+    share,
+    whole,
+)
 
 
 SPLITS = ("train", "validation", "test")
@@ -41,24 +50,20 @@ def argument_parser():
     parser.add_argument("--model", default="stlm-3m", help="a preset or a folder with a config.json")
     parser.add_argument("--set", nargs="*", default=[], metavar="FIELD=VALUE", help="config fields to change, as JSON")
     budget = parser.add_mutually_exclusive_group(required=True)
-    budget.add_argument("--max_minutes", type=float, help="of training; evaluation does not count")
-    budget.add_argument("--max_steps", type=int, help="of training")
-    budget.add_argument("--max_bytes", type=float, help="bytes seen")
+    budget.add_argument("--max_minutes", type=positive, help="of training; evaluation does not count")
+    budget.add_argument("--max_steps", type=at_least_one, help="of training")
+    budget.add_argument("--max_bytes", type=positive, help="bytes seen")
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="for --max_minutes")
-    parser.add_argument("--block_bytes", type=int, default=1024, help="bytes per window")
-    parser.add_argument("--batch_size", type=int, default=8, help="windows per step")
-    parser.add_argument("--muon_lr", type=float, default=0.02, help="learning rate of the matrices")
-    parser.add_argument("--adamw_lr", type=float, default=4e-3, help="learning rate of all other parameters")
-    parser.add_argument("--weight_decay", type=float, default=0.0, help="of the matrices")
+    parser.add_argument("--block_bytes", type=at_least_one, default=1024, help="bytes per window")
+    parser.add_argument("--batch_size", type=at_least_one, default=8, help="windows per step")
+    parser.add_argument("--muon_lr", type=positive, default=0.02, help="learning rate of the matrices")
+    parser.add_argument("--adamw_lr", type=positive, default=4e-3, help="learning rate of all other parameters")
+    parser.add_argument("--weight_decay", type=at_least_zero, default=0.0, help="of the matrices")
     parser.add_argument("--decay", type=share, default=0.6, help="share of the budget in which the rates fall to zero")
-    parser.add_argument(
-        "--bf16",
-        action=argparse.BooleanOptionalAction,
-        help="bfloat16 autocast; by default where the GPU or CPU has instructions for it",
-    )
-    parser.add_argument("--workers", type=int, default=0, help="processes that cut windows")
-    parser.add_argument("--eval_steps", type=int, default=500, help="steps between evaluated checkpoints")
-    parser.add_argument("--seed", type=int, default=1, help="of weights and order")
+    add_bf16(parser)
+    parser.add_argument("--workers", type=whole, default=0, help="processes that cut windows")
+    parser.add_argument("--eval_steps", type=at_least_one, default=500, help="steps between evaluated checkpoints")
+    parser.add_argument("--seed", type=whole, default=1, help="of weights and order")
     return parser, budget
 
 
@@ -66,10 +71,9 @@ if __name__ == "__main__":
     args = argument_parser()[0].parse_args()
 
 import torch
-import transformers
 from huggingface_hub.errors import StrictDataclassError
 from noise import KINDS, add_noise
-from run_folder import ProgressLines, last_checkpoint, save
+from run_folder import ProgressLines, last_checkpoint, run_info, save
 from score import documents
 from transformers import AutoModelForCausalLM, PrinterCallback, Trainer, TrainingArguments, logging, set_seed
 
@@ -77,7 +81,7 @@ from modeling_stlm import STLMConfig, STLMTokenizer
 from modeling_stlm.training.bits_per_byte import BitsPerByteEvaluator
 from modeling_stlm.training.corpus import PackedWindows, write_corpus
 from modeling_stlm.training.long_runs import SaveByTime, StopOnSignal
-from modeling_stlm.training.optimizer import MuonRecipe, has_bfloat16
+from modeling_stlm.training.optimizer import MuonRecipe
 from modeling_stlm.training.time_budget import TimeBudget
 
 
@@ -131,12 +135,6 @@ def load_config(model: str, changes: list[str]) -> STLMConfig:
         return (STLMConfig.from_pretrained if is_folder else STLMConfig.from_preset)(model, **fields)
     except (ValueError, StrictDataclassError) as error:
         raise SystemExit(f"{model} {' '.join(changes)}: {error}") from None
-
-
-def choose_precision(args: argparse.Namespace) -> None:
-    """Settle `--bf16` before it is recorded."""
-    if args.bf16 is None:
-        args.bf16 = has_bfloat16("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def training_arguments(args: argparse.Namespace, step_bytes: float, **changes) -> TrainingArguments:
@@ -219,8 +217,6 @@ def main(args: argparse.Namespace):
         optimizer_cls_and_kwargs=(MuonRecipe, optimizer_arguments(args)),
         callbacks=[TimeBudget(args.max_minutes, decay=args.decay, clock=args.clock)] if timed else [],
     )
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     train(args, trainer, step_bytes)
     steps = trainer.state.global_step
     scores = {split: trainer.evaluate(sets[split], metric_key_prefix=split) for split in sets if split != "train"}
@@ -232,11 +228,7 @@ def main(args: argparse.Namespace):
         "corpus_bytes": len(sets["train"]) * args.block_bytes,
         "budget": {"minutes": args.max_minutes, "clock": args.clock} if timed else {"steps": steps},
         "bits_per_byte": {split: score[f"{split}_bits_per_byte"] for split, score in scores.items()},
-        "commit": commit,
-        "device": torch.cuda.get_device_name() if model.device.type == "cuda" else platform.machine(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
+    } | run_info(model.device)
     save(trainer, results, args)
 
 

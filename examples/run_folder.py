@@ -4,9 +4,13 @@
 import argparse
 import json
 import math
+import platform
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+import transformers
 from matplotlib.figure import Figure
 from transformers import GenerationConfig, Trainer, TrainerCallback, TrainerState
 
@@ -42,6 +46,17 @@ class ProgressLines(TrainerCallback):
             )
         elif "eval_bits_per_byte" in logs:
             print(f"{self.progress(state)}: validation {logs['eval_bits_per_byte']:.4f} bits per byte", flush=True)
+
+
+def run_info(device: torch.device) -> dict[str, str]:
+    """Commit, device and versions, for `results.json`."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    return {
+        "commit": subprocess.run(git, capture_output=True, text=True).stdout.strip(),
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.machine(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
 
 
 def plot(history: list[dict], path: Path) -> None:

@@ -17,12 +17,12 @@ from collections.abc import Iterable
 from glob import glob
 from pathlib import Path
 
-from inputs import HelpFormatter, checkpoint, file_pattern, quiet_exit
+from inputs import HelpFormatter, causal_checkpoint, file_pattern, quiet_exit
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    parser.add_argument("checkpoint", type=checkpoint, help="folder or Hub id")
+    parser.add_argument("checkpoint", type=causal_checkpoint, help="folder or Hub id")
     parser.add_argument("files", type=file_pattern, nargs="*", help="as of pretrain.py; without any, lines are read")
     return parser.parse_args()
 
@@ -101,14 +101,21 @@ def bits_of_documents(
 ) -> dict[str, float]:
     """`{"bits_per_byte": ..., "bytes": ...}` over windows of about `block_bytes` bytes without overlap.
 
-    The rest after the last window is dropped, so texts shorter than a window raise a `ValueError`.
+    The rest after the last window is dropped.
+
+    Raises:
+        ValueError: if the texts are shorter than a window.
     """
     sizes = token_bytes(tokenizer)
     evaluator = BitsPerByteEvaluator(sizes)
     with tempfile.TemporaryDirectory() as folder:
         path = write_corpus(Path(folder) / "text.bin", documents, tokenizer)
-        ids = torch.from_numpy(PackedWindows(path, tokenizer, 1).ids.astype("int64"))
+        packed = PackedWindows(path, tokenizer, 1)
+        ids = torch.from_numpy(packed.ids.astype("int64"))
         block_size = round(block_bytes / bytes_per_token(ids, sizes))
+        if len(packed) < block_size:
+            num_bytes = int(sizes[ids].sum())
+            raise ValueError(f"{num_bytes:,} bytes of text, expected at least a window of {block_bytes:,}")
         trainer = Trainer(
             model=model,
             args=TrainingArguments(
@@ -152,7 +159,7 @@ def main(args: argparse.Namespace):
     try:
         scores = bits_of_documents(model, tokenizer, documents(args.files))
     except ValueError as error:
-        raise SystemExit(f"{args.files}: {error}") from None
+        raise SystemExit(f"{' '.join(args.files)}: {error}") from None
     print(json.dumps(scores))
 
 

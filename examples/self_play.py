@@ -11,6 +11,7 @@ Prints ROUGE and bits per byte by round. The same command resumes an interrupted
 
 import argparse
 import json
+from pathlib import Path
 
 from inputs import at_least_one, quiet_exit, summary_parser
 
@@ -28,7 +29,7 @@ if __name__ == "__main__":
     args = parse_arguments()
 
 import torch
-from summarize import read_sets, scores_of, table
+from summarize import read_sets, scores_of, table, write_results
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 from modeling_stlm.training.self_play import SelfPlayConfig, SelfPlayTrainer
@@ -64,6 +65,9 @@ def main(args: argparse.Namespace):
         compute_round_metrics=lambda model: scores_of(model, tokenizer, test, args)[0],
     )
     rounds = trainer.train(resume_from_checkpoint=True)
+    for index, scores in enumerate(rounds):
+        scores = {name: value for name, value in scores.items() if name != "round"}
+        write_results(Path(trainer.folder(index)), args, index * args.max_steps, scores)
     print(table({f"round {scores['round']}": scores for scores in rounds}))
     print(json.dumps(rounds))
 

@@ -14,12 +14,12 @@ in words what the library would ignore (several answers, log-probabilities) or a
 
 import argparse
 
-from inputs import HelpFormatter, checkpoint
+from inputs import HelpFormatter, causal_checkpoint
 
 
 def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    parser.add_argument("checkpoint", type=checkpoint, help="folder or Hub id, comes first")
+    parser.add_argument("checkpoint", type=causal_checkpoint, help="folder or Hub id, comes first")
     parser.epilog = "All other options are those of the library: `transformers serve --help` shows them."
     return parser.parse_known_args()
 

@@ -48,6 +48,7 @@ from transformers import (
 import modeling_stlm  # noqa: F401  (registers the Auto classes)
 from modeling_stlm.training import rouge
 from modeling_stlm.training.bits_per_byte import BitsPerByteEvaluator
+from modeling_stlm.training.model_card import describe_base
 
 
 NUM_CANDIDATES = 50  # summaries among which the constant one is chosen, and on which
@@ -157,6 +158,18 @@ def table(results: dict[str, dict[str, float]]) -> str:
     return "\n".join(lines)
 
 
+def write_results(folder: Path, args: argparse.Namespace, steps: int, scores: dict[str, float]) -> None:
+    """`results.json` of a checkpoint, for its card."""
+    arguments = {
+        "train": args.train.name,
+        "test": args.test.name if args.test else f"last quarter of {args.train.name}",
+        "batch_size": args.batch_size,
+        "learning_rate": args.learning_rate,
+    }
+    results = {"base_model": describe_base(args.checkpoint), "steps": steps, "scores": {"test": scores}}
+    (folder / "results.json").write_text(json.dumps(results | {"arguments": arguments}, indent=1) + "\n")
+
+
 def main(args: argparse.Namespace):
     set_seed(args.seed)
     tokenizer = AutoTokenizer.from_pretrained(args.checkpoint, padding_side="left")
@@ -181,6 +194,8 @@ def main(args: argparse.Namespace):
             model.save_pretrained(args.output / kind)
             tokenizer.save_pretrained(args.output / kind)
         results[kind], summaries[kind] = scores_of(model, tokenizer, test, args)
+        if kind == "full":
+            write_results(args.output / kind, args, args.max_steps, results[kind])
     print(table(results))
     for kind, texts in summaries.items():
         print(f"\n{kind}: {texts[0]}")

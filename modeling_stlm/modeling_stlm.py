@@ -495,7 +495,9 @@ class STLMForCausalLM(STLMPreTrainedModel, STLMGenerationMixin):
     def __init__(self, config: STLMConfig):
         super().__init__(config)
         if not config.is_causal:
-            raise ValueError("STLMForCausalLM needs a config with is_causal=True: next bytes must not be seen")
+            raise ValueError(
+                "STLMForCausalLM needs a config with is_causal=True, got that of an encoder, which has seen the next bytes"
+            )
         self.model = STLMModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.register_load_state_dict_post_hook(allow_tied_head)

@@ -51,3 +51,13 @@ def engine_build(tmp_path_factory) -> Path:
     command = [sys.executable, "setup.py", "--quiet", "build", "--build-lib", folder, "--build-temp", folder / "temp"]
     subprocess.run(command, check=True, cwd=Path(__file__).parents[1])
     return folder
+
+
+@pytest.fixture(scope="module")
+def built(engine_build):
+    """The engine of `engine_build` is the one that is loaded."""
+    from modeling_stlm.inference import engine
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, "FOLDER", engine_build / "modeling_stlm" / "inference")
+        yield

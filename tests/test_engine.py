@@ -3,6 +3,7 @@
 
 import argparse
 import copy
+import importlib
 import platform
 import shutil
 import struct
@@ -25,6 +26,7 @@ from transformers.generation import (
     TemperatureLogitsWarper,
 )
 
+from modeling_stlm import STLMTokenizer
 from modeling_stlm.inference import engine as engine_module
 from modeling_stlm.inference.engine import Engine, Rows
 from modeling_stlm.inference.export import CHECKSUM, SIZES, TYPES, export_gguf, folder_or_hub_id, load_gguf
@@ -33,7 +35,10 @@ from .tiny import MIXERS, PATCHING, SHARING, TEXT, assert_equal, batch, ids_of, 
 
 
 pytest.importorskip("gguf")
-pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="the engine is compiled with cc")
+pytestmark = [
+    pytest.mark.skipif(shutil.which("cc") is None, reason="the engine is compiled with cc"),
+    pytest.mark.usefixtures("built"),
+]
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = [ROOT / "examples" / "checkpoints" / name for name in ("stlm-10m", "stlm-3m")]
@@ -63,20 +68,13 @@ class Collector(BaseStreamer):
         self.has_ended = True
 
 
-@pytest.fixture(scope="module", autouse=True)
-def built(engine_build):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine_module, "FOLDER", engine_build / "modeling_stlm" / "inference")
-        yield
-
-
 def engine_of(model, tmp_path, type="f32", isa=None) -> Engine:
     export_gguf(model, tmp_path / "model.gguf", type)
     return Engine(tmp_path / "model.gguf", isa)
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
+def tiny(built, tmp_path_factory):
     model = tiny_model(use_cache=True)
     return model, engine_of(model, tmp_path_factory.mktemp("tiny"))
 
@@ -367,7 +365,9 @@ def test_what_the_engine_cannot_do_is_refused_by_name(tiny, tmp_path):
         tiny_model(**PATCHING["fixed"]).generate(torch.tensor(ROWS[3:]), custom_generate=engine)
     with pytest.raises(ValueError, match="hidden_act"):
         export_gguf(tiny_model(hidden_act="gelu"), tmp_path / "model.gguf")
-    with pytest.raises(ValueError, match="sharing_lora_rank=2"):
+    with pytest.raises(
+        ValueError, match=r"sharing_lora_rank=0, got 2\..* runs with `generate` only; for the engine, train one"
+    ):
         export_gguf(tiny_model(**SHARING["cycle"], sharing_lora_rank=2), tmp_path / "model.gguf")
     with pytest.raises(ValueError, match="tie_word_embeddings"):
         export_gguf(tiny_model(tie_word_embeddings=False), tmp_path / "model.gguf")
@@ -656,7 +656,9 @@ def test_the_command_writes_a_file_that_runs(tmp_path):
         "--type",
         "q8",
     ]
-    subprocess.run(command, check=True, capture_output=True, cwd=ROOT)
+    printed = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT).stdout
+    file, size = tmp_path / "m.gguf", (tmp_path / "m.gguf").stat().st_size / 1e6
+    assert printed == f'{file}: q8, {size:.1f} MB; next: stlm run {file} -p "The history of"\n'
     import gguf
 
     fields = gguf.GGUFReader(tmp_path / "m.gguf").fields
@@ -667,22 +669,42 @@ def test_the_command_writes_a_file_that_runs(tmp_path):
     assert engine.bos_token_id == 257 and engine.eos_token_ids == [258] and len(engine.generate(b"The ", 9)) == 9
 
 
+def test_what_the_command_cannot_export_is_said_in_one_line(tmp_path):
+    tiny_model(**SHARING["cycle"], sharing_lora_rank=2).save_pretrained(tmp_path / "lora")
+    STLMTokenizer().save_pretrained(tmp_path / "lora")
+    encoder = ROOT / "examples" / "checkpoints" / "stlm-3m-encoder"
+    for folder, words in ((encoder, "is_causal=True, got that of an encoder"), (tmp_path / "lora", "got 2")):
+        command = [sys.executable, "-m", "modeling_stlm.inference.export", folder, tmp_path / "m.gguf"]
+        run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+        last = run.stderr.splitlines()[-1]
+        assert run.returncode == 1 and run.stdout == "" and "Traceback" not in run.stderr
+        assert last.startswith(f"{folder}: ") and words in last
+
+
 @pytest.mark.parametrize(
     ("name", "found"),
     [
-        ("stlm-4m", "does not exist"),
-        ("examples/checkpoints/stlm-4m", "does not exist"),
-        ("examples/checkpoints", "has no config.json"),
-        ("README.md", "is a file"),
-        ("one/two/three", "does not exist"),
+        ("stlm-4m", "no such folder"),
+        ("examples/checkpoints/stlm-4m", "no such folder"),
+        ("examples/checkpoints", "a folder without config.json"),
+        ("README.md", "a file"),
+        ("one/two/three", "no such folder"),
+        ("../none", "no such folder"),
+        ("owner/model", None),
+        ("examples/checkpoints/stlm-3m", None),
     ],
 )
-def test_a_slip_of_the_pen_is_no_name_on_the_hub(name, found, monkeypatch):
+def test_a_slip_of_the_pen_is_no_name_on_the_hub_here_and_in_the_examples(name, found, monkeypatch):
     monkeypatch.chdir(ROOT)
-    with pytest.raises(argparse.ArgumentTypeError, match=f"{name} {found}: expected a folder with a checkpoint"):
-        folder_or_hub_id(name)
-    for good in ("owner/model", "examples/checkpoints/stlm-3m"):
-        assert folder_or_hub_id(good) == good
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    for checked in (folder_or_hub_id, importlib.import_module("inputs").checkpoint):
+        if found is None:
+            assert checked(name) == name
+        else:
+            with pytest.raises(argparse.ArgumentTypeError) as refusal:
+                checked(name)
+            expected = "expected a folder with a checkpoint, or the name of one on the Hub (owner/name)"
+            assert str(refusal.value) == f"{name} is {found}: {expected}"
 
 
 @pytest.mark.parametrize("name", SIZES)

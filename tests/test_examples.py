@@ -186,6 +186,10 @@ def test_generation_ends_with_its_input(tmp_path, typed, options):
 def test_generation_in_the_terminal(tmp_path):
     once = run("generate.py", "--prompt", "The ", "--max_new_tokens", 20, "--temperature", 0, cwd=tmp_path)
     assert len(once.splitlines()[-1]) > 10
+    beginning = run("generate.py", "--prompt", "", "--max_new_tokens", 20, "--temperature", 0, cwd=tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(ROOT / "examples" / "checkpoints" / "stlm-3m", dtype=torch.float32)
+    new = model.generate(torch.tensor([[257]]), max_new_tokens=20, do_sample=False)[0, 1:]
+    assert beginning.endswith(f"\n{modeling_stlm.STLMTokenizer().decode(new)}\n")
     chat = ("--chat", "--max_new_tokens", 20, "--temperature", 0)
     answers = run("generate.py", *chat, cwd=tmp_path, input="Hi\nAnd?\n\n")
     # The model may write such signs, too; the last one waits for the empty line.
@@ -291,7 +295,11 @@ def test_texts_and_numbers_are_checked(inputs, tmp_path):
         inputs.read_text(tmp_path / "short.txt", min_bytes=1000)
     with pytest.raises(argparse.ArgumentTypeError, match="-1 must be at least 0"):
         inputs.at_least_zero("-1")
-    assert inputs.at_least_zero("0.5") == 0.5
+    assert inputs.at_least_zero("0.5") == 0.5 and inputs.positive("1e-5") == 1e-5 and inputs.whole("0") == 0
+    for check, values in ((inputs.positive, ("0", "-1", "nan", "inf")), (inputs.whole, ("-1",))):
+        for value in values:
+            with pytest.raises(argparse.ArgumentTypeError, match=f"{value} must be"):
+                check(value)
 
 
 def test_fields_need_no_quotes(inputs):

@@ -131,7 +131,7 @@ def test_lines_are_a_function_of_their_index(data):
     [
         (["--train", "none.jsonl"], "none.jsonl is no such file"),
         (["--checkpoint", "none", "Hi"], "none is no such folder"),
-        (["--train", "lines.jsonl", "--max_minutes", "0"], "--max_minutes must be positive"),
+        (["--train", "lines.jsonl", "--max_minutes", "0"], "argument --max_minutes: 0 must be above 0"),
         (["--train", "fields.jsonl"], r'fields.jsonl, line 2: expected JSON .*, got \{"text": "a"\}'),
         (["--train", "one.jsonl"], r"--train has the languages \['fra'\], expected at least two"),
         (["--train", "lines.jsonl", "--validation", "one.jsonl"], r"has languages that --train has not: \['fra'\]"),
@@ -145,6 +145,13 @@ def test_what_cannot_be_read_is_said_at_once(data, options, message):
     result = subprocess.run(command, capture_output=True, text=True, cwd=data.parent)
     assert result.returncode != 0 and "Traceback" not in result.stderr
     assert re.search(message, result.stderr) and "| torch" not in result.stderr
+
+
+@pytest.mark.parametrize("name", ["stlm-3m", "stlm-3m-encoder"])
+def test_a_model_without_languages_gives_none(name):
+    folder = ROOT / "examples" / "checkpoints" / name
+    with pytest.raises(SystemExit, match=rf"{name} is a STLMFor\w+LM and knows no languages: expected what"):
+        identify.load(folder)
 
 
 def test_the_shipped_checkpoint_is_small_and_reads_twenty_characters():

@@ -6,6 +6,7 @@ import json
 import math
 import random
 import re
+import subprocess
 import sys
 
 import numpy as np
@@ -365,6 +366,17 @@ def test_noise_of_the_encoder_is_that_of_its_generator(monkeypatch):
     noisy = [encoder.noisy(text, random.Random(i)) for i in range(30)]
     assert noisy == [encoder.noisy(text, random.Random(i)) for i in range(30)]
     assert text.lower() in noisy and text.upper() in noisy and len(set(noisy)) > 15
+
+
+def test_a_file_that_is_too_short_to_score_is_named(tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    TOKENIZER.save_pretrained(tmp_path)
+    for text, words in (("The cat sat.", "12 bytes of text, expected at least a window of 1,024"), ("", "is no text")):
+        (tmp_path / "short.txt").write_text(text)
+        command = [sys.executable, ROOT / "examples" / "score.py", ".", "short.txt"]
+        result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+        last = result.stderr.splitlines()[-1]
+        assert result.returncode == 1 and last.startswith("short.txt: ") and words in last and "Traceback" not in last
 
 
 def test_log_probabilities_of_lines(tmp_path):

@@ -11,8 +11,10 @@ import pytest
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
+from modeling_stlm.training.model_card import build_model_card
 from modeling_stlm.training.rouge import rouge
 
+from .hub_server import metadata_errors
 from .test_examples import ROOT, run
 from .tiny import tiny_model
 from .trainers import TOKENIZER
@@ -27,7 +29,17 @@ def checkpoint(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("tiny")
     tiny_model(use_cache=True).save_pretrained(folder)
     TOKENIZER.save_pretrained(folder)
+    (folder / "README.md").write_text("---\nlicense: cc-by-sa-4.0\nlanguage: en\n---\n\n# tiny\n")
     return folder
+
+
+def check_card(folder: Path, base: Path, bits: float) -> None:
+    """That of what was fine-tuned from `base`."""
+    card = build_model_card(folder)
+    assert (card.data.license, card.data.language) == ("cc-by-sa-4.0", "en")
+    assert f"- fine-tuned from `{base.name}`" in card.text and "- train: dialogues.jsonl" in card.text
+    assert {e.metric_type for e in card.data.eval_results} == {"rouge1", "rouge2", "rougeL", "bits_per_byte"}
+    assert f"{bits:.4f}" in card.text and str(base.parent) not in str(card) and metadata_errors(str(card)) == []
 
 
 def test_rows_of_both_sets_are_read(tmp_path):
@@ -76,6 +88,7 @@ def test_summaries_are_learned_in_full_and_with_lora(tmp_path, checkpoint):
     assert all(0 <= scores["rougeL"] <= scores["rouge1"] <= 1 for scores in results["scores"].values())
     assert all(len(texts) == 3 for texts in results["summaries"].values())
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "full").config.use_cache
+    check_card(tmp_path / "run" / "full", checkpoint, bits[2])
     with safe_open(tmp_path / "run" / "lora" / "adapter_model.safetensors", "pt") as adapter:
         assert len(adapter.keys()) > 0
 
@@ -89,3 +102,5 @@ def test_self_play_goes_on_by_rounds(tmp_path, checkpoint):
     assert second[:2] == first and [scores["round"] for scores in second] == [0, 1, 2]
     assert len({scores["bits_per_byte"] for scores in second}) == 3
     assert sum(line.startswith("| round") for line in twice) == 3
+    for scores in second:
+        check_card(tmp_path / "run" / f"round-{scores['round']}", checkpoint, scores["bits_per_byte"])

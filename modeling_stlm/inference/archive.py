@@ -2,9 +2,9 @@
 """`stlm zip`: lossless compression with a model, which the archive does not hold: it takes the same file to unpack it.
 
 An archive is MAGIC, a version, 8 bytes of the SHA-256 of the model's file, the code (`zip.c`), and the CRC-32 of the content
-and of all bytes before it. The code has segments of 512 bytes. The model reads each after the 512 bytes before it: longer
-texts than the windows it was trained on cost more time and, measured, more bits. Repetition over up to 4 MB corrects its
-probabilities. What neither can compress is stored, and at most 64 bytes longer, unless it was made against this very coder.
+and of all bytes before it. The code has segments of 512 bytes. The model reads each after the 512 bytes before it: with up
+to 4 kB archives are at most 0.8% smaller, measured, and longer texts than the windows it was trained on cost bits and time.
+Repetition over up to 4 MB corrects its probabilities. What neither can compress is stored, and at most 64 bytes longer, unless it was made against this very coder.
 
 The engine computes the same logits to the last bit on every CPU, and `zip.c` makes integers of them in operations that IEEE 754
 and C define: an archive of one machine is read on any other.

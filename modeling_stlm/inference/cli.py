@@ -19,6 +19,7 @@ import time
 from .engine import Engine, Rows
 
 
+CURL = """curl localhost:8000/v1/completions --json '{"prompt": "The history of the", "max_tokens": 100}'"""
 BENCH_BYTES = 1024  # of a prompt, and of each text that is written
 BENCH_TEXT = (
     b"The river rose in the night, and by morning the lower fields were a brown lake from which only the tops of the "
@@ -106,7 +107,7 @@ def parser() -> argparse.ArgumentParser:
 
     options = command("run", run, "write what follows a prompt")
     options.add_argument("model", help="file of modeling_stlm.inference.export")
-    options.add_argument("-p", "--prompt", help="standard input if left out")
+    options.add_argument("-p", "--prompt", help="standard input if left out; empty: from the beginning of a text")
     options.add_argument("-n", "--num_bytes", type=positive, default=200, help="at most, default 200")
     options.add_argument("--temperature", type=float, default=0.8, help="default 0.8; 0: the likeliest bytes")
     options.add_argument("--top_k", type=int, default=0, help="default 0: all")
@@ -116,6 +117,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("model")
     options.add_argument("--repeats", type=positive, default=3)
     options = command("serve", serve, "completions over HTTP, in the format of OpenAI")
+    options.epilog = f"Then, for example:\n\n    {CURL}"
     options.add_argument("model")
     options.add_argument("--host", default="127.0.0.1")
     options.add_argument("--port", type=int, default=8000)

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 
 FOLDER = os.path.dirname(__file__)  # of the compiled library
-VERSION = 2  # STLM_VERSION of stlm.h
+VERSION = 3  # STLM_VERSION of stlm.h
 ERROR_SIZE = 256
 PIECE = 64  # bytes that C writes before Python can be interrupted
 MAX_SNAPSHOT_BYTES = 1 << 21  # of `complete`
@@ -105,7 +105,7 @@ def load_library() -> ctypes.CDLL:
         ("stlm_read", number, pointer, pointer, pointer),
         ("stlm_score", number, pointer, pointer, pointer, pointer),
         ("stlm_logits", number, pointer, pointer),
-        ("stlm_write_each", number, pointer, ctypes.POINTER(_Sampling), pointer, pointer, number, pointer),
+        ("stlm_write", number, pointer, ctypes.POINTER(_Sampling), pointer, pointer, number, pointer),
         ("stlm_take", pointer, pointer, number),
         ("stlm_rewind", number, pointer, number, pointer),
         ("stlm_drop", None, pointer),
@@ -279,7 +279,7 @@ class Rows:
         def call(part: _Part) -> int:
             first = part.first
             pointers = ctypes.byref(options[first]), _address(numbers, first), ctypes.addressof(flags) + first
-            write = self.engine._library.stlm_write_each
+            write = self.engine._library.stlm_write
             return write(part.handle, *pointers, count, _address(ids, first * count))
 
         self._run(call)

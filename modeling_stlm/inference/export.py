@@ -99,7 +99,11 @@ def check(model: STLMForCausalLM) -> None:
     if config.bos_token_id is None:
         raise ValueError("the engine needs a token that begins documents: bos_token_id")
     if config.sharing_lora_rank:
-        raise ValueError(f"the engine needs passes that are equal, got sharing_lora_rank={config.sharing_lora_rank}")
+        raise ValueError(
+            f"the engine needs passes that are equal: sharing_lora_rank=0, got {config.sharing_lora_rank}. Such a model runs "
+            "with `generate` only; for the engine, train one without, because a block that passes share cannot hold the "
+            "matrices of each"
+        )
     if config.hidden_act not in ACTIVATIONS:
         raise ValueError(f"the engine knows hidden_act of {', '.join(ACTIVATIONS)}, got {config.hidden_act!r}")
     sizes = {name: (getattr(config, name) or 0, *bounds) for name, bounds in SIZES.items()}
@@ -264,12 +268,23 @@ def license_of(model: str) -> str:
 
 
 def folder_or_hub_id(value: str) -> str:
-    """A name whose folder exists here is a path: the Hub is not asked about a typo."""
-    path, is_id = Path(value), re.fullmatch(r"[\w.-]+/[\w.-]+", value)
-    if not (path / "config.json").is_file() and (path.exists() or path.parent.is_dir() or not is_id):
-        found = "has no config.json" if path.is_dir() else "is a file" if path.is_file() else "does not exist"
+    """A name whose folder exists here is a path: the Hub is not asked about a typo.
+
+    As `checkpoint` of `examples/inputs.py`, which answers before torch, and so this package, is imported.
+    """
+    path = Path(value)
+    if (path / "config.json").is_file():
+        return value
+    is_name = re.fullmatch(r"[\w.-]+/[\w.-]+", value) and not value.startswith(".")
+    if path.exists() or not is_name or path.parent.is_dir():
+        if (path / "adapter_config.json").is_file():
+            found = "an adapter of peft, not merged"
+        else:
+            found = (
+                "a folder without config.json" if path.is_dir() else "a file" if path.exists() else "no such folder"
+            )
         raise argparse.ArgumentTypeError(
-            f"{value} {found}: expected a folder with a checkpoint, or a Hub id (owner/name)"
+            f"{value} is {found}: expected a folder with a checkpoint, or the name of one on the Hub (owner/name)"
         )
     return value
 
@@ -284,9 +299,14 @@ def main():
         "--type", choices=TYPES, default="f32", help="of the matrices, see above (default: %(default)s)"
     )
     args = parser.parse_args()
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
-    export_gguf(model, args.output, args.type, tokenizer, license_of(args.model))
+    try:
+        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(args.model)
+        export_gguf(model, args.output, args.type, tokenizer, license_of(args.model))
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"{args.model}: {error}") from None
+    size = args.output.stat().st_size / 1e6
+    print(f'{args.output}: {args.type}, {size:.1f} MB; next: stlm run {args.output} -p "The history of"')
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@
 
 Tokens are bytes. All texts of all requests are rows of one batch: a thread reads their prompts and writes their bytes, a few
 at a time, and a text that ends makes room for the next one. Rows do not influence each other, so a text with a `seed` is the
-same whatever else is written meanwhile. Not for the open internet: there are no keys and no limits on who asks.
+same whatever else is written meanwhile. After an empty prompt, which is the default, a text begins. Not for the open internet:
+there are no keys and no limits on who asks.
 """
 
 import codecs
@@ -366,9 +367,13 @@ class Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(int(size))
         if self.path != "/v1/completions":
             raise Refusal(f"there is nothing at {self.path[:80]}: POST /v1/completions", status=404)
-        kind = self.headers.get_content_type()
-        if kind != "application/json":  # which other pages of a browser cannot send here
-            raise Refusal(f"the Content-Type should be application/json, got {kind[:80]}", status=415)
+        if self.headers.get_content_type() != "application/json":  # which other pages of a browser cannot send here
+            kind = self.headers.get("Content-Type", "none")[:80]
+            raise Refusal(
+                f"the Content-Type should be application/json, got {kind}. Pages of other sites cannot send it, and so "
+                "cannot use this server; `curl --json` does",
+                status=415,
+            )
         try:
             body = json.loads(body)
         except (RecursionError, ValueError) as error:

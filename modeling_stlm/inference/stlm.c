@@ -1859,9 +1859,7 @@ static int pick(stlm_batch *b, const Row *row, const stlm_sampling *s, uint64_t 
   return best;  // by rounding, or if there are no numbers
 }
 
-// Row r is sampled as s[r * step] says.
-static int write_rows(stlm_batch *b, const stlm_sampling *s, int step, const uint64_t *seeds, uint8_t *active, int count,
-                      int32_t *ids) {
+int stlm_write(stlm_batch *b, const stlm_sampling *s, const uint64_t *seeds, uint8_t *active, int count, int32_t *ids) {
   for (size_t i = 0; i < (size_t)b->num_rows * (size_t)count; i++) ids[i] = -1;
   for (int i = 0; i < count; i++) {
     for (int first = 0; first < b->num_rows;) {
@@ -1870,10 +1868,9 @@ static int write_rows(stlm_batch *b, const stlm_sampling *s, int step, const uin
       const int last = n < MAX_TOKENS ? b->num_rows : b->row_of[n - 1];
       for (int j = 0; j < n; j++) {
         const int r = b->row_of[j];
-        const stlm_sampling *sampling = s + r * step;
-        const int id = pick(b, b->rows + r, sampling, seeds[r], b->y + j * b->model->vocab);
+        const int id = pick(b, b->rows + r, s + r, seeds[r], b->y + j * b->model->vocab);
         ids[(size_t)r * (size_t)count + (size_t)i] = id;
-        for (int e = 0; e < sampling->num_ends; e++) active[r] &= id != sampling->ends[e];
+        for (int e = 0; e < s[r].num_ends; e++) active[r] &= id != s[r].ends[e];
         if (!active[r]) continue;
         b->row_of[num_going_on] = r;
         b->id_of[num_going_on++] = id;
@@ -1883,14 +1880,6 @@ static int write_rows(stlm_batch *b, const stlm_sampling *s, int step, const uin
     }
   }
   return 0;
-}
-
-int stlm_write(stlm_batch *b, const stlm_sampling *s, const uint64_t *seeds, uint8_t *active, int count, int32_t *ids) {
-  return write_rows(b, s, 0, seeds, active, count, ids);
-}
-
-int stlm_write_each(stlm_batch *b, const stlm_sampling *s, const uint64_t *seeds, uint8_t *active, int count, int32_t *ids) {
-  return write_rows(b, s, 1, seeds, active, count, ids);
 }
 
 // ---- Snapshots ----

@@ -17,7 +17,7 @@ extern "C" {
 #endif
 
 enum {
-  STLM_VERSION = 2,  // of this interface: raised with every change of a struct or of the arguments of a function
+  STLM_VERSION = 3,  // of this interface: raised with every change of a struct or of the arguments of a function
   STLM_ERROR_SIZE = 256,
   STLM_SEGMENT = 512  // bytes
 };
@@ -72,13 +72,10 @@ STLM_API int stlm_score(stlm_batch *batch, const int32_t *counts, const int32_t 
 STLM_API int stlm_read_logits(stlm_batch *batch, const int32_t *counts, const int32_t *ids, float *logits);
 // Logits of the next id: (num_rows, vocab_size).
 STLM_API int stlm_logits(stlm_batch *batch, float *logits);
-// Up to `count` more ids for every row r with active[r], to ids (num_rows, count), -1 past the end of a row. A row whose
-// text ended is no longer active. The draw depends on seeds[r] and the length of the row only.
-STLM_API int stlm_write(stlm_batch *batch, const stlm_sampling *sampling, const uint64_t *seeds, uint8_t *active, int count,
+// Up to `count` more ids for every row r with active[r], sampled as samplings[r] says, to ids (num_rows, count), -1 past the
+// end of a row. A row whose text ended is no longer active. The draw depends on seeds[r] and the length of the row only.
+STLM_API int stlm_write(stlm_batch *batch, const stlm_sampling *samplings, const uint64_t *seeds, uint8_t *active, int count,
                         int32_t *ids);
-// As stlm_write with samplings[r] for row r.
-STLM_API int stlm_write_each(stlm_batch *batch, const stlm_sampling *samplings, const uint64_t *seeds, uint8_t *active,
-                             int count, int32_t *ids);
 STLM_API const char *stlm_error(const stlm_batch *batch);
 
 // Back to an earlier state, in time that depends on the bytes taken back only (a few ns each). NULL without memory.

@@ -53,7 +53,7 @@ def write_corpus(path: str | Path, documents: Iterable[str | bytes], tokenizer: 
                     file.write(ids)
                     starts.append(starts[-1] + len(ids))
         if len(starts) == 1:
-            raise ValueError(f"no text to write to {path}: every document is empty")
+            raise ValueError("there is no text: every document is empty")
         np.save(partial_starts, np.asarray(starts[:-1], dtype=np.int64))
         partial_starts.replace(starts_path(path))
         partial.replace(path)

@@ -11,6 +11,7 @@ Shapes: B rows, T ids of a row, N bytes of a text, V tokens of a teacher.
 """
 
 import os
+import shutil
 from collections.abc import Iterable, Iterator
 from hashlib import blake2b
 from pathlib import Path
@@ -110,11 +111,16 @@ class SubwordTeacher:
         # Sorted by bytes: tokens with the same first bytes are neighbours, shorter ones first.
         ids = sorted(self.bytes_of, key=self.bytes_of.get)
         tokens = [self.bytes_of[i] for i in ids]
-        self.ids = torch.tensor(ids)
+        self.ids = np.array(ids)
+        self.is_special = torch.ones(model.config.get_text_config().vocab_size, dtype=torch.bool)  # by id
+        self.is_special[ids] = False
         self.lengths = np.array([len(token) for token in tokens])
         self.columns = np.zeros((self.lengths.max(), len(tokens)), dtype=np.uint8)  # byte of each token at each place
         for i, token in enumerate(tokens):
             self.columns[: len(token), i] = list(token)
+        self.first_of = np.searchsorted(self.columns[0], np.arange(NUM_BYTES + 1))  # token of each first byte
+        self.first_bytes = np.zeros(len(self.is_special), dtype=np.int64)  # by id
+        self.first_bytes[ids] = self.columns[0]
         self.id_of = dict(zip(tokens, ids))
         self.spelled = {token[0] for token in tokens if len(token) == 1}
         # SentencePiece may put a space before the text: the text is then what follows it.
@@ -150,22 +156,25 @@ class SubwordTeacher:
             return torch.from_numpy(np.log(rows[len(self.before) :])).float()
 
     def _continuations(self, start: int, weight: float, probabilities: np.ndarray, text: bytes) -> "OpenToken":
-        """What may follow, and end, from `start` on, by the `probabilities` (V,) of the sorted tokens there."""
-        first, end = 0, len(self.ids)  # of the tokens that agree with the text so far and go on
-        next_bytes, ends = [], []
-        for place, byte in enumerate(text[start:]):
-            column = self.columns[place, first:end]
-            next_bytes.append(np.bincount(column, weights=probabilities[first:end], minlength=NUM_BYTES))
-            first, end = (first + np.searchsorted(column, byte, side) for side in ("left", "right"))
-            complete = first + np.searchsorted(self.lengths[first:end] > place + 1, True)
+        """What may follow, and end, from `start` on, by the `probabilities` (V,) of the ids there."""
+        next_bytes, ends = [np.bincount(self.first_bytes, weights=probabilities, minlength=NUM_BYTES)], []
+        # Only the tokens with the right first byte are sorted: of these, what agrees with the text so far and goes on.
+        group = slice(*self.first_of[text[start] : text[start] + 2])
+        probabilities, columns, lengths = probabilities[self.ids[group]], self.columns[:, group], self.lengths[group]
+        first, end = 0, len(lengths)
+        for place in range(1, len(text) - start + 1):
+            complete = first + np.searchsorted(lengths[first:end] > place, True)
             ends.append(probabilities[first:complete].sum())
             first = complete
-            if first == end:
+            if first == end or start + place == len(text):
                 break
+            column = columns[place, first:end]
+            next_bytes.append(np.bincount(column, weights=probabilities[first:end], minlength=NUM_BYTES))
+            first, end = (first + np.searchsorted(column, text[start + place], side) for side in ("left", "right"))
         return OpenToken(start, weight, next_bytes, ends)
 
     def _token_probabilities(self, histories: list[np.ndarray]) -> Iterator[np.ndarray]:
-        """Probabilities (V,) of the sorted tokens after each history."""
+        """Probabilities (V,) of the ids after each history; zero for special tokens."""
         cache, num_cached = DynamicCache(config=self.model.config), 0
         shared = common_starts(histories)
         for first in range(0, len(histories), CHUNK_BYTES):
@@ -178,7 +187,8 @@ class SubwordTeacher:
             logits = self._run(tree, cache, num_cached, leaves)
             cache.crop(num_kept - num_cached - len(tree.ids))
             num_cached = num_kept
-            yield from logits.index_select(1, self.ids.to(logits.device)).float().softmax(-1).cpu().numpy()
+            logits = logits.masked_fill(self.is_special.to(logits.device), -torch.inf)
+            yield from logits.softmax(-1, dtype=torch.float32).cpu().numpy()
 
     def _run(self, tree: "TokenTree", cache: DynamicCache, num_cached: int, leaves: list[int]) -> torch.Tensor:
         """Logits (n, V) after n nodes of a tree whose root comes after the cached tokens."""
@@ -353,7 +363,8 @@ def store_teacher(path: str | Path, teacher, dataset: Iterable[dict]) -> Path:
     """Write what `teacher` says about every row of `dataset`, for [`StoredTeacher`].
 
     Of each position the 16 most probable bytes, their log-probabilities and the mass of all others: 50 bytes. The file
-    appears under its name only when it is complete.
+    appears under its name only when it is complete. Until then each row stands in a file of its own in the folder
+    `path` + `.rows`; after an interruption, the same call goes on with the rows that are missing there.
 
     Args:
         path: of the file; an index stands beside it, under the same name and `.index.npy`.
@@ -361,12 +372,13 @@ def store_teacher(path: str | Path, teacher, dataset: Iterable[dict]) -> Path:
         dataset (`Iterable[dict]`): rows with `input_ids` (T,) and, as in training, `attention_mask` and `position_ids`.
 
     Raises:
-        ValueError: if there are no rows.
+        ValueError: if there are no rows, or if another teacher wrote those of the interrupted call.
     """
     path = Path(path)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    rows, partial = path.with_name(f"{path.name}.rows"), path.with_name(f"{path.name}.{os.getpid()}.partial")
+    rows.mkdir(parents=True, exist_ok=True)
     index, start = {}, 0
+    is_checked, unwritten = not any(rows.iterdir()), []
     try:
         with partial.open("wb") as file:
             for item in dataset:
@@ -375,18 +387,21 @@ def store_teacher(path: str | Path, teacher, dataset: Iterable[dict]) -> Path:
                 (row,) = rows_of(inputs)
                 if (digest := row.digest()) in index:
                     continue
-                if isinstance(teacher, nn.Module):
-                    inputs = {name: value.to(teacher.device) for name, value in inputs.items()}
-                    teacher.eval()
-                log_probs = teacher_log_probs(teacher, inputs)[0, torch.from_numpy(row.at)].cpu()
-                top, found = log_probs.topk(STORED["bytes"].shape[0])
-                records = np.empty(len(row.ids), dtype=STORED)
-                records["bytes"], records["log_probs"] = found, top
-                records["rest"] = 1 - top.double().exp().sum(-1).clamp(max=1)
+                row_path = rows / f"{digest:016x}"
+                records = stored_row(row_path, len(row.ids))
+                if records is None:
+                    records = row_records(teacher, inputs, row)
+                    unwritten.append((row_path, records))
+                elif not is_checked:  # one row tells one teacher from another
+                    check_same_teacher(records, row_records(teacher, inputs, row), rows)
+                    is_checked = True
+                while is_checked and unwritten:
+                    write_row(*unwritten.pop())
                 file.write(records.tobytes())
                 index[digest] = (digest, start, len(records))
                 start += len(records)
         if not index:
+            rows.rmdir()
             raise ValueError(f"no rows to write to {path}: the dataset is empty")
         np.save(index_path(partial), np.array(sorted(index.values()), dtype=INDEX))
         index_path(partial).replace(index_path(path))
@@ -395,7 +410,47 @@ def store_teacher(path: str | Path, teacher, dataset: Iterable[dict]) -> Path:
         partial.unlink(missing_ok=True)
         index_path(partial).unlink(missing_ok=True)
         raise
+    shutil.rmtree(rows, ignore_errors=True)  # another process may be removing them, too
     return path
+
+
+def row_records(teacher, inputs: dict[str, torch.Tensor], row: Row) -> np.ndarray:
+    """What is stored of the only row of `inputs`: (n,) `STORED`."""
+    if isinstance(teacher, nn.Module):
+        inputs = {name: value.to(teacher.device) for name, value in inputs.items()}
+        teacher.eval()
+    log_probs = teacher_log_probs(teacher, inputs)[0, torch.from_numpy(row.at)].cpu()
+    top, found = log_probs.topk(STORED["bytes"].shape[0])
+    records = np.empty(len(row.ids), dtype=STORED)
+    records["bytes"], records["log_probs"] = found, top
+    records["rest"] = 1 - top.double().exp().sum(-1).clamp(max=1)
+    return records
+
+
+def stored_row(path: Path, length: int) -> np.ndarray | None:
+    """The records of a row that an interrupted call left, if they are there and whole."""
+    try:
+        records = np.frombuffer(path.read_bytes(), dtype=STORED)
+    except (FileNotFoundError, ValueError):  # ValueError: the last record is cut
+        return None
+    return records if len(records) == length else None
+
+
+def write_row(path: Path, records: np.ndarray) -> None:
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    path.parent.mkdir(exist_ok=True)  # another process may have removed it
+    partial.write_bytes(records.tobytes())
+    partial.replace(path)
+
+
+def check_same_teacher(old: np.ndarray, new: np.ndarray, rows: Path) -> None:
+    """Whether the highest probabilities agree, but for what rounding in half precision may do."""
+    old, new = (np.exp(records["log_probs"][:, 0].astype(np.float32)) for records in (old, new))
+    if (difference := np.abs(old - new).mean()) > 0.01:
+        raise ValueError(
+            f"the rows in {rows} are of another teacher: its highest probabilities differ by {difference:.3f} on average, "
+            "expected at most 0.01: delete that folder, or choose another path"
+        )
 
 
 def index_path(path: Path) -> Path:

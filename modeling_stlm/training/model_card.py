@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The model card of a checkpoint folder, written from what lies there: `config.json` and `results.json`.
 
-`results.json` is that of `examples/pretrain.py` or `examples/research/export.py`, or says what was fine-tuned:
+`results.json` is that of `examples/pretrain.py`, `distill.py` or `research/export.py`, or says what was fine-tuned:
 
 ```python
 {
@@ -346,11 +346,18 @@ def _training(results: dict) -> str:
             f"- optimizer: Muon {arguments['muon_lr']} on matrices, AdamW {arguments['adamw_lr']} on the rest, warm-up "
             f"2%, linear decay over the last {float(arguments.get('decay', 0.6)):.0%}",
             f"- texts: {arguments['train']}",
+            *_teacher(arguments),
             f"- {results['device']}; torch {results['torch']}, transformers {results['transformers']}, commit "
             f"{results['commit']}",
             "- curve: `loss.png`; all settings: `results.json`",
         ]
     )
+
+
+def _teacher(arguments: dict[str, str]) -> list[str]:
+    if "teacher" not in arguments:
+        return []
+    return [f"- distilled from `{arguments['teacher']}`, weight {arguments['teacher_weight']} of the loss"]
 
 
 def _fine_tuning(base: dict, results: dict) -> str:
