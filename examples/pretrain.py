@@ -29,7 +29,7 @@ from inputs import (
 
 
 SPLITS = ("train", "validation", "test")
-PASSAGE = 300, 3000  # characters that `--repeat` says twice
+PASSAGE = 300, 3000  # characters that `--repeat` repeats
 
 
 def argument_parser():
@@ -45,7 +45,7 @@ def argument_parser():
         "--noise", type=share, default=0.0, help="share of the training documents that get the errors of noise.py"
     )
     parser.add_argument(
-        "--repeat", type=share, default=0.0, help="share of the training documents of which a passage is said twice"
+        "--repeat", type=share, default=0.0, help="share of the training documents of which a passage is repeated"
     )
     parser.add_argument("--model", default="stlm-3m", help="a preset or a folder with a config.json")
     parser.add_argument("--set", nargs="*", default=[], metavar="FIELD=VALUE", help="config fields to change, as JSON")
@@ -61,7 +61,9 @@ def argument_parser():
     parser.add_argument("--weight_decay", type=at_least_zero, default=0.0, help="of the matrices")
     parser.add_argument("--decay", type=share, default=0.6, help="share of the budget in which the rates fall to zero")
     add_bf16(parser)
-    parser.add_argument("--workers", type=whole, default=0, help="processes that cut windows")
+    parser.add_argument(
+        "--workers", type=whole, default=0, help="processes that cut windows; then signal the main process alone"
+    )
     parser.add_argument("--eval_steps", type=at_least_one, default=500, help="steps between evaluated checkpoints")
     parser.add_argument("--seed", type=whole, default=1, help="of weights and order")
     return parser, budget
@@ -89,12 +91,13 @@ def altered(texts: Iterable[str | bytes], noise: float, repeat: float) -> Iterat
     """The documents, some of them with errors in 1 to 10% of their letters, and some after a document that is a passage of
     them, twice. What a text holds decides, so that every tokenizer gets the same."""
     for text in texts:
-        text = text if isinstance(text, str) else text.decode("utf-8", errors="surrogateescape")
-        choose = random.Random(f"repeat {text}")
-        if choose.random() < repeat:
-            start, length = choose.randrange(len(text)), choose.randint(*PASSAGE)
-            yield 2 * text[start : start + length]
-        choose = random.Random(f"noise {text}")
+        data = text.encode("utf-8", errors="surrogatepass") if isinstance(text, str) else bytes(text)
+        text = data.decode("utf-8", errors="surrogateescape")
+        choose = random.Random(b"repeat " + data)
+        if len(text) >= PASSAGE[0] and choose.random() < repeat:
+            start, length = choose.randint(0, len(text) - PASSAGE[0]), choose.randint(*PASSAGE)
+            yield (2 * text[start : start + length]).encode("utf-8", errors="surrogateescape")
+        choose = random.Random(b"noise " + data)
         if choose.random() < noise:
             text = add_noise(text, choose.choice(sorted(KINDS)), choose.uniform(0.01, 0.1), seed=choose.random())
         yield text.encode("utf-8", errors="surrogateescape")

@@ -142,7 +142,7 @@ def test_both_sentences_of_a_pair_get_the_same_noise():
 
 
 def test_altered_documents_are_the_same_each_time_and_say_what_was_asked():
-    texts = [f"Document {i}: " + "some words of a plain text. " * (5 + i % 7) for i in range(300)]
+    texts = [f"Document {i}: " + "some words of a plain text. " * (12 + i % 7) for i in range(300)]
     plain, noised, repeated, both = (
         [text.decode() if isinstance(text, bytes) else text for text in pretrain_script.altered(texts, *shares)]
         for shares in ((0, 0), (0.2, 0), (0, 0.1), (0.2, 0.1))
@@ -154,8 +154,18 @@ def test_altered_documents_are_the_same_each_time_and_say_what_was_asked():
     passages = [text for text in repeated if text not in texts]
     assert 10 < len(passages) < 60 and len(repeated) == len(texts) + len(passages)
     assert all(text[: len(text) // 2] == text[len(text) // 2 :] for text in passages)
+    assert all(2 * pretrain_script.PASSAGE[0] <= len(text) for text in passages)
     assert [text for text in both if text not in passages] == noised
     assert both == [t.decode() if isinstance(t, bytes) else t for t in pretrain_script.altered(texts, 0.2, 0.1)]
+
+
+@pytest.mark.parametrize("text", [b"caf\xe9 " * 99, "a lone \ud800 surrogate " * 20, "", b""])
+def test_documents_that_are_no_utf8_are_altered_too(text):
+    data = text if isinstance(text, bytes) else text.encode("utf-8", errors="surrogatepass")
+    *passage, same = pretrain_script.altered([text], 0, 1)
+    assert same == data and len(passage) == (len(data) > 0)
+    (noised,) = pretrain_script.altered([text], 1, 0)
+    assert (noised != data) == (len(data) > 0)
 
 
 def test_corpora_say_how_they_were_altered(small_text, tmp_path):

@@ -242,6 +242,24 @@ def test_muon_follows_the_one_of_torch():
     assert (ours.weight - theirs.weight).abs().max() < 0.05 * moved
 
 
+def test_muon_takes_weights_of_several_types_and_shrinks_them():
+    model = torch.nn.Sequential(*(torch.nn.Linear(6, 6, bias=False) for _ in range(3)))
+    model[2].to(torch.bfloat16)
+    model.get_output_embeddings = lambda: None
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    recipe = MuonRecipe()(model, muon_lr=0.5, weight_decay=0.2)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    recipe.step()
+    for parameter, old in zip(model.parameters(), before, strict=True):
+        assert parameter.dtype is old.dtype
+        torch.testing.assert_close(parameter.detach(), 0.9 * old)
+    model[1].to("meta")
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    recipe.step()  # on two devices
+
+
 def test_a_time_budget_stops_warms_up_and_decays(tmp_path, windows):
     budget, applied = TimeBudget(minutes=3 / 60, warmup=0.4, decay=0.5, clock="wall"), []
 

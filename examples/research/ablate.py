@@ -75,14 +75,10 @@ def command(arguments: dict, args: argparse.Namespace, output: Path) -> list[str
     for name, value in arguments.items():
         if name == "set":
             words += ["--set", *(f"{field}={json.dumps(change)}" for field, change in value.items())]
+        elif isinstance(value, list):
+            words += [f"--{name}", *map(str, value)]
         else:
-            words += (
-                [f"--{name}", *map(str, value)]
-                if isinstance(value, list)
-                else [f"--{name}"]
-                if value is True
-                else [f"--{name}", str(value)]
-            )
+            words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
     return words
 
 

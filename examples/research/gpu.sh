@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# Train presets on one GPU, one after the other, by the recipe of the shipped checkpoints.
+# Train presets on one GPU, one after the other, with the settings of the shipped checkpoints.
 #
 #     bash examples/research/gpu.sh DATA OUTPUT MINUTES [PRESET ...]
 #
 # DATA is a folder with train/*.jsonl.gz, validation.jsonl.gz and test.jsonl.gz (rows with `text`), MINUTES the budget of each
-# preset; without presets, all. Every ten minutes there is a checkpoint, and SIGTERM and Ctrl-C make one: the same
-# command goes on from there, also with more minutes. The environment variables WINDOWS (per step) and WINDOW_BYTES override
+# preset; without presets, all. There is a checkpoint every ten minutes, and when `train.py` (not its workers) gets SIGTERM: the
+# same command goes on from there, also with more minutes. The environment variables WINDOWS (per step) and WINDOW_BYTES override
 # what fits 80 GB of memory. OUTPUT/PRESET gets the checkpoint, its curve and results.json; `export.py` makes a published
 # folder of it.
 set -euo pipefail

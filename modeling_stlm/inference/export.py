@@ -8,7 +8,7 @@
 | `f32` | float32: the logits of `forward` within rounding | float32 |
 | `bf16` | bfloat16: half the size, exact for checkpoints that store bfloat16 | float32 |
 | `q8` | 8 bits with a scale per row | float32 |
-| `q4_0` | 4 bits with a scale per 32 inputs; 8 bits where rows are no multiple of 32 | float32 |
+| `q4_0` | trunk and tables of n-grams in 4 bits with a scale per 32 inputs, the rest as in `q8` | float32 |
 
 The file is GGUF, version 3, of architecture `stlm`: tensors under their names in the checkpoint (an int8 `x.weight` has its
 scales in `x.scale`), the fields of the configuration under `stlm.`, and the whole configuration as JSON in `stlm.config`.
@@ -33,6 +33,8 @@ from modeling_stlm.patching_stlm import VocabularyRule
 
 FORMAT_VERSION = 1
 TYPES = ("f32", "bf16", "q8", "q4_0")
+# Nine tenths of the weights. The byte layers and the head are small, and lose most where they are rounded to four bits.
+FOUR_BITS = ("model.trunk.", "model.ngram_embedding.ngram_tables.")
 ACTIVATIONS = ("relu2", "relu", "silu")
 # What `stlm.c` takes, lowest and highest. The number of key and value heads has those of the heads.
 SIZES = {
@@ -193,7 +195,8 @@ def export_gguf(
     for name, tensor in model.model.state_dict(prefix="model.").items():
         array = stored[name] = tensor.detach().float().cpu().numpy()
         is_table = array.ndim == 2 and type != "f32"
-        if is_table and (type == "bf16" or (type == "q4_0" and array.shape[1] % 32 == 0)):
+        has_four_bits = type == "q4_0" and name.startswith(FOUR_BITS)
+        if is_table and (type == "bf16" or (has_four_bits and array.shape[1] % 32 == 0)):
             kind = kinds.BF16 if type == "bf16" else kinds.Q4_0
             numbers = gguf.quants.quantize(array, kind)
             stored[name] = gguf.quants.dequantize(numbers, kind)

@@ -30,16 +30,16 @@ class MuonWithAdamW(torch.optim.AdamW):
         return loss
 
     def _muon_step(self, group: dict) -> None:
-        by_shape = collections.defaultdict(list)
+        alike = collections.defaultdict(list)
         for parameter in group["params"]:
             if parameter.grad is not None:
-                by_shape[parameter.shape].append(parameter)
-        for (rows, columns), parameters in by_shape.items():
+                alike[parameter.shape, parameter.device, parameter.dtype].append(parameter)
+        for ((rows, columns), _, dtype), parameters in alike.items():
             buffers = [self._momentum_buffer(parameter) for parameter in parameters]
             gradients = [parameter.grad for parameter in parameters]
             torch._foreach_lerp_(buffers, gradients, 1 - group["momentum"])
             updates = torch.stack(torch._foreach_lerp(gradients, buffers, group["momentum"]))
-            updates = orthogonalize(updates).to(parameters[0].dtype).unbind()
+            updates = orthogonalize(updates).to(dtype).unbind()
             torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
             torch._foreach_add_(parameters, updates, alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
 
