@@ -8,7 +8,7 @@
 | `f32` | float32: the logits of `forward` within rounding | float32 |
 | `bf16` | bfloat16: half the size, exact for checkpoints that store bfloat16 | float32 |
 | `q8` | 8 bits with a scale per row | float32 |
-| `q4_0` | trunk and tables of n-grams in 4 bits with a scale per 32 inputs, the rest as in `q8` | float32 |
+| `q4_0` | trunk, patching and tables of n-grams in 4 bits with a scale per 32 inputs, the rest as in `q8` | float32 |
 
 The file is GGUF, version 3, of architecture `stlm`: tensors under their names in the checkpoint (an int8 `x.weight` has its
 scales in `x.scale`), the fields of the configuration under `stlm.`, and the whole configuration as JSON in `stlm.config`.
@@ -34,7 +34,7 @@ from modeling_stlm.patching_stlm import VocabularyRule
 FORMAT_VERSION = 1
 TYPES = ("f32", "bf16", "q8", "q4_0")
 # Nine tenths of the weights. The byte layers and the head are small, and lose most where they are rounded to four bits.
-FOUR_BITS = ("model.trunk.", "model.ngram_embedding.ngram_tables.")
+FOUR_BITS = ("model.trunk.", "model.patcher.", "model.ngram_embedding.ngram_tables.")
 ACTIVATIONS = ("relu2", "relu", "silu")
 # What `stlm.c` takes, lowest and highest. The number of key and value heads has those of the heads.
 SIZES = {
