@@ -117,7 +117,9 @@ def write_corpora(args: argparse.Namespace, tokenizer, folder: Path) -> dict[str
             texts = documents(patterns)
             write_corpus(path, altered(texts, args.noise, args.repeat) if is_altered else texts, tokenizer)
         elif json.loads(sources.read_text()) != made_from:
-            raise SystemExit(f"{path} was made from {sources.read_text()}, not {made_from}: use another folder")
+            raise SystemExit(
+                f"{path} was made from {sources.read_text()}, not {json.dumps(made_from)}: use another folder"
+            )
     return corpora
 
 

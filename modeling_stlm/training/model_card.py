@@ -338,7 +338,8 @@ def _training(results: dict) -> str:
         return ""
     arguments = results["arguments"]
     budget = ", ".join(f"{name} {value}" for name, value in results["budget"].items())
-    passes = f", {results['bytes_seen'] / corpus:.1f} passes" if (corpus := results.get("corpus_bytes")) else ""
+    corpus = results.get("corpus_bytes")
+    passes = f", {results['bytes_seen'] / corpus:.1f} passes over {corpus:,}" if corpus else ""
     return "\n".join(
         [
             f"- {results['bytes_seen']:,} bytes seen{passes} in {results['steps']:,} steps of {arguments['batch_size']} "
