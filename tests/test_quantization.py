@@ -24,8 +24,9 @@ def bits_per_byte(model) -> float:
 @pytest.mark.parametrize(
     ("quantization", "loss"),
     [
-        (Int8WeightOnlyConfig(), 0.002),  # measured 0.0001; four bits 0.007
-        (IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerAxis(0)), 0.02),
+        (Int8WeightOnlyConfig(), 0.002),
+        # Measured 0.049, and 0.007 before the weights had read ten times as much; eight bits far less.
+        (IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerAxis(0)), 0.07),
     ],
     ids=["int8", "int4"],
 )
