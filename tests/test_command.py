@@ -128,8 +128,10 @@ def test_help_shows_a_request_that_the_server_takes(stlm, url):
     assert code == 0 and len(post(url, json.loads(body), address)["choices"][0]["text"]) > 50
 
 
-def test_bench_prints_a_table(stlm, engine):
-    code, output, errors = end_of(stlm("bench", engine.path, "--repeats", 1))
+@pytest.mark.parametrize(("threads", "unit"), [(1, "bytes per CPU second"), (2, "2 threads, bytes per second")])
+def test_bench_prints_a_table(threads, unit, stlm, engine):
+    code, output, errors = end_of(stlm("bench", engine.path, "--repeats", 1, "--threads", threads))
+    assert unit in output.decode()
     rows = re.findall(r"^\| (\d+) \| ([\d,]+) \| ([\d,]+) \|$", output.decode(), re.MULTILINE)
     assert code == 0 and [row[0] for row in rows] == ["1", "16"], errors
     assert all(int(number.replace(",", "")) > 1000 for row in rows for number in row[1:])

@@ -376,6 +376,12 @@ def test_what_the_engine_cannot_do_is_refused_by_name(tiny, tmp_path):
     assert not (tmp_path / "model.gguf").exists()
 
 
+def test_eight_bits_have_the_name_of_llama_cpp_too(tmp_path):
+    for type in ("q8", "q8_0"):
+        export_gguf(tiny_model(), tmp_path / type, type)
+    assert (tmp_path / "q8").read_bytes() == (tmp_path / "q8_0").read_bytes()
+
+
 def test_weights_that_were_trained_since_are_noticed(tmp_path):
     model = tiny_model(use_cache=True)
     engine, ids = engine_of(model, tmp_path), torch.tensor(ROWS[3:])

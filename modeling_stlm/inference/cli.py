@@ -41,24 +41,26 @@ def run(args: argparse.Namespace) -> None:
 
 
 def measure(engine: Engine, num_rows: int) -> tuple[float, float]:
-    """Bytes per CPU second of prompts and of writing, all rows together."""
+    """Bytes per second of prompts and of writing, all rows together: of CPU time, of several threads by the clock."""
+    now = time.process_time if engine.num_threads == 1 else time.perf_counter
     sampling = engine.sampling(do_sample=True)
     sampling.num_ends = 0  # texts of full length
     prompt = (BENCH_TEXT * (BENCH_BYTES // len(BENCH_TEXT) + 1))[:BENCH_BYTES]
     rows, num_bytes = Rows(engine, num_rows), BENCH_BYTES * num_rows
-    started = time.process_time()
+    started = now()
     rows.read([prompt] * num_rows)
-    after_prompt = time.process_time()
+    after_prompt = now()
     rows.write([sampling] * num_rows, range(num_rows), bytearray(b"\1" * num_rows), BENCH_BYTES)
-    return num_bytes / (after_prompt - started), num_bytes / (time.process_time() - after_prompt)
+    return num_bytes / (after_prompt - started), num_bytes / (now() - after_prompt)
 
 
 def bench(args: argparse.Namespace) -> None:
     from statistics import median
 
-    engine = Engine(args.model)
+    engine = Engine(args.model, num_threads=args.threads)
+    per = "bytes per CPU second" if args.threads == 1 else f"{args.threads} threads, bytes per second"
     runs = {num_rows: [measure(engine, num_rows) for _ in range(args.repeats)] for num_rows in (1, 16)}
-    print(f"{args.model}, {engine.isa}, {BENCH_BYTES} bytes, bytes per CPU second (median of {args.repeats})\n")
+    print(f"{args.model}, {engine.isa}, {BENCH_BYTES} bytes, {per} (median of {args.repeats})\n")
     print("| rows | prompt | generation |\n|---|---|---|")
     for num_rows, found in runs.items():
         prompt, generation = (median(column) for column in zip(*found))
@@ -115,13 +117,14 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--seed", type=int, default=0, help="default 0")
     options = command("bench", bench, "bytes per CPU second of prompts and of writing, for 1 and 16 rows")
     options.add_argument("model")
-    options.add_argument("--repeats", type=positive, default=3)
+    options.add_argument("--repeats", type=positive, default=3, help="default 3")
+    options.add_argument("--threads", type=positive, default=1, help="that share the rows, default 1; more: by the clock")
     options = command("serve", serve, "completions over HTTP, in the format of OpenAI")
     options.epilog = f"Then, for example:\n\n    {CURL}"
     options.add_argument("model")
     options.add_argument("--host", default="127.0.0.1")
     options.add_argument("--port", type=int, default=8000)
-    options.add_argument("--threads", type=int, default=1, help="that share the texts, default 1")
+    options.add_argument("--threads", type=positive, default=1, help="that share the texts, default 1")
     options.add_argument("--rows", type=int, default=16, help="texts that are written at once, default 16")
     for name, function, help in (
         ("zip", zip_file, "compress a file with the probabilities of a model"),

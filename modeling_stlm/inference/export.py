@@ -7,7 +7,7 @@
 |---|---|---|
 | `f32` | float32: the logits of `forward` within rounding | float32 |
 | `bf16` | bfloat16: half the size, exact for checkpoints that store bfloat16 | float32 |
-| `q8` | 8 bits with a scale per row | float32 |
+| `q8` (or `q8_0`) | 8 bits with a scale per row | float32 |
 | `q4_0` | trunk, patching and tables of n-grams in 4 bits with a scale per 32 inputs, the rest as in `q8` | float32 |
 
 The file is GGUF, version 3, of architecture `stlm`: tensors under their names in the checkpoint (an int8 `x.weight` has its
@@ -33,6 +33,7 @@ from modeling_stlm.patching_stlm import VocabularyRule
 
 FORMAT_VERSION = 1
 TYPES = ("f32", "bf16", "q8", "q4_0")
+SYNONYMS = {"q8_0": "q8"}  # what llama.cpp calls its 8 bits, which have a scale per 32 inputs
 # Nine tenths of the weights. The byte layers and the head are small, and lose most where they are rounded to four bits.
 FOUR_BITS = ("model.trunk.", "model.patcher.", "model.ngram_embedding.ngram_tables.")
 ACTIVATIONS = ("relu2", "relu", "silu")
@@ -149,7 +150,7 @@ def export_gguf(
     """Write `model` to `path` for the engine.
 
     Args:
-        type (`str`, defaults to `"f32"`): how matrices are stored, one of `TYPES`.
+        type (`str`, defaults to `"f32"`): how matrices are stored, one of `TYPES`; `"q8_0"` means `"q8"`.
         tokenizer (`STLMTokenizer`, *optional*): for its names of tokens and chat template, which the engine does not read.
         license (`str`, defaults to `""`): identifier as in a model card.
 
@@ -157,6 +158,7 @@ def export_gguf(
         ValueError: for a model that the engine cannot run, or an unknown type.
     """
     check(model)
+    type = SYNONYMS.get(type, type)
     if type not in TYPES:
         raise ValueError(f"type={type!r}, expected one of {', '.join(TYPES)}")
     import gguf
@@ -299,7 +301,11 @@ def main():
     parser.add_argument("model", type=folder_or_hub_id, help="folder or Hub id")
     parser.add_argument("output", type=Path, help="file to write, as model.gguf")
     parser.add_argument(
-        "--type", choices=TYPES, default="f32", help="of the matrices, see above (default: %(default)s)"
+        "--type",
+        type=lambda name: SYNONYMS.get(name, name),
+        choices=TYPES,
+        default="f32",
+        help="of the matrices, see above (default: %(default)s)",
     )
     args = parser.parse_args()
     try:
