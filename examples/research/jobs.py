@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The table of jobs: classes and nearest neighbours, clean and noisy, beside TF-IDF and features of a larger encoder.
+"""The table of jobs: classes and nearest neighbours, clean and noisy, beside TF-IDF, fastText and features of a larger encoder.
 
+    pip install fasttext-community
     python examples/research/jobs.py --data classification --teacher all-MiniLM-L6-v2 --seeds 3 --bf16 --output results/jobs.json
 
 `--data` holds `agnews` and `sst2` with `train.csv.gz` and `test.csv.gz`. A cell is a job, a system and a seed, which draws the
@@ -9,6 +10,7 @@ first ones of a shuffle that never changes. The systems:
 
     stlm      fine-tuned by examples/classify.py; for neighbours, its embeddings
     tfidf     words and pairs of words with a logistic regression; for neighbours, words
+    fasttext  words and pairs of words, 25 epochs at rate 0.5; classes only
     teacher   frozen features with a logistic regression; for neighbours, its embeddings
 
 In the noisy test rows a tenth of the letters is dropped, doubled, swapped, in the other case or a look-alike: a fifth of the rows
@@ -23,6 +25,7 @@ import statistics
 import sys
 import time
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 
 import numpy as np
 import torch
@@ -49,6 +52,8 @@ JOBS = {  # data, rows to train on, kind
     "SST-2": ("sst2", None, "classes"),
     "AG News, 8,000 rows": ("agnews", 8000, "classes"),
 }
+SYSTEMS = ("stlm", "tfidf", "fasttext", "teacher")
+PACKAGES = ("scikit-learn", "sentence-transformers")
 NOISE_RATE = 0.1
 
 
@@ -59,7 +64,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--teacher", required=True, help="a sentence-transformers folder")
     parser.add_argument("--output", type=Path, required=True, help="JSON")
     parser.add_argument("--jobs", nargs="+", default=list(JOBS), choices=JOBS)
-    parser.add_argument("--systems", nargs="+", default=["tfidf", "stlm", "teacher"])
+    parser.add_argument("--systems", nargs="+", default=list(SYSTEMS), choices=SYSTEMS)
     parser.add_argument("--test_rows", type=int, default=1500)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=float, default=3)
@@ -130,12 +135,39 @@ class Nearest:
         return float((self.labels[found] == np.array(labels)).mean())
 
 
+class FastText:
+    """A fastText classifier of one thread, as a classifier of scikit-learn."""
+
+    def __init__(self, seed: int):
+        self.seed = seed
+
+    def fit(self, texts, labels):
+        import fasttext
+
+        options = {"epoch": 25, "lr": 0.5, "wordNgrams": 2, "dim": 50, "bucket": 200_000, "thread": 1, "verbose": 0}
+        with NamedTemporaryFile("w", suffix=".txt") as file:
+            file.writelines(f"__label__{label} {self.line(text)}\n" for text, label in zip(texts, labels))
+            file.flush()
+            self.model = fasttext.train_supervised(file.name, seed=self.seed, **options)
+        return self
+
+    def score(self, texts, labels) -> float:
+        found, _ = self.model.predict([self.line(text) for text in texts])
+        return float(np.mean([best[0] == f"__label__{label}" for best, label in zip(found, labels)]))
+
+    @staticmethod
+    def line(text: str) -> str:
+        return " ".join(text.lower().split())
+
+
 def cell(args: argparse.Namespace, job: str, system: str, seed: int) -> dict[str, float]:
     name, rows, kind = JOBS[job]
     sets = read_sets(args, name, rows, seed)
     if system == "stlm" and kind == "classes":
         return classes_of_stlm(args, sets, seed)
-    if system == "tfidf":
+    if system == "fasttext":
+        model = FastText(seed)
+    elif system == "tfidf":
         model = classify.tfidf(sets["train"]) if kind == "classes" else Nearest(TfidfVectorizer(sublinear_tf=True))
     else:
         dtype = torch.bfloat16 if args.bf16 and system == "teacher" else torch.float32
@@ -151,7 +183,7 @@ def table(cells: dict[str, dict]) -> str:
     """Mean over the seeds, in percent, and standard deviation."""
     lines = []
     for job in JOBS:
-        for system in ("stlm", "tfidf", "teacher"):
+        for system in SYSTEMS:
             found = [value for name, value in cells.items() if name.rsplit(" | ", 1)[0] == f"{job} | {system}"]
             if found:
                 values = [[100 * value[column] for value in found] for column in ("clean", "noisy")]
@@ -169,7 +201,7 @@ def main():
         for job in args.jobs:
             for system in args.systems:
                 name = f"{job} | {system} | {seed}"
-                if name in results["cells"]:
+                if name in results["cells"] or (system == "fasttext" and JOBS[job][2] == "neighbours"):
                     continue
                 results["cells"][name] = cell(args, job, system, seed)
                 print(name, results["cells"][name], flush=True)
@@ -177,7 +209,7 @@ def main():
                     Path(word).name if "/" in word else word for word in sys.argv[1:]
                 ]  # no folders of this machine
                 results["command"] = shlex.join(["python", "examples/research/jobs.py", *words])
-                results |= run_info("scikit-learn", "sentence-transformers")
+                results |= run_info(*PACKAGES, *(["fasttext-community"] if "fasttext" in args.systems else []))
                 args.output.write_text(json.dumps(results, indent=1) + "\n")
     print(table(results["cells"]))
 
