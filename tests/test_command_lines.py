@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command lines of the examples: help at once, mistakes in words before anything loads, quiet ends."""
 
+import ast
 import json
 import os
 import subprocess
@@ -44,6 +45,32 @@ def test_help_imports_nothing_slow_and_explains_every_option(script, tmp_path):
     bare = [lines[i] for i in options if "  " not in lines[i].strip() and not lines[i + 1].startswith(" " * 8)]
     assert len(options) > 0 and bare == []
     assert not any(f"(default: {trivial})" in result.stdout for trivial in (None, False, []))
+
+
+FOLDERS = {path.stem: path.parent for folder in (EXAMPLES, EXAMPLES / "research") for path in folder.glob("*.py")}
+
+
+def imported_too_early(path: Path, on_path: list[Path], seen: set[str]) -> list[str]:
+    """Modules of the examples that `path`, or what it imports, asks for before their folder is in `sys.path`."""
+    found = []
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Expr) and ast.unparse(node).startswith("sys.path.append("):
+            on_path.append(EXAMPLES)
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        names += [node.module] if isinstance(node, ast.ImportFrom) else []
+        for name in set(names) & FOLDERS.keys() - seen:
+            seen.add(name)
+            if FOLDERS[name] in on_path:
+                found += imported_too_early(FOLDERS[name] / f"{name}.py", on_path, seen)
+            else:
+                found.append(f"{path.name}, line {node.lineno}: {name}")
+    return found
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("**/*.py")), ids=lambda path: str(path.relative_to(EXAMPLES)))
+def test_scripts_find_what_they_import(path):
+    # Read and not run: with torch, `--help` of those of research takes three minutes.
+    assert imported_too_early(path, [path.parent], {path.stem}) == []
 
 
 def test_help_shows_the_defaults_that_say_something(tmp_path):
