@@ -4,6 +4,7 @@
 import ast
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -165,6 +166,7 @@ SMALL = {  # numbers that make no sense: option and value, by script
     "classify.py": "epochs 0, epochs -1, learning_rate 0, batch_size 0, max_bytes 0, seed -1",
     "committee.py": "deep 0, shallow 0, members 0, articles -1, rows 0, max_bytes 0, pretraining_epochs 0, "
     "finetuning_epochs -1, batch_size 0, seeds 0",
+    "distill.py": "windows 0, block_bytes 0, max_steps 0, batch_size 0, teacher_weight 1.5, seed -1",
     "encoder.py": "passages 0, max_bytes 0, max_minutes 0, batch_size 0, muon_lr 0, adamw_lr -1, seed -1",
     "evaluate_lm.py": "limit 0, batch_size 0",
     "export_onnx.py": "max_length 0, num_bytes 0",
@@ -175,7 +177,9 @@ SMALL = {  # numbers that make no sense: option and value, by script
     "ner.py": "epochs 0, learning_rate -1, batch_size 0, max_bytes 0, seed -1",
     "pretrain.py": "max_minutes 0, max_steps 0, max_bytes 0, block_bytes 0, batch_size 0, muon_lr 0, adamw_lr -1, "
     "weight_decay -1, workers -1, eval_steps 0, seed -1",
-    "summarize.py": "train_rows 0, test_rows 0, text_bytes 0, summary_bytes 0, batch_size 0, seed -1",
+    "self_play.py": "num_rounds 0, max_steps 0, learning_rate 0, beta 0",
+    "summarize.py": "train_rows 0, test_rows 0, text_bytes 0, summary_bytes 0, batch_size 0, seed -1, max_steps 0, "
+    "learning_rate 0, lora_rank 0",
 }
 
 
@@ -185,6 +189,11 @@ def test_numbers_that_make_no_sense_are_refused(script, tmp_path):
         result = run(script, f"--{option}={value}", cwd=tmp_path)
         assert result.returncode == 2, (option, value)
         assert f"error: argument --{option}: {value} must be " in result.stderr.splitlines()[-1]
+
+
+def test_every_number_is_checked():
+    for script in SCRIPTS:
+        assert not re.search(r"type=(int|float)\b", (EXAMPLES / script).read_text(encoding="utf-8")), script
 
 
 def test_every_script_has_a_mistake_to_tell():
