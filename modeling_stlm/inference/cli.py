@@ -33,11 +33,14 @@ def run(args: argparse.Namespace) -> None:
     options = {"do_sample": args.temperature > 0, "top_k": args.top_k, "top_p": args.top_p, "seed": args.seed}
     if args.temperature:
         options["temperature"] = args.temperature
-    for byte in engine.stream(prompt, args.num_bytes, **options):
-        sys.stdout.buffer.write(byte)
-        sys.stdout.buffer.flush()
-    if sys.stdout.isatty():
-        print()
+    byte = b"\n"
+    try:
+        for byte in engine.stream(prompt, args.num_bytes, **options):
+            sys.stdout.buffer.write(byte)
+            sys.stdout.buffer.flush()
+    finally:
+        if byte != b"\n" and sys.stdout.isatty():  # where a prompt of the shell follows, also after Ctrl-C
+            print(flush=True)
 
 
 def measure(engine: Engine, num_rows: int) -> tuple[float, float]:
