@@ -133,14 +133,28 @@ def test_run_ends_quietly_when_nobody_reads_or_somebody_interrupts(stlm, engine)
 
 def test_what_is_wrong_is_said_in_one_line(stlm, engine, tmp_path):
     (tmp_path / "bad.gguf").write_bytes(engine.path.read_bytes()[:1000])
+    taken = socket.create_server(("127.0.0.1", 0))
+    model, model_option = "expected a model, which modeling_stlm.inference.export writes", ["--model", engine.path]
     for arguments, words in (
-        (["run", "none.gguf", "-p", "x"], "No such file or directory: 'none.gguf'"),
+        (["run", "none.gguf", "-p", "x"], f"stlm: none.gguf is no such file: {model}"),
+        (["bench", "."], f"stlm: . is a folder: {model}"),
+        (["serve", "-"], f"stlm: - is no such file: {model}"),
+        (["zip", "none.txt", "x", *model_option], "stlm: none.txt is no such file: expected a file to compress"),
+        (["zip", "bad.gguf", ".", *model_option], "stlm: . is a folder: expected the name of an archive"),
+        (["unzip", ".", "x", *model_option], "stlm: . is a folder: expected an archive of `stlm zip`"),
+        (
+            ["unzip", "bad.gguf", "no/x", *model_option],
+            f"no/x cannot be written: there is no folder {tmp_path / 'no'}",
+        ),
+        (["zip", "bad.gguf", "x", "--model", "none"], f"stlm: none is no such file: {model}"),
+        (["serve", engine.path, "--port", taken.getsockname()[1]], "Address already in use. Expected a free --port"),
         (["run", "bad.gguf", "-p", "x"], "bad.gguf: the file is truncated"),
         (["run", engine.path, "-p", "x", "--top_p", 2], "top_p=2.0 is out of its range"),
         (["serve", engine.path, "--port", 99999], "port must be 0-65535"),
     ):
         code, output, errors = end_of(stlm(*arguments))
         assert code == 1 and output == b"" and words in errors and errors.count("\n") == 1, errors
+    taken.close()
     code, _, errors = end_of(stlm("run"))
     assert code == 2 and "usage: stlm run" in errors
     for arguments in (["bench", engine.path, "--repeats", 0], ["run", engine.path, "-n", -5]):
