@@ -64,6 +64,9 @@ def main(args: argparse.Namespace):
         processing_class=tokenizer,
         compute_round_metrics=lambda model: scores_of(model, tokenizer, test, args)[0],
     )
+    played = args.output / "rounds.json"
+    if played.is_file():
+        print(f"{args.output}: goes on after round {len(json.loads(played.read_text())) - 1} of {args.num_rounds}")
     rounds = trainer.train(resume_from_checkpoint=True)
     for index, scores in enumerate(rounds):
         scores = {name: value for name, value in scores.items() if name != "round"}
