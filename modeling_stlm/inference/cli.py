@@ -161,7 +161,9 @@ def parser() -> argparse.ArgumentParser:
     options = command("bench", bench, "bytes per CPU second of prompts and of writing, for 1 and 16 rows")
     options.add_argument("model")
     options.add_argument("--repeats", type=positive, default=3, help="default 3")
-    options.add_argument("--threads", type=positive, default=1, help="that share the rows, default 1; more: by the clock")
+    options.add_argument(
+        "--threads", type=positive, default=1, help="that share the rows, default 1; more: by the clock"
+    )
     options = command("serve", serve, "completions over HTTP, in the format of OpenAI")
     options.epilog = f"Then, for example:\n\n    {CURL}"
     options.add_argument("model")
