@@ -18,7 +18,18 @@ import json
 import time
 from pathlib import Path
 
-from inputs import HelpFormatter, checkpoint, quiet_exit, read_text, text_file
+from inputs import (
+    HelpFormatter,
+    add_bf16,
+    at_least_one,
+    checkpoint,
+    choose_precision,
+    quiet_exit,
+    read_text,
+    share,
+    text_file,
+    whole,
+)
 
 
 HERE = Path(__file__).parent
@@ -36,13 +47,14 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--output", type=Path, default=Path("runs/distilled"), help="folder")
     parser.add_argument(
-        "--windows", type=int, default=256, help="of the text to train on; the teacher reads each once"
+        "--windows", type=at_least_one, default=256, help="of the text to train on; the teacher reads each once"
     )
-    parser.add_argument("--block_bytes", type=int, default=512, help="bytes per window")
-    parser.add_argument("--max_steps", type=int, default=60, help="of each student")
-    parser.add_argument("--batch_size", type=int, default=8, help="windows per step")
-    parser.add_argument("--teacher_weight", type=float, default=0.5, help="of its part of the loss, 0 to 1")
-    parser.add_argument("--seed", type=int, default=1, help="of weights and order")
+    parser.add_argument("--block_bytes", type=at_least_one, default=512, help="bytes per window")
+    parser.add_argument("--max_steps", type=at_least_one, default=60, help="of each student")
+    parser.add_argument("--batch_size", type=at_least_one, default=8, help="windows per step")
+    parser.add_argument("--teacher_weight", type=share, default=0.5, help="of its part of the loss, 0 to 1")
+    add_bf16(parser, "bfloat16 autocast, and weights of a teacher of subwords")
+    parser.add_argument("--seed", type=whole, default=1, help="of weights and order")
     args = parser.parse_args()
     if not args.gguf_file:
         for name in args.teacher:
@@ -65,13 +77,13 @@ from modeling_stlm import STLMCommittee, STLMConfig, STLMForCausalLM, STLMTokeni
 from modeling_stlm.training.bits_per_byte import BitsPerByteEvaluator
 from modeling_stlm.training.corpus import PackedWindows, ids_are_bytes, write_corpus
 from modeling_stlm.training.distillation import DistillationTrainer, StoredTeacher, SubwordTeacher, store_teacher
-from modeling_stlm.training.optimizer import MuonRecipe, has_bfloat16
+from modeling_stlm.training.optimizer import MuonRecipe
 
 
 RATES = {"muon_lr": 0.02, "adamw_lr": 4e-3}
 
 
-def load_teacher(names: list[str], gguf_file: str | None):
+def load_teacher(names: list[str], gguf_file: str | None, bf16: bool):
     """A model of bytes, a committee of these, or a `SubwordTeacher`."""
     options = {"gguf_file": gguf_file} if gguf_file else {}
     tokenizer = AutoTokenizer.from_pretrained(names[0], **options)
@@ -80,14 +92,13 @@ def load_teacher(names: list[str], gguf_file: str | None):
         models = [AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, **options) for name in names]
         return (STLMCommittee.from_members(models) if len(models) > 1 else models[0]).to(device)
     # On a CPU bfloat16 is twice as fast, and eager attention faster than sdpa, which has a mask to read here.
-    dtype = torch.bfloat16 if has_bfloat16(device) else torch.float32
-    options |= {"dtype": dtype, "attn_implementation": "eager"}
+    options |= {"dtype": torch.bfloat16 if bf16 else torch.float32, "attn_implementation": "eager"}
     return SubwordTeacher(AutoModelForCausalLM.from_pretrained(names[0], **options).to(device), tokenizer)
 
 
 def train(args: argparse.Namespace, sets: dict, teacher, teacher_weight: float) -> tuple[DistillationTrainer, dict]:
     set_seed(args.seed)
-    evaluator, has_gpu = BitsPerByteEvaluator(), torch.cuda.is_available()
+    evaluator = BitsPerByteEvaluator()
     trainer = DistillationTrainer(
         STLMForCausalLM(STLMConfig.from_preset(args.student)),
         TrainingArguments(
@@ -102,8 +113,8 @@ def train(args: argparse.Namespace, sets: dict, teacher, teacher_weight: float) 
             seed=args.seed,
             save_strategy="no",
             batch_eval_metrics=True,
-            bf16=has_gpu,
-            use_cpu=not has_gpu,
+            bf16=args.bf16,
+            use_cpu=not torch.cuda.is_available(),
             report_to="none",
         ),
         train_dataset=sets["train"],
@@ -122,6 +133,7 @@ def train(args: argparse.Namespace, sets: dict, teacher, teacher_weight: float) 
 
 
 def main(args: argparse.Namespace):
+    choose_precision(args)
     text = read_text(args.text, min_bytes=10 * (args.block_bytes + 2)).encode()
     tokenizer, cut, sets = STLMTokenizer(), len(text) * 9 // 10, {}
     for split, part in (("train", text[:cut]), ("validation", text[cut:])):
@@ -130,7 +142,7 @@ def main(args: argparse.Namespace):
     sets["train"] = Subset(sets["train"], range(min(args.windows, len(sets["train"]))))
     print(f"{len(sets['train'])} windows of {args.block_bytes} bytes, student {args.student}, teacher {args.teacher}")
 
-    teacher, results = load_teacher(args.teacher, args.gguf_file), {}
+    teacher, results = load_teacher(args.teacher, args.gguf_file, args.bf16), {}
     if isinstance(teacher, SubwordTeacher):
         path, start = args.output / f"{Path(args.teacher[0]).name}.bin", time.monotonic()
         if not path.is_file():

@@ -60,7 +60,7 @@ if __name__ == "__main__":
 import numpy as np
 import torch
 from noise import KINDS, add_noise
-from run_folder import last_checkpoint
+from run_folder import ResumeLine, last_checkpoint
 from score import documents
 from sentence_transformers import SentenceTransformer
 from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer, TrainingArguments, set_seed
@@ -124,7 +124,8 @@ def main(args: argparse.Namespace):
     passages, embeddings = embedded_passages(args)
     embeddings = compress(embeddings, model.config.hidden_size)
     data = EmbeddedPassages(passages[NUM_HELD_OUT:], embeddings[NUM_HELD_OUT:], tokenizer, noisy)
-    stop = StopOnSignal()
+    stop, budget = StopOnSignal(), TimeBudget(args.max_minutes, clock=args.clock)
+    resume = ResumeLine(lambda state: f"{budget.elapsed_seconds / 60:.1f} of {args.max_minutes:g} min")
     trainer = EmbeddingTrainer(
         model,
         TrainingArguments(
@@ -147,7 +148,7 @@ def main(args: argparse.Namespace):
         data_collator=data.collate,
         processing_class=tokenizer,
         optimizer_cls_and_kwargs=(MuonRecipe, {"muon_lr": args.muon_lr, "adamw_lr": args.adamw_lr}),
-        callbacks=[TimeBudget(args.max_minutes, clock=args.clock), SaveByTime(minutes=5), stop],
+        callbacks=[budget, resume, SaveByTime(minutes=5), stop],
     )
     trainer.train(resume_from_checkpoint=last_checkpoint(args.output))
     if stop.received is not None:

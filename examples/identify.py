@@ -264,7 +264,7 @@ def train(args: argparse.Namespace) -> None:
         raise SystemExit(f"--validation has languages that --train has not: {unknown}")
 
     import torch
-    from run_folder import last_checkpoint
+    from run_folder import ResumeLine, last_checkpoint
     from transformers import DataCollatorForTokenClassification, Trainer, TrainingArguments, set_seed
 
     from modeling_stlm import STLMConfig, STLMForTokenClassification, STLMTokenizer
@@ -282,6 +282,7 @@ def train(args: argparse.Namespace) -> None:
     num_sentences = sum(map(len, sentences.values()))
     print(f"{model.num_parameters():,} parameters, {len(label2id)} languages, {num_sentences:,} sentences")
     stop, budget = StopOnSignal(), TimeBudget(args.max_minutes, clock="cpu")
+    resume = ResumeLine(lambda state: f"{budget.elapsed_seconds / 60:.1f} of {args.max_minutes:g} min")
     trainer = Trainer(
         model=model,
         args=TrainingArguments(
@@ -303,7 +304,7 @@ def train(args: argparse.Namespace) -> None:
         data_collator=DataCollatorForTokenClassification(tokenizer),
         processing_class=tokenizer,
         optimizer_cls_and_kwargs=(MuonRecipe, {"muon_lr": args.muon_lr, "adamw_lr": args.adamw_lr}),
-        callbacks=[budget, stop, SaveByTime(minutes=5)],
+        callbacks=[budget, resume, stop, SaveByTime(minutes=5)],
     )
     trainer.train(resume_from_checkpoint=last_checkpoint(args.output))
     if stop.received is not None:

@@ -14,7 +14,7 @@ import json
 from itertools import islice
 from pathlib import Path
 
-from inputs import HelpFormatter, at_least_one, causal_checkpoint, file_pattern, positive, quiet_exit, whole
+from inputs import HelpFormatter, at_least_one, causal_checkpoint, file_pattern, naming, positive, quiet_exit, whole
 
 
 HERE = Path(__file__).parent
@@ -81,8 +81,10 @@ def make_windows(args: argparse.Namespace, tokenizer) -> dict[str, PackedWindows
     windows = {}
     for split, default in shipped.items():
         files = getattr(args, split)
-        path = write_corpus(args.output / "data" / f"{split}.bin", documents(files) if files else default, tokenizer)
-        windows[split] = PackedWindows(path, tokenizer, block_size=1024)
+        path = args.output / "data" / f"{split}.bin"
+        with naming(split, files or [str(TEXT)], "Take longer texts"):
+            write_corpus(path, documents(files) if files else default, tokenizer)
+            windows[split] = PackedWindows(path, tokenizer, block_size=1024)
     return windows
 
 
@@ -133,10 +135,7 @@ def main(args: argparse.Namespace):
     tokenizer = AutoTokenizer.from_pretrained(args.checkpoint)
     larger = AutoModelForCausalLM.from_pretrained(args.checkpoint, dtype=torch.float32)
     config = load_config(args.checkpoint, args.set)
-    try:
-        windows = make_windows(args, tokenizer)
-    except ValueError as error:
-        raise SystemExit(f"{error}: take longer texts") from None
+    windows = make_windows(args, tokenizer)
     data = islice(DataLoader(windows["train"], args.batch_size), args.data_batches) if args.data_batches else None
     models = {
         "random": AutoModelForCausalLM.from_config(config),

@@ -98,6 +98,17 @@ def file_pattern(value: str) -> str:
     return value
 
 
+@contextmanager
+def naming(split: str, patterns: list[str], remedy: str) -> Iterator[None]:
+    """A `ValueError` about the texts of a split ends the program, with their files and what to do."""
+    try:
+        yield
+    except ValueError as error:
+        files = sorted(file for pattern in patterns for file in glob(pattern))
+        more = f" and {len(files) - 3:,} more" if len(files) > 3 else ""
+        raise SystemExit(f"--{split} {' '.join(files[:3])}{more}: {error}. {remedy}") from None
+
+
 def decode(data: bytes, path: Path) -> str:
     """`data` of the file `path` as UTF-8; what is wrong with it, and what to do, ends the program."""
     try:

@@ -21,6 +21,7 @@ from inputs import (
     at_least_zero,
     choose_precision,
     file_pattern,
+    naming,
     positive,
     quiet_exit,
     share,
@@ -115,7 +116,8 @@ def write_corpora(args: argparse.Namespace, tokenizer, folder: Path) -> dict[str
             path.parent.mkdir(parents=True, exist_ok=True)
             sources.write_text(json.dumps(made_from))
             texts = documents(patterns)
-            write_corpus(path, altered(texts, args.noise, args.repeat) if is_altered else texts, tokenizer)
+            with naming(split, patterns, "Take other texts"):
+                write_corpus(path, altered(texts, args.noise, args.repeat) if is_altered else texts, tokenizer)
         elif json.loads(sources.read_text()) != made_from:
             raise SystemExit(
                 f"{path} was made from {sources.read_text()}, not {json.dumps(made_from)}: use another folder"
@@ -202,11 +204,10 @@ def main(args: argparse.Namespace):
     set_seed(args.seed)
     choose_precision(args)
     tokenizer = STLMTokenizer()
-    try:
-        corpora = write_corpora(args, tokenizer, args.output / "data")
-        sets = {split: PackedWindows(path, tokenizer, args.block_bytes) for split, path in corpora.items()}
-    except ValueError as error:
-        raise SystemExit(f"{error}: take longer texts and a new --output, or smaller --block_bytes") from None
+    sets = {}
+    for split, path in write_corpora(args, tokenizer, args.output / "data").items():
+        with naming(split, getattr(args, split), "Take longer texts and a new --output, or smaller --block_bytes"):
+            sets[split] = PackedWindows(path, tokenizer, args.block_bytes)
     model = AutoModelForCausalLM.from_config(load_config(args.model, args.set))
     print(f"{args.model}: {model.num_parameters():,} parameters, {model.device}, {model.dtype}")
     evaluator, step_bytes = BitsPerByteEvaluator(), args.batch_size * args.block_bytes

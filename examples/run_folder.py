@@ -26,15 +26,24 @@ def last_checkpoint(output: Path) -> str | None:
     return None
 
 
-class ProgressLines(TrainerCallback):
-    """Prints a line for every log: how far the run is, then its loss or its score.
+class ResumeLine(TrainerCallback):
+    """Prints where a resumed run goes on; stands after the `TimeBudget`, which reads the time from the checkpoint.
 
     Args:
-        progress (`Callable[[TrainerState], str]`): how far, such as `"3.0 of 60 min"`.
+        progress (`Callable[[TrainerState], str]`): how far the run is, such as `"3.0 of 60 min"`.
     """
 
     def __init__(self, progress: Callable[[TrainerState], str]):
         self.progress = progress
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.is_world_process_zero and state.global_step:
+            checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            print(f"{self.progress(state)}: goes on from {checkpoint}", flush=True)
+
+
+class ProgressLines(ResumeLine):
+    """Prints a line for every log, too: how far the run is, then its loss or its score."""
 
     def on_log(self, args, state, control, logs, **kwargs):
         if not state.is_world_process_zero:

@@ -13,15 +13,15 @@ import argparse
 import json
 from pathlib import Path
 
-from inputs import at_least_one, quiet_exit, summary_parser
+from inputs import at_least_one, positive, quiet_exit, summary_parser
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = summary_parser(__doc__)
     parser.add_argument("--num_rounds", type=at_least_one, default=3, help="of generation and training")
     parser.add_argument("--max_steps", type=at_least_one, default=10, help="steps in a round")
-    parser.add_argument("--learning_rate", type=float, default=1e-5, help="of AdamW")
-    parser.add_argument("--beta", type=float, default=0.1, help="lambda of the paper")
+    parser.add_argument("--learning_rate", type=positive, default=1e-5, help="of AdamW")
+    parser.add_argument("--beta", type=positive, default=0.1, help="lambda of the paper")
     return parser.parse_args()
 
 
@@ -64,6 +64,9 @@ def main(args: argparse.Namespace):
         processing_class=tokenizer,
         compute_round_metrics=lambda model: scores_of(model, tokenizer, test, args)[0],
     )
+    played = args.output / "rounds.json"
+    if played.is_file():
+        print(f"{args.output}: goes on after round {len(json.loads(played.read_text())) - 1} of {args.num_rounds}")
     rounds = trainer.train(resume_from_checkpoint=True)
     for index, scores in enumerate(rounds):
         scores = {name: value for name, value in scores.items() if name != "round"}

@@ -16,13 +16,13 @@ import argparse
 import json
 from pathlib import Path
 
-from inputs import at_least_one, quiet_exit, read_json_lines, summary_parser
+from inputs import at_least_one, positive, quiet_exit, read_json_lines, summary_parser
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = summary_parser(__doc__)
     parser.add_argument("--max_steps", type=at_least_one, default=20, help="of each training")
-    parser.add_argument("--learning_rate", type=float, default=1e-3, help="of AdamW")
+    parser.add_argument("--learning_rate", type=positive, default=1e-3, help="of AdamW")
     parser.add_argument("--lora_rank", type=at_least_one, default=16, help="of the adapter")
     return parser.parse_args()
 

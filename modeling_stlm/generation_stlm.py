@@ -90,6 +90,18 @@ class UTF8LogitsProcessor(LogitsProcessor):
         return scores.masked_fill(~allowed, -torch.inf)
 
 
+def refuse_empty_rows(attention_mask: torch.Tensor | None, copies: int) -> None:
+    """Raise a `ValueError` for a prompt of padding alone: its logits are all zero, and its text would be noise."""
+    if attention_mask is None or attention_mask.ndim != 2:
+        return
+    is_empty = ~(attention_mask != 0).any(-1)
+    if is_empty.any():
+        raise ValueError(
+            f"row {int(is_empty.int().argmax()) // copies} is empty, nothing but padding: there is nothing to predict its first byte "
+            "from. Begin it with bos_token, as `generate` does without inputs"
+        )
+
+
 # transformers 5.24 reads the whole text again after a cache that is not empty when bytes are drafted, and silently writes
 # other bytes. Set to the release that mends it, as (5, 25); `tests/test_private_api.py` tells.
 DRAFTS_AFTER_A_CACHE_MENDED_IN: tuple[int, int] | None = None
@@ -134,8 +146,11 @@ class STLMGenerationMixin(GenerationMixin):
             generation_config.valid_utf8 = valid_utf8
         return generation_config, model_kwargs
 
-    def _get_logits_processor(self, generation_config, *args, **kwargs):
-        processors = super()._get_logits_processor(generation_config, *args, **kwargs)
+    def _get_logits_processor(self, generation_config, *args, model_kwargs: dict | None = None, **kwargs):
+        # All modes come by here, before the first forward pass, which cannot know that a row stays empty.
+        copies = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)  # of each prompt
+        refuse_empty_rows((model_kwargs or {}).get("attention_mask"), copies)
+        processors = super()._get_logits_processor(generation_config, *args, model_kwargs=model_kwargs, **kwargs)
         if getattr(generation_config, "valid_utf8", False):
             # The last place may be taken by an end of text.
             forced = generation_config.forced_eos_token_id is not None

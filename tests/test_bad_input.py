@@ -76,10 +76,35 @@ def test_a_row_of_padding_alone_is_finite_and_changes_no_other_row(options):
     inputs = batch([[], []], "left")
     inputs = {"input_ids": torch.full((2, 3), 256), "attention_mask": torch.zeros(2, 3, dtype=torch.long)}
     assert torch.isfinite(model(**inputs).logits).all()
-    new = model.generate(
-        **inputs, max_new_tokens=5, do_sample=False, use_cache=True, pad_token_id=256, eos_token_id=None
-    )
-    assert torch.equal(new[0], new[1])
+
+
+EMPTY = {"max_new_tokens": 5, "pad_token_id": 256, "bos_token_id": 257, "eos_token_id": None}
+WAYS = {
+    "greedy": {"do_sample": False},
+    "beams": {"num_beams": 2},
+    "drawn": {"do_sample": True, "num_return_sequences": 2},
+}
+
+
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+@torch.no_grad()
+def test_an_empty_prompt_in_a_batch_is_refused(way):
+    model = tiny_model(use_cache=True)
+    inputs = batch([ids_of("some words"), [], ids_of("x")], "left")
+    for kwargs in (inputs, {"input_ids": inputs["input_ids"]}):  # the library finds padding without a mask, too
+        with pytest.raises(ValueError, match=r"row 1 is empty, nothing but padding.* Begin it with bos_token"):
+            model.generate(**kwargs, **EMPTY, **way)
+
+
+@torch.no_grad()
+def test_bos_in_a_batch_generates_what_no_input_does():
+    model, inputs = tiny_model(use_cache=True), batch([ids_of("some words"), [257]], "left")
+    together = model.generate(**inputs, **EMPTY, do_sample=False)
+    assert torch.equal(together[1, -6:], model.generate(**EMPTY, do_sample=False)[0])
+    # A row may have nothing new if it has something before it.
+    ids = torch.cat([inputs["input_ids"], torch.tensor([[65], [256]])], 1)
+    mask, cache = (ids != 256).long(), model(**inputs).cache
+    assert model.generate(ids, attention_mask=mask, cache=cache, **EMPTY, do_sample=False).shape == (2, 16)
 
 
 @torch.no_grad()

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command `stlm`, as it is installed: in processes of its own, and its server in threads of this one."""
 
+import contextlib
 import http.client
 import json
 import os
+import pty
 import re
 import shutil
 import signal
@@ -15,7 +17,6 @@ import time
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -55,7 +56,7 @@ def stlm(engine_build, engine, tmp_path):
         arguments = [sys.executable, "-c", START + then, command, *map(str, arguments)]
         pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
         environment = os.environ | {"PYTHONPATH": str(engine_build)}
-        return subprocess.Popen(arguments, cwd=tmp_path, env=environment, **pipes, **options)
+        return subprocess.Popen(arguments, cwd=tmp_path, env=environment, **pipes | options)
 
     return start
 
@@ -78,6 +79,31 @@ def test_run_writes_what_follows_a_prompt_or_standard_input(stlm, engine):
     options = ["--temperature", 0.9, "--top_k", 30, "--top_p", 0.9, "--seed", 7]
     expected = engine.generate(prompt, 70, do_sample=True, temperature=0.9, top_k=30, top_p=0.9, seed=7)
     assert end_of(stlm("run", engine.path, "-p", prompt, "-n", 70, *options)) == (0, expected, "")
+
+
+def test_a_text_ends_its_line_on_a_terminal_only(stlm, engine):
+    prompt = "- one\n- two\n- three"
+
+    def shown(*arguments, code: int = 0) -> bytes:
+        ours, theirs = pty.openpty()
+        process = stlm("run", engine.path, "-p", prompt, "--temperature", 0, *arguments, stdout=theirs)
+        os.close(theirs)
+        text = b""
+        with contextlib.suppress(OSError):  # at its end, on Linux
+            while piece := os.read(ours, 1000):
+                if code == 130 and not text:
+                    process.send_signal(signal.SIGINT)
+                text += piece
+        os.close(ours)
+        assert end_of(process)[0] == code
+        return text.replace(b"\r\n", b"\n")
+
+    text = engine.generate(prompt, 60)
+    line_end = text.index(b"\n") + 1
+    assert shown("-n", 5) == text[:5] + b"\n"
+    assert shown("-n", line_end) == text[:line_end]  # which ends the line itself
+    assert shown("-n", 10**8, code=130).endswith(b"\n")
+    assert shown("--top_p", 2, code=1) == b""
 
 
 def test_run_imports_neither_torch_nor_transformers_nor_numpy(stlm, engine):
@@ -107,14 +133,28 @@ def test_run_ends_quietly_when_nobody_reads_or_somebody_interrupts(stlm, engine)
 
 def test_what_is_wrong_is_said_in_one_line(stlm, engine, tmp_path):
     (tmp_path / "bad.gguf").write_bytes(engine.path.read_bytes()[:1000])
+    taken = socket.create_server(("127.0.0.1", 0))
+    model, model_option = "expected a model, which modeling_stlm.inference.export writes", ["--model", engine.path]
     for arguments, words in (
-        (["run", "none.gguf", "-p", "x"], "No such file or directory: 'none.gguf'"),
+        (["run", "none.gguf", "-p", "x"], f"stlm: none.gguf is no such file: {model}"),
+        (["bench", "."], f"stlm: . is a folder: {model}"),
+        (["serve", "-"], f"stlm: - is no such file: {model}"),
+        (["zip", "none.txt", "x", *model_option], "stlm: none.txt is no such file: expected a file to compress"),
+        (["zip", "bad.gguf", ".", *model_option], "stlm: . is a folder: expected the name of an archive"),
+        (["unzip", ".", "x", *model_option], "stlm: . is a folder: expected an archive of `stlm zip`"),
+        (
+            ["unzip", "bad.gguf", "no/x", *model_option],
+            f"no/x cannot be written: there is no folder {tmp_path / 'no'}",
+        ),
+        (["zip", "bad.gguf", "x", "--model", "none"], f"stlm: none is no such file: {model}"),
+        (["serve", engine.path, "--port", taken.getsockname()[1]], "Address already in use. Expected a free --port"),
         (["run", "bad.gguf", "-p", "x"], "bad.gguf: the file is truncated"),
         (["run", engine.path, "-p", "x", "--top_p", 2], "top_p=2.0 is out of its range"),
         (["serve", engine.path, "--port", 99999], "port must be 0-65535"),
     ):
         code, output, errors = end_of(stlm(*arguments))
         assert code == 1 and output == b"" and words in errors and errors.count("\n") == 1, errors
+    taken.close()
     code, _, errors = end_of(stlm("run"))
     assert code == 2 and "usage: stlm run" in errors
     for arguments in (["bench", engine.path, "--repeats", 0], ["run", engine.path, "-n", -5]):
@@ -334,7 +374,7 @@ def test_copies_of_a_text_share_its_prompt(engine):
     assert {id(text.prompt) for text in completion.texts} == {id(completion.prompts[0])}
 
 
-@contextmanager
+@contextlib.contextmanager
 def serving(engine, num_rows: int = 1):
     """A server, and what its requests take."""
     server = Server(engine, "127.0.0.1", 0, num_rows)

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command lines of the examples: help at once, mistakes in words before anything loads, quiet ends."""
 
+import ast
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -44,6 +46,32 @@ def test_help_imports_nothing_slow_and_explains_every_option(script, tmp_path):
     bare = [lines[i] for i in options if "  " not in lines[i].strip() and not lines[i + 1].startswith(" " * 8)]
     assert len(options) > 0 and bare == []
     assert not any(f"(default: {trivial})" in result.stdout for trivial in (None, False, []))
+
+
+FOLDERS = {path.stem: path.parent for folder in (EXAMPLES, EXAMPLES / "research") for path in folder.glob("*.py")}
+
+
+def imported_too_early(path: Path, on_path: list[Path], seen: set[str]) -> list[str]:
+    """Modules of the examples that `path`, or what it imports, asks for before their folder is in `sys.path`."""
+    found = []
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Expr) and ast.unparse(node).startswith("sys.path.append("):
+            on_path.append(EXAMPLES)
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        names += [node.module] if isinstance(node, ast.ImportFrom) else []
+        for name in set(names) & FOLDERS.keys() - seen:
+            seen.add(name)
+            if FOLDERS[name] in on_path:
+                found += imported_too_early(FOLDERS[name] / f"{name}.py", on_path, seen)
+            else:
+                found.append(f"{path.name}, line {node.lineno}: {name}")
+    return found
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("**/*.py")), ids=lambda path: str(path.relative_to(EXAMPLES)))
+def test_scripts_find_what_they_import(path):
+    # Read and not run: with torch, `--help` of those of research takes three minutes.
+    assert imported_too_early(path, [path.parent], {path.stem}) == []
 
 
 def test_help_shows_the_defaults_that_say_something(tmp_path):
@@ -138,6 +166,7 @@ SMALL = {  # numbers that make no sense: option and value, by script
     "classify.py": "epochs 0, epochs -1, learning_rate 0, batch_size 0, max_bytes 0, seed -1",
     "committee.py": "deep 0, shallow 0, members 0, articles -1, rows 0, max_bytes 0, pretraining_epochs 0, "
     "finetuning_epochs -1, batch_size 0, seeds 0",
+    "distill.py": "windows 0, block_bytes 0, max_steps 0, batch_size 0, teacher_weight 1.5, seed -1",
     "encoder.py": "passages 0, max_bytes 0, max_minutes 0, batch_size 0, muon_lr 0, adamw_lr -1, seed -1",
     "evaluate_lm.py": "limit 0, batch_size 0",
     "export_onnx.py": "max_length 0, num_bytes 0",
@@ -148,7 +177,9 @@ SMALL = {  # numbers that make no sense: option and value, by script
     "ner.py": "epochs 0, learning_rate -1, batch_size 0, max_bytes 0, seed -1",
     "pretrain.py": "max_minutes 0, max_steps 0, max_bytes 0, block_bytes 0, batch_size 0, muon_lr 0, adamw_lr -1, "
     "weight_decay -1, workers -1, eval_steps 0, seed -1",
-    "summarize.py": "train_rows 0, test_rows 0, text_bytes 0, summary_bytes 0, batch_size 0, seed -1",
+    "self_play.py": "num_rounds 0, max_steps 0, learning_rate 0, beta 0",
+    "summarize.py": "train_rows 0, test_rows 0, text_bytes 0, summary_bytes 0, batch_size 0, seed -1, max_steps 0, "
+    "learning_rate 0, lora_rank 0",
 }
 
 
@@ -158,6 +189,11 @@ def test_numbers_that_make_no_sense_are_refused(script, tmp_path):
         result = run(script, f"--{option}={value}", cwd=tmp_path)
         assert result.returncode == 2, (option, value)
         assert f"error: argument --{option}: {value} must be " in result.stderr.splitlines()[-1]
+
+
+def test_every_number_is_checked():
+    for script in SCRIPTS:
+        assert not re.search(r"type=(int|float)\b", (EXAMPLES / script).read_text(encoding="utf-8")), script
 
 
 def test_every_script_has_a_mistake_to_tell():

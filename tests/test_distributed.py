@@ -25,7 +25,9 @@ import json, sys, torch
 from transformers import Trainer, TrainingArguments
 from transformers.distributed import DistributedConfig
 from modeling_stlm import STLMForCausalLM
+from modeling_stlm.training import optimizer
 settings = json.loads(sys.argv[1])
+optimizer.has_bfloat16 = lambda device: False  # as where there are no instructions for it: weights are compared to 1e-5
 sharding = {"distributed_config": DistributedConfig(fsdp_size=2)} if settings["sharded_by_transformers"] else {}
 model = STLMForCausalLM.from_pretrained(settings["model"], **sharding)
 # One row of two completes no patch: its rank would leave the trunk out, and the other would wait for it.
@@ -34,7 +36,8 @@ data = [{"input_ids": torch.tensor(row), "labels": torch.tensor(row)} for row in
 args = TrainingArguments(output_dir=settings["out"], max_steps=3, learning_rate=0.1, optim="sgd", logging_steps=1,
                          save_strategy="no", report_to="none", use_cpu=True, disable_tqdm=True,
                          train_sampling_strategy="sequential", **settings["arguments"])
-trainer = Trainer(model=model, args=args, train_dataset=data)
+recipe = {"optimizer_cls_and_kwargs": (optimizer.MuonRecipe, {})} if settings["muon"] else {}
+trainer = Trainer(model=model, args=args, train_dataset=data, **recipe)
 trainer.train()
 trainer.save_model(settings["out"] + "/saved")
 names = {type(module).__name__ for module in model.modules()}
@@ -62,7 +65,9 @@ def run(script: Path, processes: int, settings: dict) -> None:
     assert finished.returncode == 0, finished.stderr[-4000:]
 
 
-def launch(model: Path, out: Path, processes: int, sharded_by_transformers: bool = False, **options) -> dict:
+def launch(
+    model: Path, out: Path, processes: int, sharded_by_transformers: bool = False, muon: bool = False, **options
+) -> dict:
     """Three steps with four rows each, in one process or divided among several."""
     out.mkdir()
     (out / "train.py").write_text(SCRIPT)
@@ -70,6 +75,7 @@ def launch(model: Path, out: Path, processes: int, sharded_by_transformers: bool
         "model": str(model),
         "out": str(out),
         "sharded_by_transformers": sharded_by_transformers,
+        "muon": muon,
         "arguments": {"per_device_train_batch_size": 4 // processes, **options},
     }
     run(out / "train.py", processes, settings)
@@ -166,6 +172,17 @@ def test_two_processes_train_like_one(tmp_path, start, alone, sharded, checkpoin
     else:
         assert result["sharded"] == [] and result["held"] == 1
     assert_same_checkpoint(tmp_path / "two" / "saved", folder / "saved")
+
+
+@pytest.mark.slow
+def test_two_processes_orthogonalize_whole_matrices(tmp_path, start):
+    # Muon needs all of a matrix, of which each process of FSDP2 holds a half.
+    expected = launch(start, tmp_path / "one", 1, muon=True)
+    for name in ("ddp", "fsdp2"):
+        result = launch(start, tmp_path / name, 2, sharded_by_transformers=name == "fsdp2", muon=True)
+        assert (result["held"] < 0.6) == (name == "fsdp2")
+        assert result["losses"] == pytest.approx(expected["losses"], rel=1e-5)
+        assert_same_checkpoint(tmp_path / name / "saved", tmp_path / "one" / "saved")
 
 
 @pytest.mark.slow

@@ -41,7 +41,8 @@ def small_text(tmp_path_factory) -> Path:
 
 def pretrain(small_text: Path, output: Path, *more, script: str = "pretrain.py") -> dict:
     arguments = ["--train", small_text, "--validation", small_text, "--output", output, "--batch_size", 2]
-    run(script, *arguments, "--block_bytes", 128, "--eval_steps", 4, *more, cwd=output.parent)
+    printed = run(script, *arguments, "--block_bytes", 128, "--eval_steps", 4, *more, cwd=output.parent)
+    (output / "printed.txt").write_text(printed)
     return json.loads((output / "results.json").read_text())
 
 
@@ -94,6 +95,11 @@ def test_a_pretraining_that_was_cut_goes_on(small_text, tmp_path):
     (tmp_path / "cut" / "checkpoint-98" / "trainer_state.json").write_text('{"global_step": 9')
     resumed = pretrain(small_text, tmp_path / "cut", "--max_steps", 8)
     assert resumed["bits_per_byte"] == whole["bits_per_byte"]
+    assert (
+        f"\nstep 4 of 8: goes on from {tmp_path / 'cut' / 'checkpoint-4'}\n"
+        in (tmp_path / "cut" / "printed.txt").read_text()
+    )
+    assert "goes on" not in (tmp_path / "whole" / "printed.txt").read_text()
     # Results are published: names of files, no folders of this machine.
     assert resumed["arguments"]["train"] == small_text.name and resumed["arguments"]["output"] == "cut"
     assert str(tmp_path) not in json.dumps(resumed) and str(small_text.parent) not in json.dumps(resumed)
@@ -138,7 +144,10 @@ def test_pretraining_tells_bytes_that_are_no_utf8_and_texts_that_are_too_short(s
     assert result.returncode == 1 and "Traceback" not in result.stderr
     assert "latin1.txt is not UTF-8 (byte 0xe9 at offset 5): taken byte by byte as it is" in result.stderr
     last = result.stderr.splitlines()[-1]
-    assert "holds 17 ids with special tokens, fewer than one window of 1024: take longer texts" in last
+    assert last.startswith("--train latin1.txt: ") and last.endswith(
+        "train.bin holds 17 ids with special tokens, fewer than one window of 1024. Take longer texts and a new --output, "
+        "or smaller --block_bytes"
+    )
     assert (tmp_path / "run" / "data" / "train.bin").read_bytes() == b"one t\xe9 and more"
 
 

@@ -5,6 +5,7 @@ import importlib
 import itertools
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -62,6 +63,14 @@ def test_training_learns_and_says_how_well(trained, model):
     assert model.config.id2label == {0: "deu", 1: "ell", 2: "eng"} and not model.score.bias.any()
     results = json.loads((output / "results.json").read_text())
     assert results["steps"] > 0 and results["arguments"]["train"] == "lines.jsonl"
+
+
+def test_the_same_command_goes_on_and_says_so(trained, data, tmp_path):
+    output, printed = trained
+    shutil.copytree(output, tmp_path / "run")
+    again = run(*train_on(data, tmp_path / "run", 0.1), cwd=tmp_path)
+    assert re.search(rf"^0\.1 of 0\.1 min: goes on from {tmp_path}/run/checkpoint-\d+$", again, re.MULTILINE)
+    assert "goes on" not in printed
 
 
 def test_lines_of_standard_input_are_identified(trained):

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Smaller models from larger ones, deeper ones from shallower ones."""
 
+import argparse
 import importlib
 import re
 import sys
@@ -18,6 +19,7 @@ from modeling_stlm import (
     STLMForSequenceClassification,
     STLMForTokenClassification,
     STLMModel,
+    STLMTokenizer,
 )
 from modeling_stlm.training.inheritance import evenly, grow, inherit
 
@@ -464,3 +466,16 @@ def test_steps_to_a_loss_lie_on_the_lines_between_evaluations():
     example = importlib.import_module("inherit")
     curve = {0: 8.0, 10: 4.0, 20: 2.0}
     assert [example.steps_to(loss, curve) for loss in (9.0, 8.0, 5.0, 2.0, 1.0)] == [0, 0, 7.5, 20, None]
+
+
+def test_texts_that_are_too_short_to_inherit_with_are_named(tmp_path):
+    example = importlib.import_module("inherit")
+    args = argparse.Namespace(train=[f"{tmp_path}/*.txt"], validation=None, output=tmp_path / "run")
+    for i in range(5):
+        (tmp_path / f"{i}.txt").touch()
+    names = " ".join(f"{tmp_path}/{i}.txt" for i in range(3)) + " and 2 more"
+    with pytest.raises(SystemExit, match=f"^--train {names}: there is no text: every document is empty. Take longer"):
+        example.make_windows(args, STLMTokenizer())
+    (tmp_path / "3.txt").write_text("A few words.")
+    with pytest.raises(SystemExit, match=f"^--train {names}: .* holds 14 ids .*, fewer than one window of 1024. Take"):
+        example.make_windows(args, STLMTokenizer())

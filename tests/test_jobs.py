@@ -358,6 +358,8 @@ def test_an_encoder_from_a_causal_checkpoint_and_a_teacher(encoder_folder, tmp_p
     assert SentenceTransformer(str(tmp_path / "out"), device="cpu").encode("a text").shape == (16,)
     again = run("encoder.py", *options, cwd=tmp_path)  # a finished one goes on from its end
     assert "embeddings of" in printed and "embeddings of" not in again
+    assert re.search(r"^0\.[01] of 0\.05 min: goes on from \S+/checkpoint-\d+$", again, re.MULTILINE)
+    assert "goes on" not in printed
 
 
 def test_noise_of_the_encoder_is_that_of_its_generator(monkeypatch):

@@ -98,6 +98,7 @@ def test_self_play_goes_on_by_rounds(tmp_path, checkpoint):
     options += ["--test_rows", 2, "--learning_rate", 1e-2]
     once = run("self_play.py", *options, "--num_rounds", 1, cwd=tmp_path).splitlines()
     twice = run("self_play.py", *options, "--num_rounds", 2, cwd=tmp_path).splitlines()
+    assert f"{tmp_path / 'run'}: goes on after round 1 of 2" in twice and "goes on" not in "".join(once)
     first, second = json.loads(once[-1]), json.loads(twice[-1])
     assert second[:2] == first and [scores["round"] for scores in second] == [0, 1, 2]
     assert len({scores["bits_per_byte"] for scores in second}) == 3

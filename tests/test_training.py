@@ -533,7 +533,10 @@ def test_children_of_a_training_can_be_ended(tmp_path, windows):
 
     def work(is_running):
         is_running.set()
-        time.sleep(60)
+        # Not one long sleep: Python runs a handler between calls of C, and a signal that comes when a call has been
+        # entered but does not wait yet would be handled at its end.
+        for _ in range(6000):
+            time.sleep(0.01)
 
     class Fork(TrainerCallback):
         def on_step_begin(self, args, state, control, **kwargs):

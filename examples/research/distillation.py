@@ -23,6 +23,10 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 sys.path.append(str(HERE.parent))  # the examples
+
+from inputs import add_bf16, choose_precision
+
+
 TEXT = HERE.parent / "data" / "shakespeare.txt"
 
 
@@ -45,6 +49,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--longer", nargs="*", type=float, default=[2], help="times that `fresh` trains, too")
     parser.add_argument("--teacher_weight", type=float, default=0.5, help="of its part of the loss, 0 to 1")
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2])
+    add_bf16(parser, "bfloat16 autocast, and weights of a teacher of subwords")
     args = parser.parse_args()
     args.name = args.name or "+".join(Path(name).name for name in args.teacher)
     return args
@@ -71,7 +76,7 @@ from modeling_stlm.training.distillation import (
     store_teacher,
     teacher_log_probs,
 )
-from modeling_stlm.training.optimizer import MuonRecipe, has_bfloat16
+from modeling_stlm.training.optimizer import MuonRecipe
 from modeling_stlm.training.time_budget import TimeBudget
 
 
@@ -103,7 +108,7 @@ def store(args: argparse.Namespace, windows: Subset) -> tuple[StoredTeacher, flo
     path = args.output / f"{args.name}.bin"
     clock = path.with_suffix(".seconds.json")
     if not path.is_file():
-        teacher = distill.load_teacher(args.teacher, args.gguf_file)
+        teacher = distill.load_teacher(args.teacher, args.gguf_file, args.bf16)
         spent = json.loads(clock.read_text()) if clock.is_file() else 0.0
         start = time.process_time()
 
@@ -159,7 +164,7 @@ def train(args: argparse.Namespace, sets: dict[str, Subset], arm: str, longer: f
             seed=seed,
             save_strategy="no",
             batch_eval_metrics=True,
-            bf16=has_bfloat16("cuda" if torch.cuda.is_available() else "cpu"),
+            bf16=args.bf16,
             use_cpu=not torch.cuda.is_available(),
             disable_tqdm=True,
             report_to="none",
@@ -201,6 +206,7 @@ def spread(values: list[float], sign: str = "") -> str:
 
 def main(args: argparse.Namespace):
     logging.disable_progress_bar()
+    choose_precision(args)
     sets = prepare(args)
     teacher, seconds = store(args, sets["same"])
     kinds = [("distilled", 1.0), ("same", 1.0), ("fresh", 1.0), *(("fresh", longer) for longer in args.longer)]

@@ -20,7 +20,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import peers
-from noise import add_noise
 from provenance import run_info
 from tables import markdown_table
 
@@ -29,6 +28,7 @@ sys.path.append(str(Path(__file__).parents[1]))  # the examples
 
 import identify
 from inputs import checkpoint
+from noise import add_noise
 
 
 SETS = ("tatoeba", "udhr", "pud")

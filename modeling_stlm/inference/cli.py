@@ -27,17 +27,50 @@ BENCH_TEXT = (
 )
 
 
+def readable(path: str, expected: str) -> str:
+    """The path of a file to read; a `ValueError` says what is there instead."""
+    if not os.path.exists(path):
+        found = "no such file"
+    elif os.path.isdir(path):
+        found = "a folder"
+    elif not os.access(path, os.R_OK):
+        found = "not yours to read"
+    else:
+        return path
+    raise ValueError(f"{path} is {found}: expected {expected}")
+
+
+def writable(path: str, expected: str) -> str:
+    """As [`readable`], of a file that is to be written, also a device or a pipe."""
+    folder = os.path.dirname(os.path.realpath(path))
+    place = path if os.path.exists(path) and not os.path.isfile(path) else folder
+    if os.path.isdir(path):
+        raise ValueError(f"{path} is a folder: expected {expected}")
+    if not os.path.isdir(folder):
+        raise ValueError(f"{path} cannot be written: there is no folder {folder}")
+    if not os.access(place, os.W_OK):
+        raise ValueError(f"{path} cannot be written: {place} is not yours to write to")
+    return path
+
+
+def load(args: argparse.Namespace, **options) -> Engine:
+    return Engine(readable(args.model, "a model, which modeling_stlm.inference.export writes"), **options)
+
+
 def run(args: argparse.Namespace) -> None:
-    engine = Engine(args.model)
+    engine = load(args)
     prompt = sys.stdin.buffer.read() if args.prompt is None else os.fsencode(args.prompt)
     options = {"do_sample": args.temperature > 0, "top_k": args.top_k, "top_p": args.top_p, "seed": args.seed}
     if args.temperature:
         options["temperature"] = args.temperature
-    for byte in engine.stream(prompt, args.num_bytes, **options):
-        sys.stdout.buffer.write(byte)
-        sys.stdout.buffer.flush()
-    if sys.stdout.isatty():
-        print()
+    byte = b"\n"
+    try:
+        for byte in engine.stream(prompt, args.num_bytes, **options):
+            sys.stdout.buffer.write(byte)
+            sys.stdout.buffer.flush()
+    finally:
+        if byte != b"\n" and sys.stdout.isatty():  # where a prompt of the shell follows, also after Ctrl-C
+            print(flush=True)
 
 
 def measure(engine: Engine, num_rows: int) -> tuple[float, float]:
@@ -57,7 +90,7 @@ def measure(engine: Engine, num_rows: int) -> tuple[float, float]:
 def bench(args: argparse.Namespace) -> None:
     from statistics import median
 
-    engine = Engine(args.model, num_threads=args.threads)
+    engine = load(args, num_threads=args.threads)
     per = "bytes per CPU second" if args.threads == 1 else f"{args.threads} threads, bytes per second"
     runs = {num_rows: [measure(engine, num_rows) for _ in range(args.repeats)] for num_rows in (1, 16)}
     print(f"{args.model}, {engine.isa}, {BENCH_BYTES} bytes, {per} (median of {args.repeats})\n")
@@ -67,10 +100,19 @@ def bench(args: argparse.Namespace) -> None:
         print(f"| {num_rows} | {prompt:,.0f} | {generation:,.0f} |")
 
 
+def check_ends(args: argparse.Namespace, source: str, target: str) -> None:
+    """Of `zip` and `unzip`, before the model is loaded: what is expected of both, unless they are `-`."""
+    if args.source != "-":
+        readable(args.source, source)
+    if args.target != "-":
+        writable(args.target, target)
+
+
 def zip_file(args: argparse.Namespace) -> None:
     from .archive import pack_file
 
-    num_read, num_written = pack_file(Engine(args.model), args.source, args.target)
+    check_ends(args, "a file to compress", "the name of an archive")
+    num_read, num_written = pack_file(load(args), args.source, args.target)
     ratio = f", {8 * num_written / num_read:.3f} bits per byte" if num_read else ""
     print(f"{num_read:,} -> {num_written:,} bytes{ratio}", file=sys.stderr)
 
@@ -78,13 +120,14 @@ def zip_file(args: argparse.Namespace) -> None:
 def unzip_file(args: argparse.Namespace) -> None:
     from .archive import unpack_file
 
-    unpack_file(Engine(args.model), args.source, args.target)
+    check_ends(args, "an archive of `stlm zip`", "the name of a file")
+    unpack_file(load(args), args.source, args.target)
 
 
 def serve(args: argparse.Namespace) -> None:
     from .server import serve
 
-    serve(Engine(args.model, num_threads=args.threads), args.host, args.port, args.rows)
+    serve(load(args, num_threads=args.threads), args.host, args.port, args.rows)
 
 
 def positive(text: str) -> int:
@@ -118,7 +161,9 @@ def parser() -> argparse.ArgumentParser:
     options = command("bench", bench, "bytes per CPU second of prompts and of writing, for 1 and 16 rows")
     options.add_argument("model")
     options.add_argument("--repeats", type=positive, default=3, help="default 3")
-    options.add_argument("--threads", type=positive, default=1, help="that share the rows, default 1; more: by the clock")
+    options.add_argument(
+        "--threads", type=positive, default=1, help="that share the rows, default 1; more: by the clock"
+    )
     options = command("serve", serve, "completions over HTTP, in the format of OpenAI")
     options.epilog = f"Then, for example:\n\n    {CURL}"
     options.add_argument("model")
@@ -148,6 +193,6 @@ def main() -> int:
     except KeyboardInterrupt:
         return 130
     except (ImportError, MemoryError, OSError, OverflowError, ValueError) as error:
-        print(f"stlm: {error}", file=sys.stderr)
+        print(f"stlm: {getattr(error, 'strerror', None) or error}", file=sys.stderr)  # without the number of the error
         return 1
     return 0

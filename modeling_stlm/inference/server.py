@@ -420,6 +420,10 @@ class Server(ThreadingHTTPServer):
 
 
 def serve(engine: Engine, host: str, port: int, num_rows: int) -> None:
-    with Server(engine, host, port, num_rows) as server:
+    try:
+        server = Server(engine, host, port, num_rows)
+    except OSError as error:
+        raise ValueError(f"{host}:{port}: {error.strerror}. Expected a free --port, or 0 for any") from None
+    with server:
         print(f"http://{host}:{server.server_port}/v1", flush=True)
         server.serve_forever()
