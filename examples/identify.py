@@ -6,7 +6,7 @@
     python examples/identify.py --train train.jsonl.gz --validation validation.jsonl.gz --output runs/langid
 
 The model is an `STLMForTokenClassification` that looks both ways, most of it n-gram tables. The language of a line is that
-of its mean logits. Training reads JSON lines with `text` and `lang` and takes the plain `Trainer`; Ctrl-C and SIGTERM save,
+of its mean logits, and both bytes and lines are trained. Training reads JSON lines with `text` and `lang` and takes the plain `Trainer`; Ctrl-C and SIGTERM save,
 and the same command goes on.
 """
 
@@ -255,6 +255,21 @@ def disturbed(text: str, rng: random.Random) -> str:
     return text + " "
 
 
+def loss_of_bytes_and_lines(outputs, labels: "torch.Tensor", num_items_in_batch=None) -> "torch.Tensor":
+    """Cross entropy of the bytes, and of the lines in one language: their logits are the means over their bytes.
+
+    `labels` (B, T) are -100 at padding.
+    """
+    from torch.nn.functional import cross_entropy
+
+    logits, is_byte = outputs.logits.float(), labels != -100
+    of_bytes = cross_entropy(logits.transpose(1, 2), labels)
+    languages = labels.amax(1)
+    is_one = (labels == languages[:, None]).eq(is_byte).all(1)
+    means = (logits * is_byte[..., None]).sum(1) / is_byte.sum(1, keepdim=True)
+    return of_bytes + cross_entropy(means[is_one], languages[is_one], reduction="sum") / is_one.sum().clamp(min=1)
+
+
 def train(args: argparse.Namespace) -> None:
     sentences, tests = read_sentences(args.train), read_sentences(args.validation)
     label2id = {language: i for i, language in enumerate(sorted(sentences))}
@@ -303,6 +318,7 @@ def train(args: argparse.Namespace) -> None:
         train_dataset=Lines(sentences, label2id, args.batch_size, args.seed),
         data_collator=DataCollatorForTokenClassification(tokenizer),
         processing_class=tokenizer,
+        compute_loss_func=loss_of_bytes_and_lines,
         optimizer_cls_and_kwargs=(MuonRecipe, {"muon_lr": args.muon_lr, "adamw_lr": args.adamw_lr}),
         callbacks=[budget, resume, stop, SaveByTime(minutes=5)],
     )

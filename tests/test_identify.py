@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -206,3 +207,15 @@ def test_documents_become_sentences():
     rows = [("\u0430\u0431\u0432 a", "rus"), ("abc", "deu")]
     latin = identify_data.latin_share([*rows, *rows[:1] * 9, ("\u0430" * 90, "rus")])
     assert identify_data.is_foreign("see README", "rus", latin) and not identify_data.is_foreign("abc", "deu", latin)
+
+
+def test_the_loss_is_that_of_bytes_and_of_lines_in_one_language():
+    logits = torch.randn(3, 4, 5)
+    labels = torch.tensor([[2, 2, 2, 2], [-100, -100, 4, 4], [1, 1, 3, -100]])
+    loss = identify.loss_of_bytes_and_lines(SimpleNamespace(logits=logits), labels)
+    scores = logits.log_softmax(-1)
+    of_bytes = [-scores[i, j, labels[i, j]] for i in range(3) for j in range(4) if labels[i, j] >= 0]
+    lines = [logits[0].mean(0).log_softmax(-1)[2], logits[1, 2:].mean(0).log_softmax(-1)[4]]
+    torch.testing.assert_close(loss, sum(of_bytes) / 9 - sum(lines) / 2)
+    mixed = identify.loss_of_bytes_and_lines(SimpleNamespace(logits=logits[2:]), labels[2:])
+    torch.testing.assert_close(mixed, -sum(scores[2, j, labels[2, j]] for j in range(3)) / 3)
