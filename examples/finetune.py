@@ -52,7 +52,7 @@ from modeling_stlm.training.model_card import describe_base
 
 
 def main(args: argparse.Namespace):
-    text = read_text(args.text, min_bytes=10 * (BLOCK_BYTES + 2))
+    text = read_text(args.text, min_bytes=10 * (BLOCK_BYTES + 2)).encode()
     set_seed(1)
     tokenizer = AutoTokenizer.from_pretrained(args.checkpoint)
     model = AutoModelForCausalLM.from_pretrained(args.checkpoint, dtype=torch.float32)

@@ -4,6 +4,8 @@
 import json
 import math
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -34,6 +36,7 @@ from modeling_stlm.training.model_card import build_model_card
 
 from .hub_server import metadata_errors
 from .test_distributed import run
+from .test_examples import ROOT
 from .test_examples import run as run_example
 from .test_examples import small_text as small_text  # a fixture
 from .tiny import TEXT, batch, randomize, tiny_config, tiny_model
@@ -602,6 +605,13 @@ def test_the_example_compares_with_plain_training(tmp_path, small_text, kind):
     assert [e.metric_value for e in card.data.eval_results] == [round(results["distilled"]["bits_per_byte"], 4)]
     assert metadata_errors(str(card)) == []
     assert type(AutoModelForCausalLM.from_pretrained(tmp_path / "out")) is STLMForCausalLM
+
+
+def test_a_student_that_is_no_preset_is_noticed_before_the_teacher_reads(tmp_path):
+    command = [sys.executable, str(ROOT / "examples" / "distill.py"), "--student", "stlm-4m"]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 1 and "Traceback" not in result.stderr and list(tmp_path.iterdir()) == []
+    assert "--student: " in result.stderr and "stlm-10m" in result.stderr
 
 
 def test_the_question_of_distillation_is_asked_at_equal_time(tmp_path):

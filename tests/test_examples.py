@@ -171,6 +171,14 @@ def test_finetuning_lowers_bits_per_byte_and_saves_a_model(small_text, tmp_path,
     assert card.data.eval_results[0].metric_value == pytest.approx(after, abs=1e-3)
 
 
+def test_the_last_tenth_of_a_text_is_one_of_its_bytes(tmp_path):
+    (tmp_path / "wide.txt").write_text(
+        "東" * 3000 + "a" * 1300, encoding="utf-8"
+    )  # 430 of 4,300 characters are too few
+    run("finetune.py", "--text", "wide.txt", "--output", "out", "--max_steps", 1, cwd=tmp_path)
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
 def test_finetuning_names_what_is_not_utf8(tmp_path):
     (tmp_path / "latin1.txt").write_bytes("one t\u00e9".encode("latin-1"))
     command = [sys.executable, str(ROOT / "examples" / "finetune.py"), "--text", "latin1.txt"]
