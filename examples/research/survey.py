@@ -146,13 +146,29 @@ def draw(rows: dict[str, dict], path: Path, title: str) -> None:
     axis = figure.add_subplot(xscale="log")
     colours = {"pytorch": "tab:grey", "llama.cpp": "tab:orange", "engine": "tab:blue"}
     trained = {name: row for name, row in rows.items() if row["bits per byte"] is not None}
-    for name, row in trained.items():
-        runner = SYSTEMS[name][0]
-        spot = row["bytes per second"]["median"], row["bits per byte"]
-        axis.scatter(*spot, s=12 * row["MB"], color=colours[runner], alpha=0.5)
-        axis.annotate(
-            f"{name}\n{row['MB']:.0f} MB", spot, (0, 10), textcoords="offset points", ha="center", fontsize=7
+    for runner, colour in colours.items():
+        of_runner = [row for name, row in trained.items() if SYSTEMS[name][0] == runner]
+        speeds, bits = (
+            [row["bytes per second"]["median"] for row in of_runner],
+            [row["bits per byte"] for row in of_runner],
         )
+        label = {"pytorch": "PyTorch", "engine": "engine of this package"}.get(runner, runner)
+        axis.scatter(speeds, bits, s=[12 * row["MB"] for row in of_runner], color=colour, alpha=0.5, label=label)
+    for name, row in trained.items():
+        model, _, how = name.rpartition(", ")
+        size = f"{how.split()[-1]}, {row['MB']:.0f} MB" if " " in how else f"{row['MB']:.0f} MB"
+        # Above, but below where the next one in the same place is: the smallest of a runner.
+        is_above = row["bits per byte"] == min(other["bits per byte"] for other in trained.values()) or "Llama" in name
+        axis.annotate(
+            f"{model.removesuffix(', 10M')}\n{size}",
+            (row["bytes per second"]["median"], row["bits per byte"]),
+            (0, 14 if is_above else -14),
+            textcoords="offset points",
+            ha="center",
+            va="bottom" if is_above else "top",
+            fontsize=7,
+        )
+    axis.legend(loc="lower right", markerscale=0.5)
     axis.set(
         xlabel="bytes written per CPU second of one core (more is better)",
         ylabel="bits per byte on validation (less is better)",
