@@ -162,7 +162,15 @@ def main(args: argparse.Namespace):
     results = {
         "base_model": describe_base(args.checkpoint),
         "scores": {"held out": {"cosine_to_teacher": cosine}},
-        "arguments": {"text": " ".join(Path(file).name for file in args.text), "teacher": Path(args.teacher).name},
+        "arguments": {
+            "text": " ".join(Path(file).name for file in args.text),
+            "teacher": Path(args.teacher).name,
+            "max_minutes": f"{args.max_minutes:g}" + (" of CPU time" if args.clock == "cpu" else ""),
+            **{
+                name: getattr(args, name)
+                for name in ("max_bytes", "batch_size", "muon_lr", "adamw_lr", "bf16", "seed")
+            },
+        },
         "steps": trainer.state.global_step,
         "passages": len(passages),
     }
