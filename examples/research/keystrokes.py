@@ -10,8 +10,11 @@ is the most that a careful reader saves, without slips of the finger. A word is 
 
 The model suggests what `Engine.complete` writes, up to `--new_bytes`, if the word ends there. Beside it: the commonest word of
 the training text that begins so, and the same among the words that followed the word before (where none did, the former).
+`--llama` adds a Llama over a BPE that `train.py` wrote, which may be healed at the token that the end of the text cuts (see
+`healing.py`); its text begins with `<bos>`.
 Times are CPU time of `complete`, with and without the bytes that are written; every 20th suggestion is also written by
-`Engine.generate`, which knows nothing of the keys before: the bytes must be the same. The last line is one JSON document.
+`Engine.generate`, which knows nothing of the keys before: the bytes must be the same. (Those of a Llama may differ where logits
+are nearly equal, as its matrix products depend on how many tokens they are for.) The last line is one JSON document.
 """
 
 import argparse
@@ -19,19 +22,24 @@ import gzip
 import json
 import re
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+import llamacpp
 import numpy as np
+from healing import Healed, LlamaCppReader, TorchReader
 from provenance import run_info
 from tables import markdown_table
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from modeling_stlm.inference.engine import Engine
 
 
 WORD = re.compile(r"\w+")
 EVERY = 20  # of which one suggestion is written from the start, too
+GIVEN_BACK = {"not healed": 0, "healed by a token": 1, "healed by the word": None}
 Suggest = Callable[[str], str]  # what to show after a text
 
 
@@ -110,12 +118,12 @@ class Completion:
     """Suggestions of a model, and how long each took.
 
     Args:
-        engine ([`Engine`]): the model.
+        engine ([`Engine`] or [`Healed`]): the model.
         new_bytes (`int`): to write each time.
     """
 
-    def __init__(self, engine: Engine, new_bytes: int):
-        self.engine, self.new_bytes = engine, new_bytes
+    def __init__(self, engine: Engine | Healed, new_bytes: int):
+        self.engine, self.new_bytes, self.num_different = engine, new_bytes, 0
         self.micros = {"key": [], "suggestion": [], "from the start": []}
 
     def _time(self, name: str, call: Callable, *arguments) -> bytes:
@@ -128,8 +136,21 @@ class Completion:
         self._time("key", self.engine.complete, text, 0)  # so that the next call reads no more
         written = self._time("suggestion", self.engine.complete, text, self.new_bytes)
         if len(self.micros["key"]) % EVERY == 0:
-            assert written == self._time("from the start", self.engine.generate, text, self.new_bytes)
+            self.num_different += written != self._time("from the start", self.engine.generate, text, self.new_bytes)
+            assert not self.num_different or isinstance(self.engine, Healed)
         return first_word(written.decode(errors="ignore"), is_whole=False)
+
+
+def llamas(folder: Path, kind: str | None) -> Iterator[tuple[str, Healed]]:
+    """The model in `folder` by how it is healed, through PyTorch or, as `kind`, through llama.cpp."""
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), PreTrainedTokenizerFast.from_pretrained(folder)
+    with tempfile.TemporaryDirectory() as temporary:
+        path = Path(temporary) / "model.gguf"
+        if kind:
+            llamacpp.write_gguf(path, kind, model, tokenizer)
+        for name, give_back in GIVEN_BACK.items():
+            reader = LlamaCppReader(path) if kind else TorchReader(model)
+            yield f"{folder.name}, {name}", Healed(reader, tokenizer, give_back)
 
 
 def main():
@@ -137,18 +158,22 @@ def main():
     parser.add_argument("models", type=Path, nargs="+", help="files of modeling_stlm.inference.export")
     parser.add_argument("--text", type=Path, nargs="+", required=True, help=".jsonl.gz with held-out documents")
     parser.add_argument("--words", type=Path, nargs="+", default=[], help=".jsonl.gz whose words are counted")
+    parser.add_argument("--llama", type=Path, help="folder of a Llama over a BPE, as train.py writes it")
+    parser.add_argument("--llama_cpp", choices=("f32", "f16", "q8_0", "q4_0"), help="run it there, not in PyTorch")
     parser.add_argument("--characters", type=int, default=1000, help="of each document, default 1000")
     parser.add_argument("--new_bytes", type=int, default=12, help="that are written after each key, default 12")
     args = parser.parse_args()
     texts = [text[: args.characters] for text in documents_of(args.text)]
     words = Words(documents_of(args.words)) if args.words else None
     suggesters = {} if words is None else {"commonest word": words.suggest, "after the last": words.suggest_after_word}
-    models = {path.stem: Completion(Engine(path), args.new_bytes) for path in args.models}
+    models = {path.stem: Engine(path) for path in args.models}
+    models |= llamas(args.llama, args.llama_cpp) if args.llama else {}
+    models = {name: Completion(engine, args.new_bytes) for name, engine in models.items()}
     suggesters |= {name: model.suggest for name, model in models.items()}
     results, rows, num_characters = {}, [], sum(map(len, texts))
     for name, suggest in suggesters.items():
-        keys = sum(keys_of(text, suggest) for text in texts)
-        results[name] = {"saved": 1 - keys / num_characters}
+        keys = [keys_of(text, suggest) for text in texts]
+        results[name] = {"saved": 1 - sum(keys) / num_characters, "keys": keys}
         for measure, micros in models[name].micros.items() if name in models else ():
             results[name][measure] = {"median": statistics.median(micros), "p99": float(np.quantile(micros, 0.99))}
         cells = (results[name].get(measure) for measure in ("key", "suggestion", "from the start"))

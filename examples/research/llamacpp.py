@@ -30,10 +30,13 @@ from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from benchmark import Peer, cell, draw, generate, summary
 from controls import train_bpe
 from provenance import run_info
 from tables import markdown_table
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 
 HERE = Path(__file__).parent
@@ -47,47 +50,71 @@ SWEPT = tuple(f"llama.cpp {kind}" for kind in ("f32", "q8_0", "q4_0")) + tuple(
 CONTEXTS, BATCHES = (1024, 2048, 4096, 8192, 16384 - SWEEP_BYTES), (1, 4, 16, 64)
 
 
-def write_gguf(path: Path, kind: str, tokenizer) -> None:
-    """A Llama of random weights, quantized as `kind`."""
+def random_llama() -> LlamaForCausalLM:
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=WIDTH,
+        intermediate_size=FEED_FORWARD,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=WIDTH // HEAD,
+        max_position_embeddings=8192,
+        tie_word_embeddings=True,
+    )
+    return LlamaForCausalLM(config)
+
+
+def write_gguf(path: Path, kind: str, model: LlamaForCausalLM, tokenizer) -> None:
+    """`model`, whose embeddings are tied, quantized as `kind`. Where a row is not whole blocks of 32, zeros fill it up, which
+    changes nothing: they are features of the feed-forward layers that nothing sets or reads.
+    """
     import gguf
 
-    writer, random = gguf.GGUFWriter(path, "llama"), np.random.default_rng(0)
+    config, writer = model.config, gguf.GGUFWriter(path, "llama")
     quantization = {name: getattr(gguf.GGMLQuantizationType, name.upper()) for name in ("q8_0", "q4_0")}.get(kind)
-    writer.add_context_length(8192)
-    writer.add_embedding_length(WIDTH)
-    writer.add_block_count(LAYERS)
-    writer.add_feed_forward_length(FEED_FORWARD)
-    writer.add_head_count(WIDTH // HEAD)
-    writer.add_head_count_kv(WIDTH // HEAD)
-    writer.add_layer_norm_rms_eps(1e-6)
-    writer.add_rope_dimension_count(HEAD)
-    writer.add_vocab_size(VOCABULARY)
+    feed_forward = -(-config.intermediate_size // 32) * 32
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(feed_forward)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_vocab_size(config.vocab_size)
     bpe = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list(sorted(bpe["vocab"], key=bpe["vocab"].get))
-    writer.add_token_types([1] * VOCABULARY)
+    writer.add_token_types([1] * config.vocab_size)
     writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in bpe["merges"]])
 
-    def add(name: str, *shape: int) -> None:
-        tensor = (0.05 * random.standard_normal(shape)).astype(np.float32)
-        if len(shape) == 1:
-            writer.add_tensor(name, np.ones(shape, np.float32))
+    def add(name: str, weight: torch.Tensor) -> None:
+        tensor = weight.detach().float().numpy()
+        if tensor.ndim == 1:
+            writer.add_tensor(name, tensor)
         elif quantization is not None:
             writer.add_tensor(name, gguf.quants.quantize(tensor, quantization), raw_dtype=quantization)
         else:
             writer.add_tensor(name, tensor.astype(np.float16) if kind == "f16" else tensor)
 
-    add("token_embd.weight", VOCABULARY, WIDTH)
-    add("output_norm.weight", WIDTH)
-    for block in (f"blk.{layer}" for layer in range(LAYERS)):
-        add(f"{block}.attn_norm.weight", WIDTH)
-        add(f"{block}.ffn_norm.weight", WIDTH)
-        for name in ("attn_q", "attn_k", "attn_v", "attn_output"):
-            add(f"{block}.{name}.weight", WIDTH, WIDTH)
-        for name in ("ffn_gate", "ffn_up"):
-            add(f"{block}.{name}.weight", FEED_FORWARD, WIDTH)
-        add(f"{block}.ffn_down.weight", WIDTH, FEED_FORWARD)
+    def interleaved(weight: torch.Tensor) -> torch.Tensor:
+        """Rotary embeddings turn features 2 i and 2 i + 1 together in llama.cpp, i and i + d / 2 in transformers."""
+        return weight.view(-1, 2, config.head_dim // 2, config.hidden_size).transpose(1, 2).reshape(weight.shape)
+
+    add("token_embd.weight", model.model.embed_tokens.weight)
+    add("output_norm.weight", model.model.norm.weight)
+    for i, layer in enumerate(model.model.layers):
+        attention, mlp, more = layer.self_attn, layer.mlp, feed_forward - config.intermediate_size
+        add(f"blk.{i}.attn_norm.weight", layer.input_layernorm.weight)
+        add(f"blk.{i}.ffn_norm.weight", layer.post_attention_layernorm.weight)
+        add(f"blk.{i}.attn_q.weight", interleaved(attention.q_proj.weight))
+        add(f"blk.{i}.attn_k.weight", interleaved(attention.k_proj.weight))
+        add(f"blk.{i}.attn_v.weight", attention.v_proj.weight)
+        add(f"blk.{i}.attn_output.weight", attention.o_proj.weight)
+        add(f"blk.{i}.ffn_gate.weight", F.pad(mlp.gate_proj.weight, (0, 0, 0, more)))
+        add(f"blk.{i}.ffn_up.weight", F.pad(mlp.up_proj.weight, (0, 0, 0, more)))
+        add(f"blk.{i}.ffn_down.weight", F.pad(mlp.down_proj.weight, (0, more)))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -150,9 +177,6 @@ def run_engine(path: str, texts: list[bytes], num_new: int = NEW_BYTES) -> dict[
 
 
 def run_generate(checkpoint: str, text: bytes) -> dict[str, float]:
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
     peer = Peer(model, AutoTokenizer.from_pretrained(checkpoint))
     ids = torch.tensor([list(text[: PROMPT_BYTES + NEW_BYTES + 1])])
@@ -207,7 +231,7 @@ def make_files(names: Iterable[str], checkpoint: str, tokenizer, folder: Path) -
     files = {name: folder / f"{name}.gguf" for name in names}
     for name, file in files.items():
         if name in LLAMAS:
-            write_gguf(file, LLAMAS[name], tokenizer)
+            write_gguf(file, LLAMAS[name], random_llama(), tokenizer)
         elif STLMS[name]:
             export = [sys.executable, "-m", "modeling_stlm.inference.export", checkpoint, file]
             subprocess.run([*export, "--type", STLMS[name]], check=True)

@@ -70,7 +70,7 @@ def make_file(runner: str, name: str, text: bytes, folder: Path) -> Path:
     path = folder / f"{runner} {name}.gguf"
     if runner == "llama.cpp":
         tokenizer = train_bpe([text], VOCABULARY)
-        llamacpp.write_gguf(path, name, tokenizer)
+        llamacpp.write_gguf(path, name, llamacpp.random_llama(), tokenizer)
         pieces = (text[:PROMPT_BYTES], text[PROMPT_BYTES : PROMPT_BYTES + NEW_BYTES])
         prompt, new = (tokenizer(piece.decode())["input_ids"] for piece in pieces)
         path.with_suffix(".json").write_text(json.dumps([[prompt], len(new)]))
