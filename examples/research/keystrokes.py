@@ -3,6 +3,7 @@
 
     python -m modeling_stlm.inference.export examples/checkpoints/stlm-10m stlm-10m.gguf --type q8
     taskset -c 0 python examples/research/keystrokes.py stlm-10m.gguf --text validation.jsonl.gz --words train-*.jsonl.gz
+    taskset -c 0 python examples/research/keystrokes.py stlm-10m.gguf --text validation.jsonl.gz --llama runs/llama-bpe --llama_cpp q8_0
 
 Somebody types the first `--characters` characters of every document. After each key the rest of the word is suggested, or
 the next word if none is begun; whoever sees that it is right, and longer than one character, takes it with one key. So this
@@ -140,6 +141,13 @@ class Completion:
             assert not self.num_different or isinstance(self.engine, Healed)
         return first_word(written.decode(errors="ignore"), is_whole=False)
 
+    def results(self) -> dict:
+        times = {
+            name: {"median": statistics.median(micros), "p99": float(np.quantile(micros, 0.99))}
+            for name, micros in self.micros.items()
+        }
+        return times | {"different": self.num_different}
+
 
 def llamas(folder: Path, kind: str | None) -> Iterator[tuple[str, Healed]]:
     """The model in `folder` by how it is healed, through PyTorch or, as `kind`, through llama.cpp."""
@@ -160,10 +168,12 @@ def main():
     parser.add_argument("--words", type=Path, nargs="+", default=[], help=".jsonl.gz whose words are counted")
     parser.add_argument("--llama", type=Path, help="folder of a Llama over a BPE, as train.py writes it")
     parser.add_argument("--llama_cpp", choices=("f32", "f16", "q8_0", "q4_0"), help="run it there, not in PyTorch")
+    parser.add_argument("--every", type=int, default=1, help="take one in so many documents")
     parser.add_argument("--characters", type=int, default=1000, help="of each document, default 1000")
     parser.add_argument("--new_bytes", type=int, default=12, help="that are written after each key, default 12")
     args = parser.parse_args()
-    texts = [text[: args.characters] for text in documents_of(args.text)]
+    info = run_info(*(("llama-cpp-python", "gguf") if args.llama_cpp else ()))  # of the code that runs
+    texts = [text[: args.characters] for text in documents_of(args.text)][:: args.every]
     words = Words(documents_of(args.words)) if args.words else None
     suggesters = {} if words is None else {"commonest word": words.suggest, "after the last": words.suggest_after_word}
     models = {path.stem: Engine(path) for path in args.models}
@@ -173,13 +183,13 @@ def main():
     results, rows, num_characters = {}, [], sum(map(len, texts))
     for name, suggest in suggesters.items():
         keys = [keys_of(text, suggest) for text in texts]
-        results[name] = {"saved": 1 - sum(keys) / num_characters, "keys": keys}
-        for measure, micros in models[name].micros.items() if name in models else ():
-            results[name][measure] = {"median": statistics.median(micros), "p99": float(np.quantile(micros, 0.99))}
+        results[name] = {"saved": 1 - sum(keys) / num_characters, "keys": keys}  # of each document
+        if name in models:
+            results[name] |= models[name].results()
         cells = (results[name].get(measure) for measure in ("key", "suggestion", "from the start"))
         rows.append([name, f"{100 * results[name]['saved']:.1f}"])
         rows[-1] += [f"{cell['median']:,.0f} ({cell['p99']:,.0f})" if cell else "" for cell in cells]
-    info = run_info() | {"documents": len(texts), "characters": num_characters}
+    info |= {"documents": len(texts), "characters": num_characters}
     print(", ".join(f"{name} {value}" for name, value in info.items()))
     head = [
         "",
