@@ -162,6 +162,7 @@ def main(args: argparse.Namespace):
     results = {
         "base_model": describe_base(args.checkpoint),
         "scores": {"held out": {"cosine_to_teacher": cosine}},
+        "tasks": {"held out": "sentence-similarity"},
         "arguments": {
             "text": " ".join(Path(file).name for file in args.text),
             "teacher": Path(args.teacher).name,

@@ -14,7 +14,7 @@ from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import modeling_stlm
-from modeling_stlm import STLMForMultipleChoice, STLMForSequenceClassification, STLMTokenizer
+from modeling_stlm import STLMForMaskedLM, STLMForMultipleChoice, STLMForSequenceClassification, STLMTokenizer
 from modeling_stlm.training.model_card import TASKS, build_model_card, describe_base, write_model_card
 
 from .hub_server import metadata_errors
@@ -252,3 +252,12 @@ def test_results_of_something_else_are_refused(checkpoint):
 def test_the_card_says_where_patches_end(patching, expected, tmp_path):
     tiny_model(**PATCHING[patching]).save_pretrained(tmp_path)
     assert expected in build_model_card(tmp_path).text
+
+
+def test_a_score_may_belong_to_another_task_than_the_head(tmp_path):
+    STLMForMaskedLM(tiny_config(is_causal=False)).save_pretrained(tmp_path)
+    scores = {"held out": {"cosine_to_teacher": 0.7}, "masks": {"accuracy": 0.5}}
+    results = {"base_model": {"name": "m"}, "scores": scores, "tasks": {"held out": "sentence-similarity"}}
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    found = [(e.dataset_split, e.task_type, e.task_name) for e in build_model_card(tmp_path).data.eval_results]
+    assert found == [("held out", "sentence-similarity", "Sentence similarity"), ("masks", "fill-mask", "Fill mask")]

@@ -42,7 +42,7 @@ def scores_of(path: Path) -> dict[str, dict[str, float]]:
     return {
         job: {
             "accuracy": statistics.mean(v["clean"] for v in some),
-            "noisy": statistics.mean(v["noisy"] for v in some),
+            "accuracy_with_noise": statistics.mean(v["noisy"] for v in some),
         }
         for job, some in found.items()
     }
@@ -62,7 +62,11 @@ def main():
 
     results = json.loads((args.run / "results.json").read_text()) | {"base_model": describe_base(args.base_model)}
     if args.jobs:
-        results["scores"] |= scores_of(args.jobs)
+        scores = scores_of(args.jobs)
+        results["scores"] |= scores
+        results["tasks"] |= {
+            job: "sentence-similarity" if "nearest" in job else "text-classification" for job in scores
+        }
     results["exported"] = {"dtype": "bfloat16"} | run_info()
     (args.output / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     card = build_model_card(args.output)

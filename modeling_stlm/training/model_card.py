@@ -175,7 +175,7 @@ def build_model_card(
         datasets=base.get("datasets"),
         metrics=metrics or None,
         model_name=name,
-        eval_results=_eval_results(task, scores, results.get("arguments", {})) if scores else None,
+        eval_results=_eval_results(task, scores, results) if scores else None,
     )
     budget = model.parameter_budget()
     description = (
@@ -236,13 +236,15 @@ def _mark(text: str) -> str:
     return f"<!-- Generated. Once edited, it is not generated again: {sha256(text.encode()).hexdigest()[:16]} -->\n"
 
 
-def _eval_results(task: Task, scores: dict[str, dict], arguments: dict[str, str]) -> list[EvalResult]:
+def _eval_results(task: Task, scores: dict[str, dict], results: dict) -> list[EvalResult]:
+    """One for each score; `results["tasks"]` names the task of a split that is not that of the head."""
+    tags = {split: results.get("tasks", {}).get(split, task.tag) for split in scores}
     return [
         EvalResult(
-            task_type=task.tag,
-            task_name=task.tag.replace("-", " ").capitalize(),
+            task_type=tags[split],
+            task_name=tags[split].replace("-", " ").capitalize(),
             dataset_type="text",
-            dataset_name=arguments.get(split, split),
+            dataset_name=results.get("arguments", {}).get(split, split),
             dataset_split=split,
             metric_type=metric,
             metric_name=metric.replace("_", " "),
