@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """An encoder from a causal checkpoint: masked bytes, and sentence embeddings learned from a larger model, in one pass.
 
-    python examples/encoder.py --text 'wiki*.jsonl.gz' --teacher all-MiniLM-L6-v2 --max_minutes 45 --output runs/encoder
+    python examples/encoder.py --text 'wiki*.jsonl.gz' --teacher all-MiniLM-L6-v2 --passages 160000 --max_minutes 60 --output runs/encoder
 
 Takes passages of whole sentences from `--text` (files as of `pretrain.py`), asks the teacher for their embeddings once, and
 trains with the plain `Trainer`: a quarter of the rows has masked spans, a quarter is noisy (typos, case, look-alikes) and
@@ -60,7 +60,7 @@ if __name__ == "__main__":
 import numpy as np
 import torch
 from noise import KINDS, add_noise
-from run_folder import ResumeLine, last_checkpoint
+from run_folder import ResumeLine, last_checkpoint, run_info
 from score import documents
 from sentence_transformers import SentenceTransformer
 from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer, TrainingArguments, set_seed
@@ -174,7 +174,7 @@ def main(args: argparse.Namespace):
         },
         "steps": trainer.state.global_step,
         "passages": len(passages),
-    }
+    } | run_info(model.device)
     (args.output / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     print(f"\ncosine to the teacher's embeddings on {NUM_HELD_OUT} passages that were held out: {cosine:.3f}")
     print(f"next: python examples/embed.py --checkpoint {args.output} --train rows.csv --test other_rows.csv")

@@ -6,7 +6,7 @@
     python examples/identify.py --train train.jsonl.gz --validation validation.jsonl.gz --output runs/langid
 
 The model is an `STLMForTokenClassification` that looks both ways, most of it n-gram tables. The language of a line is that
-of its mean logits, and both bytes and lines are trained. Training reads JSON lines with `text` and `lang` and takes the plain `Trainer`; Ctrl-C and SIGTERM save,
+of its mean logits; the loss is that of bytes and of lines. Training reads JSON lines with `text` and `lang` and takes the plain `Trainer`; Ctrl-C and SIGTERM save,
 and the same command goes on.
 """
 
@@ -266,7 +266,8 @@ def loss_of_bytes_and_lines(outputs, labels: "torch.Tensor", num_items_in_batch=
     of_bytes = cross_entropy(logits.transpose(1, 2), labels)
     languages = labels.amax(1)
     is_one = (labels == languages[:, None]).eq(is_byte).all(1)
-    means = (logits * is_byte[..., None]).sum(1) / is_byte.sum(1, keepdim=True)
+    is_one &= is_byte.any(1)
+    means = (logits * is_byte[..., None]).sum(1) / is_byte.sum(1, keepdim=True).clamp(min=1)
     return of_bytes + cross_entropy(means[is_one], languages[is_one], reduction="sum") / is_one.sum().clamp(min=1)
 
 
@@ -279,7 +280,7 @@ def train(args: argparse.Namespace) -> None:
         raise SystemExit(f"--validation has languages that --train has not: {unknown}")
 
     import torch
-    from run_folder import ResumeLine, last_checkpoint
+    from run_folder import ResumeLine, last_checkpoint, run_info
     from transformers import DataCollatorForTokenClassification, Trainer, TrainingArguments, set_seed
 
     from modeling_stlm import STLMConfig, STLMForTokenClassification, STLMTokenizer
@@ -342,7 +343,7 @@ def train(args: argparse.Namespace) -> None:
         "cpu_minutes": budget.elapsed_seconds / 60,
         "accuracy": scores,
         "arguments": {name: str(value) for name, value in (arguments | {"output": args.output.name}).items()},
-    }
+    } | run_info(model.device)
     (args.output / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     for name, score in scores.items():
         print(f"{name}: {score:.4f}")

@@ -217,5 +217,11 @@ def test_the_loss_is_that_of_bytes_and_of_lines_in_one_language():
     of_bytes = [-scores[i, j, labels[i, j]] for i in range(3) for j in range(4) if labels[i, j] >= 0]
     lines = [logits[0].mean(0).log_softmax(-1)[2], logits[1, 2:].mean(0).log_softmax(-1)[4]]
     torch.testing.assert_close(loss, sum(of_bytes) / 9 - sum(lines) / 2)
+    empty = torch.cat([labels, labels.new_full((1, 4), -100)])
+    padded = torch.cat([logits, torch.randn(1, 4, 5)]).requires_grad_()
+    with_empty = identify.loss_of_bytes_and_lines(SimpleNamespace(logits=padded), empty)
+    with_empty.backward()
+    torch.testing.assert_close(with_empty.detach(), loss)
+    assert padded.grad.isfinite().all() and not padded.grad[3].any()
     mixed = identify.loss_of_bytes_and_lines(SimpleNamespace(logits=logits[2:]), labels[2:])
     torch.testing.assert_close(mixed, -sum(scores[2, j, labels[2, j]] for j in range(3)) / 3)

@@ -201,6 +201,7 @@ def table(cells: dict[str, dict]) -> str:
 def main():
     args = parse_arguments()
     results = json.loads(args.output.read_text()) if args.output.is_file() else {"cells": {}}
+    info = run_info(*PACKAGES, *(["fasttext-community"] if "fasttext" in args.systems else []))
     for seed in range(args.seeds):
         for job in args.jobs:
             for system in args.systems:
@@ -213,7 +214,7 @@ def main():
                     Path(word).name if "/" in word else word for word in sys.argv[1:]
                 ]  # no folders of this machine
                 results["command"] = shlex.join(["python", "examples/research/jobs.py", *words])
-                results |= run_info(*PACKAGES, *(["fasttext-community"] if "fasttext" in args.systems else []))
+                results |= info
                 args.output.write_text(json.dumps(results, indent=1) + "\n")
     print(table(results["cells"]))
 

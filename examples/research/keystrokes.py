@@ -39,7 +39,7 @@ from modeling_stlm.inference.engine import Engine
 
 
 WORD = re.compile(r"\w+")
-EVERY = 20  # of which one suggestion is written from the start, too
+CHECKED_EVERY = 20  # of which one suggestion is written from the start, too
 GIVEN_BACK = {"not healed": 0, "healed by a token": 1, "healed by the word": None}
 Suggest = Callable[[str], str]  # what to show after a text
 
@@ -136,7 +136,7 @@ class Completion:
     def suggest(self, text: str) -> str:
         self._time("key", self.engine.complete, text, 0)  # so that the next call reads no more
         written = self._time("suggestion", self.engine.complete, text, self.new_bytes)
-        if len(self.micros["key"]) % EVERY == 0:
+        if len(self.micros["key"]) % CHECKED_EVERY == 0:
             self.num_different += written != self._time("from the start", self.engine.generate, text, self.new_bytes)
             assert not self.num_different or isinstance(self.engine, Healed)
         return first_word(written.decode(errors="ignore"), is_whole=False)

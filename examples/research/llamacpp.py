@@ -51,6 +51,7 @@ CONTEXTS, BATCHES = (1024, 2048, 4096, 8192, 16384 - SWEEP_BYTES), (1, 4, 16, 64
 
 
 def random_llama() -> LlamaForCausalLM:
+    torch.manual_seed(0)  # the same weights in every type of file
     config = LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=WIDTH,

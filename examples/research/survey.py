@@ -148,17 +148,14 @@ def draw(rows: dict[str, dict], path: Path, title: str) -> None:
     trained = {name: row for name, row in rows.items() if row["bits per byte"] is not None}
     for runner, colour in colours.items():
         of_runner = [row for name, row in trained.items() if SYSTEMS[name][0] == runner]
-        speeds, bits = (
-            [row["bytes per second"]["median"] for row in of_runner],
-            [row["bits per byte"] for row in of_runner],
-        )
+        speeds = [row["bytes per second"]["median"] for row in of_runner]
+        bits = [row["bits per byte"] for row in of_runner]
         label = {"pytorch": "PyTorch", "engine": "engine of this package"}.get(runner, runner)
         axis.scatter(speeds, bits, s=[12 * row["MB"] for row in of_runner], color=colour, alpha=0.5, label=label)
     for name, row in trained.items():
         model, _, how = name.rpartition(", ")
         size = f"{how.split()[-1]}, {row['MB']:.0f} MB" if " " in how else f"{row['MB']:.0f} MB"
-        # Above, but below where the next one in the same place is: the smallest of a runner.
-        is_above = row["bits per byte"] == min(other["bits per byte"] for other in trained.values()) or "Llama" in name
+        is_above = model != "stlm-3m"  # which is close below stlm-10m
         axis.annotate(
             f"{model.removesuffix(', 10M')}\n{size}",
             (row["bytes per second"]["median"], row["bits per byte"]),

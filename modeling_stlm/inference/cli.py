@@ -34,7 +34,7 @@ def readable(path: str, expected: str) -> str:
     elif os.path.isdir(path):
         found = "a folder"
     elif not os.access(path, os.R_OK):
-        found = "not yours to read"
+        found = "a file without permission to read it"
     else:
         return path
     raise ValueError(f"{path} is {found}: expected {expected}")
@@ -42,6 +42,8 @@ def readable(path: str, expected: str) -> str:
 
 def writable(path: str, expected: str) -> str:
     """As [`readable`], of a file that is to be written, also a device or a pipe."""
+    if not path:
+        raise ValueError(f"an empty name of a file: expected {expected}")
     folder = os.path.dirname(os.path.realpath(path))
     place = path if os.path.exists(path) and not os.path.isfile(path) else folder
     if os.path.isdir(path):
@@ -49,7 +51,7 @@ def writable(path: str, expected: str) -> str:
     if not os.path.isdir(folder):
         raise ValueError(f"{path} cannot be written: there is no folder {folder}")
     if not os.access(place, os.W_OK):
-        raise ValueError(f"{path} cannot be written: {place} is not yours to write to")
+        raise ValueError(f"{path} cannot be written: no permission to write to {place}")
     return path
 
 
@@ -193,6 +195,8 @@ def main() -> int:
     except KeyboardInterrupt:
         return 130
     except (ImportError, MemoryError, OSError, OverflowError, ValueError) as error:
-        print(f"stlm: {getattr(error, 'strerror', None) or error}", file=sys.stderr)  # without the number of the error
+        words = getattr(error, "strerror", None) or error  # without the number of the error
+        name = getattr(error, "filename", None)
+        print(f"stlm: {name}: {words}" if name else f"stlm: {words}", file=sys.stderr)
         return 1
     return 0

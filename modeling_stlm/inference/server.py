@@ -10,6 +10,7 @@ there are no keys and no limits on who asks.
 """
 
 import codecs
+import errno
 import json
 import os
 import threading
@@ -423,7 +424,9 @@ def serve(engine: Engine, host: str, port: int, num_rows: int) -> None:
     try:
         server = Server(engine, host, port, num_rows)
     except OSError as error:
-        raise ValueError(f"{host}:{port}: {error.strerror}. Expected a free --port, or 0 for any") from None
+        is_port = error.errno in (errno.EADDRINUSE, errno.EACCES)
+        expected = "a free --port, or 0 for any" if is_port else "a --host of this machine"
+        raise ValueError(f"{host}:{port}: {error.strerror}. Expected {expected}") from None
     with server:
         print(f"http://{host}:{server.server_port}/v1", flush=True)
         server.serve_forever()
