@@ -6,11 +6,13 @@
     python examples/finetune.py --text my.txt --checkpoint runs/stlm-10m --output runs/mine
 
 Prints bits per byte on the last tenth of the text before and after, writes the curve to `OUTPUT/bits_per_byte.png`,
-streams a sample, saves the checkpoint and loads it again through `AutoModelForCausalLM`.
+streams a sample, saves the checkpoint and loads it again through `AutoModelForCausalLM`. Ctrl-C and SIGTERM save, and the
+same command goes on.
 """
 
 import argparse
 import json
+import shutil
 from pathlib import Path
 
 from inputs import HelpFormatter, at_least_one, causal_checkpoint, positive, quiet_exit, read_text, text_file, whole
@@ -43,11 +45,13 @@ if __name__ == "__main__":
 import torch
 from matplotlib.figure import Figure
 from peft import LoraConfig, get_peft_model
+from run_folder import ResumeLine, last_checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer, Trainer, TrainingArguments, set_seed
 
 import modeling_stlm  # noqa: F401  (registers the Auto classes)
 from modeling_stlm.training.bits_per_byte import BitsPerByteEvaluator
 from modeling_stlm.training.corpus import PackedWindows, write_corpus
+from modeling_stlm.training.long_runs import StopOnSignal
 from modeling_stlm.training.model_card import describe_base
 
 
@@ -68,7 +72,7 @@ def main(args: argparse.Namespace):
         path = write_corpus(args.output / "data" / f"{split}.bin", [part], tokenizer)
         sets[split] = PackedWindows(path, tokenizer, block_size=BLOCK_BYTES)
 
-    evaluator = BitsPerByteEvaluator()
+    evaluator, stop = BitsPerByteEvaluator(), StopOnSignal()
     trainer = Trainer(
         model=model,
         args=TrainingArguments(
@@ -92,8 +96,15 @@ def main(args: argparse.Namespace):
         processing_class=tokenizer,
         compute_metrics=evaluator,
         preprocess_logits_for_metrics=evaluator.nats,
+        callbacks=[stop, ResumeLine(lambda state: f"step {state.global_step} of {args.max_steps}")],
     )
-    trainer.train()
+    cut = last_checkpoint(args.output)
+    trainer.train(resume_from_checkpoint=cut)
+    if stop.received is not None:
+        print(f"{stop.received.name}: saved at step {trainer.state.global_step}; the same command goes on from here")
+        raise SystemExit(128 + stop.received)
+    if cut is not None:
+        shutil.rmtree(cut)  # the next run begins anew
     logs = trainer.state.log_history
     curve = [(log["step"], log["eval_bits_per_byte"]) for log in logs if "eval_bits_per_byte" in log]
     write_curve(curve, args.output / "bits_per_byte.png")

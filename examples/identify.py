@@ -362,6 +362,9 @@ def accuracy(model: "PreTrainedModel", sentences: dict[str, list[str]], length: 
 def main(args: argparse.Namespace):
     if args.train:
         return train(args)
+    for line in args.lines:
+        if len(line) < 256 and Path(line).is_file():
+            raise SystemExit(f"{line} is a file, expected a text: its lines are read with `identify.py < {line}`")
     lines = iter(args.lines or (line.decode(errors="replace").rstrip("\r\n") for line in sys.stdin.buffer))
     model = load(args.checkpoint)
     while chunk := list(islice(lines, CHUNK_LINES)):

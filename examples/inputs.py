@@ -116,7 +116,7 @@ def decode(data: bytes, path: Path) -> str:
     except UnicodeDecodeError as error:
         raise SystemExit(
             f"{path} is not UTF-8: byte 0x{data[error.start]:02x} at offset {error.start}. Convert it first, for example "
-            f"with `iconv --from-code LATIN1 --to-code UTF-8 {path} > utf8.txt`"
+            f"with `iconv --from-code LATIN1 --to-code UTF-8 {path} > utf8{path.suffix}`"
         ) from None
 
 

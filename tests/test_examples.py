@@ -171,6 +171,23 @@ def test_finetuning_lowers_bits_per_byte_and_saves_a_model(small_text, tmp_path,
     assert card.data.eval_results[0].metric_value == pytest.approx(after, abs=1e-3)
 
 
+@pytest.mark.parametrize("lora_rank", [0, 4])
+def test_finetuning_that_was_cut_goes_on(small_text, tmp_path, lora_rank):
+    arguments = ["--text", str(small_text), "--output", "out", "--max_steps", "5", "--batch_size", "1"]
+    command = [sys.executable, str(ROOT / "examples" / "finetune.py"), *arguments, "--lora_rank", str(lora_rank)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=tmp_path)
+    for line in process.stdout:
+        if "eval_bits_per_byte" in line:
+            process.send_signal(signal.SIGINT)
+            break
+    rest = process.stdout.read()
+    assert process.wait() == 130 and "SIGINT: saved at step 1; the same command goes on from here" in rest
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+    output = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=True).stdout
+    assert f"step 1 of 5: goes on from {Path('out') / 'checkpoint-1'}" in output and " before, " in output
+    assert list((tmp_path / "out").glob("checkpoint-*")) == []  # the next run begins anew
+
+
 def test_the_last_tenth_of_a_text_is_one_of_its_bytes(tmp_path):
     (tmp_path / "wide.txt").write_text(
         "東" * 3000 + "a" * 1300, encoding="utf-8"

@@ -225,3 +225,10 @@ def test_the_loss_is_that_of_bytes_and_of_lines_in_one_language():
     assert padded.grad.isfinite().all() and not padded.grad[3].any()
     mixed = identify.loss_of_bytes_and_lines(SimpleNamespace(logits=logits[2:]), labels[2:])
     torch.testing.assert_close(mixed, -sum(scores[2, j, labels[2, j]] for j in range(3)) / 3)
+
+
+def test_a_file_is_not_taken_for_a_text(tmp_path):
+    (tmp_path / "lines.txt").write_text("Guten Tag\n")
+    command = [sys.executable, str(ROOT / "examples" / "identify.py"), "lines.txt"]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 1 and result.stdout == "" and "identify.py < lines.txt" in result.stderr
