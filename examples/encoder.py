@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """An encoder from a causal checkpoint: masked bytes, and sentence embeddings learned from a larger model, in one pass.
 
-    python examples/encoder.py --text 'wiki*.jsonl.gz' --teacher all-MiniLM-L6-v2 --passages 160000 --max_minutes 60 --output runs/encoder
+    python examples/encoder.py --text 'wiki*.jsonl.gz' --teacher all-MiniLM-L6-v2 --passages 160000 --max_minutes 60 \\
+        --output runs/encoder
 
 Takes passages of whole sentences from `--text` (files as of `pretrain.py`), asks the teacher for their embeddings once, and
 trains with the plain `Trainer`: a quarter of the rows has masked spans, a quarter is noisy (typos, case, look-alikes) and

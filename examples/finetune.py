@@ -98,13 +98,13 @@ def main(args: argparse.Namespace):
         preprocess_logits_for_metrics=evaluator.nats,
         callbacks=[stop, ResumeLine(lambda state: f"step {state.global_step} of {args.max_steps}")],
     )
-    cut = last_checkpoint(args.output)
-    trainer.train(resume_from_checkpoint=cut)
+    interrupted = last_checkpoint(args.output)
+    trainer.train(resume_from_checkpoint=interrupted)
     if stop.received is not None:
         print(f"{stop.received.name}: saved at step {trainer.state.global_step}; the same command goes on from here")
         raise SystemExit(128 + stop.received)
-    if cut is not None:
-        shutil.rmtree(cut)  # the next run begins anew
+    if interrupted is not None:
+        shutil.rmtree(interrupted)  # the next run begins anew
     logs = trainer.state.log_history
     curve = [(log["step"], log["eval_bits_per_byte"]) for log in logs if "eval_bits_per_byte" in log]
     write_curve(curve, args.output / "bits_per_byte.png")

