@@ -86,7 +86,8 @@ def main(args: argparse.Namespace):
             eval_strategy="steps",
             eval_steps=max(1, args.max_steps // 3),
             eval_on_start=True,
-            save_strategy="no",
+            save_strategy="no",  # but where a signal cuts it
+            save_total_limit=1,
             batch_eval_metrics=True,
             report_to="none",
             use_cpu=not torch.cuda.is_available(),

@@ -175,16 +175,18 @@ def test_finetuning_lowers_bits_per_byte_and_saves_a_model(small_text, tmp_path,
 def test_finetuning_that_was_cut_goes_on(small_text, tmp_path, lora_rank):
     arguments = ["--text", str(small_text), "--output", "out", "--max_steps", "5", "--batch_size", "1"]
     command = [sys.executable, str(ROOT / "examples" / "finetune.py"), *arguments, "--lora_rank", str(lora_rank)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=tmp_path)
-    for line in process.stdout:
-        if "eval_bits_per_byte" in line:
-            process.send_signal(signal.SIGINT)
-            break
-    rest = process.stdout.read()
-    assert process.wait() == 130 and "SIGINT: saved at step 1; the same command goes on from here" in rest
+    for step in (1, 2):
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=tmp_path)
+        for line in process.stdout:
+            if "eval_bits_per_byte" in line:
+                process.send_signal(signal.SIGINT)
+                break
+        rest = process.stdout.read()
+        assert process.wait() == 130 and f"SIGINT: saved at step {step}; the same command goes on from here" in rest
+        assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == [f"checkpoint-{step}"]
     assert not (tmp_path / "out" / "model.safetensors").exists()
     output = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=True).stdout
-    assert f"step 1 of 5: goes on from {Path('out') / 'checkpoint-1'}" in output and " before, " in output
+    assert f"step 2 of 5: goes on from {Path('out') / 'checkpoint-2'}" in output and " before, " in output
     assert list((tmp_path / "out").glob("checkpoint-*")) == []  # the next run begins anew
 
 

@@ -13,7 +13,7 @@ first ones of a shuffle that never changes. The systems:
     fasttext  words and pairs of words, 25 epochs at rate 0.5; classes only
     teacher   frozen features with a logistic regression; for neighbours, its embeddings
 
-Ours reads one row at a time, the others all of them; take one thread (`OMP_NUM_THREADS=1`).
+To classify, ours reads one row at a time, the others all of them; take one thread (`OMP_NUM_THREADS=1`).
 
 In the noisy test rows a tenth of the letters is dropped, doubled, swapped, in the other case or a look-alike: a fifth of the rows
 each. The encoder that is shipped has seen such noise in training, the others have not.
