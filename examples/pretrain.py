@@ -19,6 +19,7 @@ from inputs import (
     add_bf16,
     at_least_one,
     at_least_zero,
+    causal_checkpoint,
     choose_precision,
     file_pattern,
     naming,
@@ -48,7 +49,9 @@ def argument_parser():
     parser.add_argument(
         "--repeat", type=share, default=0.0, help="share of the training documents of which a passage is repeated"
     )
-    parser.add_argument("--model", default="stlm-3m", help="a preset or a folder with a config.json")
+    start = parser.add_mutually_exclusive_group()
+    start.add_argument("--model", default="stlm-3m", help="a preset or a folder with a config.json: random weights")
+    start.add_argument("--checkpoint", type=causal_checkpoint, help="folder or Hub id with weights to start from")
     parser.add_argument("--set", nargs="*", default=[], metavar="FIELD=VALUE", help="config fields to change, as JSON")
     budget = parser.add_mutually_exclusive_group(required=True)
     budget.add_argument("--max_minutes", type=positive, help="of training; evaluation does not count")
@@ -80,10 +83,11 @@ from run_folder import ProgressLines, last_checkpoint, run_info, save
 from score import documents
 from transformers import AutoModelForCausalLM, PrinterCallback, Trainer, TrainingArguments, logging, set_seed
 
-from modeling_stlm import STLMConfig, STLMTokenizer
+from modeling_stlm import STLMConfig, STLMForCausalLM, STLMTokenizer
 from modeling_stlm.training.bits_per_byte import BitsPerByteEvaluator
 from modeling_stlm.training.corpus import PackedWindows, write_corpus
 from modeling_stlm.training.long_runs import SaveByTime, StopOnSignal
+from modeling_stlm.training.model_card import describe_base
 from modeling_stlm.training.optimizer import MuonRecipe
 from modeling_stlm.training.time_budget import TimeBudget
 
@@ -133,15 +137,31 @@ def field_value(value: str):
         return value
 
 
-def load_config(model: str, changes: list[str]) -> STLMConfig:
+def load_config(model: str, changes: list[str], is_checkpoint: bool = False) -> STLMConfig:
+    """The config of a preset, or of a folder or an id on the Hub, with `changes`."""
     fields = {name: field_value(value) for name, _, value in (change.partition("=") for change in changes)}
     if unknown := sorted(set(fields) - set(STLMConfig().to_dict())):
         raise SystemExit(f"--set {unknown}: not a field of STLMConfig")
-    is_folder = (Path(model) / "config.json").is_file()
+    is_checkpoint = is_checkpoint or (Path(model) / "config.json").is_file()
     try:
-        return (STLMConfig.from_pretrained if is_folder else STLMConfig.from_preset)(model, **fields)
+        return (STLMConfig.from_pretrained if is_checkpoint else STLMConfig.from_preset)(model, **fields)
     except (ValueError, StrictDataclassError) as error:
         raise SystemExit(f"{model} {' '.join(changes)}: {error}") from None
+
+
+def build_model(args: argparse.Namespace) -> STLMForCausalLM:
+    """With random weights, or with those of `--checkpoint`."""
+    if args.checkpoint is None:
+        return AutoModelForCausalLM.from_config(load_config(args.model, args.set))
+    config = load_config(args.checkpoint, args.set, is_checkpoint=True)
+    return AutoModelForCausalLM.from_pretrained(args.checkpoint, config=config, dtype=torch.float32)
+
+
+def describe_start(args: argparse.Namespace) -> dict:
+    """For `results.json`: the preset or folder of the config, and what the weights of `--checkpoint` bring with them."""
+    if args.checkpoint is None:
+        return {"model": args.model}
+    return {"model": Path(args.checkpoint).name, "base_model": describe_base(args.checkpoint)}
 
 
 def training_arguments(args: argparse.Namespace, step_bytes: float, **changes) -> TrainingArguments:
@@ -208,8 +228,8 @@ def main(args: argparse.Namespace):
     for split, path in write_corpora(args, tokenizer, args.output / "data").items():
         with naming(split, getattr(args, split), "Take longer texts and a new --output, or smaller --block_bytes"):
             sets[split] = PackedWindows(path, tokenizer, args.block_bytes)
-    model = AutoModelForCausalLM.from_config(load_config(args.model, args.set))
-    print(f"{args.model}: {model.num_parameters():,} parameters, {model.device}, {model.dtype}")
+    model = build_model(args)
+    print(f"{args.checkpoint or args.model}: {model.num_parameters():,} parameters, {model.device}, {model.dtype}")
     evaluator, step_bytes = BitsPerByteEvaluator(), args.batch_size * args.block_bytes
     timed = args.max_minutes is not None
     trainer = Trainer(
@@ -227,7 +247,7 @@ def main(args: argparse.Namespace):
     steps = trainer.state.global_step
     scores = {split: trainer.evaluate(sets[split], metric_key_prefix=split) for split in sets if split != "train"}
     results = {
-        "model": args.model,
+        **describe_start(args),
         "stored_parameters": model.num_parameters(),
         "steps": steps,
         "bytes_seen": steps * step_bytes,  # special tokens included

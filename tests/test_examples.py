@@ -23,6 +23,7 @@ from modeling_stlm.training.model_card import build_model_card
 ROOT = Path(__file__).parents[1]
 assert modeling_stlm.__all__  # imported for its registrations
 TEXT = ROOT / "examples" / "data" / "shakespeare.txt"
+STLM_3M = ROOT / "examples" / "checkpoints" / "stlm-3m"
 
 
 def run(script: str, *arguments, cwd: Path, **options) -> str:
@@ -75,6 +76,21 @@ def test_pretraining_in_bfloat16_on_a_clock(small_text, tmp_path):
     assert any("validation_bits_per_byte" in log for log in history)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "run")
     assert loaded.dtype == torch.float32 and loaded.config.layer_sharing == "none"
+
+
+@pytest.mark.parametrize("script", ["pretrain.py", "research/train.py"])
+def test_pretraining_starts_from_a_checkpoint(small_text, tmp_path, script):
+    start = ["--checkpoint", STLM_3M, "--set", "hidden_dropout=0.1", "--muon_lr", 1e-9, "--adamw_lr", 1e-9]
+    results = pretrain(small_text, tmp_path / "run", "--max_steps", 1, *start, script=script)
+    assert results["model"] == results["base_model"]["name"] == "stlm-3m"
+    kept, started = (
+        AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32) for path in (STLM_3M, tmp_path / "run")
+    )
+    assert started.config.hidden_dropout == 0.1 and started.dtype == torch.float32
+    torch.testing.assert_close(started.state_dict(), kept.state_dict(), atol=1e-6, rtol=0)
+    card = build_model_card(tmp_path / "run")
+    assert "- starts from the weights of `stlm-3m`\n- 256 bytes seen" in card.text
+    assert card.data.license == "cc-by-sa-4.0"
 
 
 def test_a_pretraining_that_was_cut_goes_on(small_text, tmp_path):

@@ -85,6 +85,8 @@ def prepare(args: argparse.Namespace) -> tuple[PreTrainedTokenizerBase, dict[str
 
 
 def build_model(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    if args.checkpoint is not None:
+        return pretrain.build_model(args)
     if args.model.startswith("llama-"):
         if args.set:
             raise SystemExit(f"--set {args.set}: the controls have no fields of STLMConfig")
@@ -116,7 +118,9 @@ def main():
     pretrain.choose_precision(args)
     tokenizer, corpora = prepare(args)
     model = build_model(args, tokenizer)
-    print(f"{args.model}: {model.num_parameters():,} stored parameters, {model.device}, {model.dtype}")
+    print(
+        f"{args.checkpoint or args.model}: {model.num_parameters():,} stored parameters, {model.device}, {model.dtype}"
+    )
 
     sizes = token_bytes(tokenizer)
     ids = torch.from_numpy(PackedWindows(corpora["validation"], tokenizer, 1).ids.astype("int64"))
@@ -172,7 +176,7 @@ def main():
     length = bytes_per_unit()
     flops = flops_per_byte(model, length, args.block_bytes)
     results = {
-        "model": args.model,
+        **pretrain.describe_start(args),
         "stored_parameters": model.num_parameters(),
         "effective_parameters": effective_parameters(model),
         "bytes_per_patch_or_token": round(length, 3),

@@ -188,7 +188,7 @@ def build_model_card(
         "Results": _results(scores, metrics, results),
         "Architecture": _architecture(config, task),
         "Budget": _budget(model, budget),
-        "Training": _fine_tuning(base, results) if base else _training(results),
+        "Training": _training(results, base) if set(results) >= NEEDED else _fine_tuning(base, results),
         "Data": (data or _data_of_base(base)).strip(),
         "Limits": LIMITS if model.can_generate() else LIMITS_OF_ENCODERS,
         "Licence": f"The weights are under `{licence}`, the code files beside them under `apache-2.0`."
@@ -335,15 +335,14 @@ def _budget(model: STLMPreTrainedModel, budget: dict[str, dict[str, int]]) -> st
     )
 
 
-def _training(results: dict) -> str:
-    if not results:
-        return ""
+def _training(results: dict, base: dict) -> str:
     arguments = results["arguments"]
     budget = ", ".join(f"{name} {value}" for name, value in results["budget"].items())
     corpus = results.get("corpus_bytes")
     passes = f", {results['bytes_seen'] / corpus:.1f} passes over {corpus:,}" if corpus else ""
     return "\n".join(
         [
+            *([f"- starts from the weights of `{base['name']}`"] if base else []),
             f"- {results['bytes_seen']:,} bytes seen{passes} in {results['steps']:,} steps of {arguments['batch_size']} "
             f"windows of {arguments['block_bytes']} bytes; budget: {budget}",
             f"- optimizer: Muon {arguments['muon_lr']} on matrices, AdamW {arguments['adamw_lr']} on the rest, warm-up "
@@ -364,6 +363,8 @@ def _teacher(arguments: dict[str, str]) -> list[str]:
 
 
 def _fine_tuning(base: dict, results: dict) -> str:
+    if not base:
+        return ""
     lines = [f"- fine-tuned from `{base['name']}`"]
     if "steps" in results:
         lines.append(f"- {results['steps']:,} steps")
