@@ -7,18 +7,29 @@
 Masked bytes of the first articles of `--text` are predicted by a deep encoder and by shallow ones of other seeds; each is
 then fine-tuned on the labelled rows, as are the same models without pre-training. `--train` and `--test` are read by
 `datasets` as csv or json with columns `text` (or `--column`) and `label`. Prints accuracies (mean over seeds and standard
-deviation) and latencies; writes `results.json` and `accuracy.png`.
+deviation) and latencies; writes `results.json` and `accuracy.png`. The same command goes on after an interruption; what was
+pretrained stays in `--encoders`, for other labelled rows, too.
 """
 
 import argparse
 import json
-import platform
 import statistics
 import time
+from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
 
-from inputs import HelpFormatter, at_least_one, file_pattern, positive, quiet_exit, text_file, whole
+from inputs import (
+    HelpFormatter,
+    add_bf16,
+    at_least_one,
+    choose_precision,
+    file_pattern,
+    positive,
+    quiet_exit,
+    text_file,
+    whole,
+)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -30,6 +41,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--test", type=text_file, required=True, help="labelled rows, csv or json")
     parser.add_argument("--column", default="text", help="of the labelled files; FewRel: marked")
     parser.add_argument("--output", type=Path, required=True, help="folder")
+    parser.add_argument("--encoders", type=Path, help="folder of what was pretrained; by default in the output folder")
     parser.add_argument("--preset", default="stlm-3m", help="all sizes but the depth of the trunk")
     parser.add_argument("--deep", type=at_least_one, default=6, help="layers of the deep trunk")
     parser.add_argument("--shallow", type=at_least_one, default=1, help="layers of the shallow trunks")
@@ -38,10 +50,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--rows", type=at_least_one, help="labelled rows to train on, the first ones of a shuffle; default: all"
     )
+    parser.add_argument("--test_rows", type=at_least_one, help="labelled rows to test on, likewise; default: all")
     parser.add_argument("--max_bytes", type=at_least_one, default=512, help="bytes read of each article and row")
     parser.add_argument("--pretraining_epochs", type=positive, default=1, help="over the articles")
     parser.add_argument("--finetuning_epochs", type=positive, default=1, help="over the labelled rows")
     parser.add_argument("--batch_size", type=at_least_one, default=32, help="rows")
+    add_bf16(parser)
     parser.add_argument("--seeds", type=at_least_one, default=1, help="repetitions")
     return parser.parse_args()
 
@@ -52,6 +66,7 @@ if __name__ == "__main__":
 import torch
 from datasets import Dataset, load_dataset
 from matplotlib.figure import Figure
+from run_folder import run_info
 from score import documents
 from transformers import (
     AutoModelForSequenceClassification,
@@ -67,6 +82,7 @@ from modeling_stlm.training.optimizer import MuonRecipe
 
 
 TOKENIZER = STLMTokenizer()
+ARMS = ("deep", "shallow", "committee")
 
 
 def encode(texts: list[str], max_bytes: int) -> list[list[int]]:
@@ -90,6 +106,7 @@ def trainer_of(model, data, args: argparse.Namespace, epochs: float, seed: int, 
         warmup_steps=0.05,
         train_sampling_strategy="group_by_length",
         seed=seed,
+        bf16=args.bf16,
         save_strategy="no",
         logging_strategy="no",
         report_to="none",
@@ -102,17 +119,37 @@ def trainer_of(model, data, args: argparse.Namespace, epochs: float, seed: int, 
     )
 
 
+def settings_of(args: argparse.Namespace, names: Iterable[str]) -> dict[str, str]:
+    """For a record: files by their names."""
+    files = {"train": [args.train], "test": [args.test], "text": args.text}
+    given = {name: " ".join(Path(file).name for file in paths) for name, paths in files.items()}
+    return {name: given.get(name, str(getattr(args, name))) for name in names}
+
+
+def check_same(record: Path, made_with: dict[str, str], settings: dict[str, str]) -> None:
+    """Raise where what is kept was made with other settings."""
+    other = {name: value for name, value in made_with.items() if settings[name] != value}
+    if other:
+        raise SystemExit(f"{record} was made with {other}: use another folder")
+
+
 def pretrained(layers: int, articles: list[str], args: argparse.Namespace, seed: int) -> Path:
-    """Folder of a masked language model of `articles`; without any, of random weights."""
+    """Folder of a masked language model of `articles`; without any, of random weights. One that is there is kept."""
+    folder = (args.encoders or args.output / "encoders") / f"{layers}-layers-{len(articles)}-articles-seed-{seed}"
+    settings = settings_of(args, ("preset", "max_bytes", "pretraining_epochs", "batch_size", "bf16", "text"))
+    record = folder / "pretraining.json"  # written last
+    if record.is_file():
+        check_same(record, json.loads(record.read_text()), settings)
+        return folder
     set_seed(seed)
     sizes = {"num_trunk_layers": layers, "num_unique_trunk_layers": layers, "layer_sharing": "none"}
     model = STLMForMaskedLM(STLMConfig.from_preset(args.preset, is_causal=False, **sizes))
-    folder = args.output / f"{layers}-layers-{len(articles)}-articles-seed-{seed}"
     if articles:
         data = [{"input_ids": ids} for ids in encode(articles, args.max_bytes)]
         collator = DataCollatorForLanguageModeling(TOKENIZER, mlm_probability=0.15)
         trainer_of(model, data, args, args.pretraining_epochs, seed, data_collator=collator).train()
     model.save_pretrained(folder)
+    record.write_text(json.dumps(settings, indent=1) + "\n")
     return folder
 
 
@@ -148,51 +185,83 @@ def spread(values: list[float]) -> str:
     return f"{100 * statistics.mean(values):.1f}{deviation}"
 
 
+def compare(articles: list[str], sets: dict[str, Dataset], args: argparse.Namespace, seed: int) -> dict[str, float]:
+    """Accuracy of each arm after pre-training on `articles`; keeps the committee in the output folder."""
+
+    def classifier(layers: int, number: int):
+        return finetuned(pretrained(layers, articles, args, number), sets, args, number)
+
+    members = [classifier(args.shallow, seed * args.members + i) for i in range(args.members)]
+    models = {"deep": classifier(args.deep, seed), "shallow": members[0]}
+    models["committee"] = STLMCommittee.from_members(members)
+    models["committee"].save_pretrained(args.output / "committee")
+    TOKENIZER.save_pretrained(args.output / "committee")
+    return {arm: accuracy(models[arm], sets, args) for arm in ARMS}
+
+
+def untrained(args: argparse.Namespace, num_labels: int) -> dict[str, torch.nn.Module]:
+    """Models of the sizes of all arms, to take the time of."""
+
+    def classifier(layers: int):
+        sizes = {"num_trunk_layers": layers, "num_unique_trunk_layers": layers, "layer_sharing": "none"}
+        config = STLMConfig.from_preset(args.preset, is_causal=False, num_labels=num_labels, **sizes)
+        return AutoModelForSequenceClassification.from_config(config).eval()
+
+    members = [classifier(args.shallow) for _ in range(args.members)]
+    committee = STLMCommittee.from_members(members).eval()
+    return {"deep": classifier(args.deep), "shallow": members[0], "committee": committee}
+
+
 def main(args: argparse.Namespace):
     logging.set_verbosity_error()  # every classifier starts with a fresh head: not worth a report each time
+    choose_precision(args)
+    info = run_info(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     articles = list(islice((text for text in documents(args.text) if text), max(args.articles)))
     if len(articles) < max(args.articles):
         raise SystemExit(f"{args.text} hold {len(articles)} articles, expected at least {max(args.articles)}")
-    sets = {"train": labelled(args.train, args).shuffle(seed=0), "test": labelled(args.test, args)}
-    if args.rows:
-        sets["train"] = sets["train"].select(range(args.rows))
-    arms = ("deep", "shallow", "committee")
-    accuracies = {arm: {size: [] for size in (0, *args.articles)} for arm in arms}
+    sets = {"train": labelled(args.train, args), "test": labelled(args.test, args)}
+    for split, rows in (("train", args.rows), ("test", args.test_rows)):
+        shuffled = sets[split].shuffle(seed=0)
+        sets[split] = shuffled.select(range(min(rows or len(shuffled), len(shuffled))))
+    args.output.mkdir(parents=True, exist_ok=True)
+    path = args.output / "cells.json"  # accuracies, by seed and number of articles
+    settings = settings_of(args, sorted(set(vars(args)) - {"articles", "encoders", "output", "seeds"}))
+    kept = json.loads(path.read_text()) if path.is_file() else {"settings": settings, "accuracy": {}}
+    check_same(path, kept["settings"], settings)
+    cells = kept["accuracy"]
     for seed in range(args.seeds):
         for size in (0, *args.articles):
-
-            def classifier(layers, number, size=size):
-                return finetuned(pretrained(layers, articles[:size], args, number), sets, args, number)
-
-            deep = classifier(args.deep, seed)
-            members = [classifier(args.shallow, seed * args.members + i) for i in range(args.members)]
-            models = {"deep": deep, "shallow": members[0], "committee": STLMCommittee.from_members(members)}
-            for arm, model in models.items():
-                accuracies[arm][size].append(accuracy(model, sets, args))
-            print(f"seed {seed}, {size} articles:", {arm: accuracies[arm][size][-1] for arm in arms}, flush=True)
-    models["committee"].save_pretrained(args.output / "committee")
-    TOKENIZER.save_pretrained(args.output / "committee")
-
+            key = f"seed {seed}, {size} articles"
+            if key not in cells:
+                cells[key] = compare(articles[:size], sets, args, seed)
+                path.write_text(json.dumps(kept, indent=1) + "\n")
+            print(f"{key}:", cells[key], flush=True)
+    accuracies = {
+        arm: {
+            size: [cells[f"seed {n}, {size} articles"][arm] for n in range(args.seeds)] for size in (0, *args.articles)
+        }
+        for arm in ARMS
+    }
+    models = untrained(args, len(set(sets["train"]["labels"])))
     speed = {arm: {size: latency(model, sets, size) for size in (1, 32)} for arm, model in models.items()}
     parameters = {arm: model.num_parameters() for arm, model in models.items()}
     print(f"\n{'accuracy in %':<16}" + "".join(f"{f'{size} articles':>18}" for size in (0, *args.articles)))
-    for arm in arms:
+    for arm in ARMS:
         print(f"{arm:<16}" + "".join(f"{spread(values):>18}" for values in accuracies[arm].values()))
     print(f"\n{'':<16}{'parameters':>18}{'ms at batch 1':>18}{'ms at batch 32':>18}")
-    for arm in arms:
+    for arm in ARMS:
         print(f"{arm:<16}{parameters[arm]:>18,}{speed[arm][1]:>18.1f}{speed[arm][32]:>18.1f}")
     results = {
-        "arguments": {name: str(value) for name, value in vars(args).items() if name != "output"},
+        "arguments": settings | {"articles": args.articles, "seeds": args.seeds},
         "accuracy": accuracies,
         "latency_ms": speed,
         "parameters": parameters,
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
         "threads": torch.get_num_threads(),
-    }
+    } | info
     (args.output / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     figure = Figure(figsize=(6, 4))
     axes = figure.subplots()
-    for arm in arms:
+    for arm in ARMS:
         means = [statistics.mean(values) for values in accuracies[arm].values()]
         errors = [statistics.stdev(values) if len(values) > 1 else 0 for values in accuracies[arm].values()]
         axes.errorbar(range(len(means)), means, errors, marker="o", capsize=3, label=arm)
