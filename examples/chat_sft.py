@@ -62,6 +62,7 @@ def read_chats(path: Path) -> list[dict]:
 
 if __name__ == "__main__":
     args = parse_arguments()
+    chats = read_chats(args.train)  # before the slow imports: a mistake is told at once
 
 import torch
 from datasets import Dataset
@@ -79,8 +80,7 @@ def reply(model, tokenizer, prompt: str) -> str:
     return tokenizer.decode(new[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
-def main(args: argparse.Namespace):
-    chats = read_chats(args.train)
+def main(args: argparse.Namespace, chats: list[dict]):
     choose_precision(args)
     tokenizer = AutoTokenizer.from_pretrained(args.checkpoint)
     model = AutoModelForCausalLM.from_pretrained(args.checkpoint, dtype=torch.float32)
@@ -121,4 +121,4 @@ def main(args: argparse.Namespace):
 
 if __name__ == "__main__":
     with quiet_exit():
-        main(args)
+        main(args, chats)

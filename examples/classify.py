@@ -31,8 +31,18 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def read_sets(args: argparse.Namespace) -> tuple[tuple[list, list], tuple[list, list]]:
+    """Texts and labels to train on and to test on."""
+    rows = read_labelled(args.train) if args.train else speeches(HERE / "data" / "shakespeare.txt")
+    train, test = (rows, read_labelled(args.test)) if args.test else split_rows(rows)
+    if unknown := set(test[1]) - set(train[1]):
+        raise SystemExit(f"labels of the test rows that no row to train on has: {sorted(unknown)}")
+    return train, test
+
+
 if __name__ == "__main__":
     args = parse_arguments()
+    train, test = read_sets(args)  # before the slow imports: a mistake is told at once
 
 import numpy as np
 import torch
@@ -50,15 +60,6 @@ from transformers import (
 )
 
 import modeling_stlm  # noqa: F401  (registers the Auto classes)
-
-
-def read_sets(args: argparse.Namespace) -> tuple[tuple[list, list], tuple[list, list]]:
-    """Texts and labels to train on and to test on."""
-    rows = read_labelled(args.train) if args.train else speeches(HERE / "data" / "shakespeare.txt")
-    train, test = (rows, read_labelled(args.test)) if args.test else split_rows(rows)
-    if unknown := set(test[1]) - set(train[1]):
-        raise SystemExit(f"labels of the test rows that no row to train on has: {sorted(unknown)}")
-    return train, test
 
 
 def tfidf(train: tuple[list, list]) -> Pipeline:
@@ -131,9 +132,8 @@ def accuracy(trainer: Trainer, rows: tuple[list, list], max_bytes: int) -> tuple
     return share, 1000 * (time.perf_counter() - start) / len(data)
 
 
-def main(args: argparse.Namespace):
+def main(args: argparse.Namespace, train: tuple[list, list], test: tuple[list, list]):
     choose_precision(args)
-    train, test = read_sets(args)
     trainer = trainer_of(train, args)
     model = trainer.model
     print(f"{args.checkpoint}: {model.num_parameters():,} parameters, {model.device}, {model.dtype}")
@@ -152,4 +152,4 @@ def main(args: argparse.Namespace):
 
 if __name__ == "__main__":
     with quiet_exit():
-        main(args)
+        main(args, train, test)

@@ -66,7 +66,7 @@ if __name__ == "__main__":
 import torch
 from datasets import Dataset, load_dataset
 from matplotlib.figure import Figure
-from run_folder import run_info
+from run_folder import check_same, run_info
 from score import documents
 from transformers import (
     AutoModelForSequenceClassification,
@@ -126,20 +126,13 @@ def settings_of(args: argparse.Namespace, names: Iterable[str]) -> dict[str, str
     return {name: given.get(name, str(getattr(args, name))) for name in names}
 
 
-def check_same(record: Path, made_with: dict[str, str], settings: dict[str, str]) -> None:
-    """Raise where what is kept was made with other settings."""
-    other = {name: value for name, value in made_with.items() if settings[name] != value}
-    if other:
-        raise SystemExit(f"{record} was made with {other}: use another folder")
-
-
 def pretrained(layers: int, articles: list[str], args: argparse.Namespace, seed: int) -> Path:
     """Folder of a masked language model of `articles`; without any, of random weights. One that is there is kept."""
     folder = (args.encoders or args.output / "encoders") / f"{layers}-layers-{len(articles)}-articles-seed-{seed}"
     settings = settings_of(args, ("preset", "max_bytes", "pretraining_epochs", "batch_size", "bf16", "text"))
     record = folder / "pretraining.json"  # written last
     if record.is_file():
-        check_same(record, json.loads(record.read_text()), settings)
+        check_same(record, settings)
         return folder
     set_seed(seed)
     sizes = {"num_trunk_layers": layers, "num_unique_trunk_layers": layers, "layer_sharing": "none"}
@@ -226,15 +219,17 @@ def main(args: argparse.Namespace):
     args.output.mkdir(parents=True, exist_ok=True)
     path = args.output / "cells.json"  # accuracies, by seed and number of articles
     settings = settings_of(args, sorted(set(vars(args)) - {"articles", "encoders", "output", "seeds"}))
-    kept = json.loads(path.read_text()) if path.is_file() else {"settings": settings, "accuracy": {}}
-    check_same(path, kept["settings"], settings)
-    cells = kept["accuracy"]
+    begun = args.output / "begun.json"
+    if begun.is_file():
+        check_same(begun, settings)
+    begun.write_text(json.dumps(settings, indent=1) + "\n")
+    cells = json.loads(path.read_text()) if path.is_file() else {}
     for seed in range(args.seeds):
         for size in (0, *args.articles):
             key = f"seed {seed}, {size} articles"
             if key not in cells:
                 cells[key] = compare(articles[:size], sets, args, seed)
-                path.write_text(json.dumps(kept, indent=1) + "\n")
+                path.write_text(json.dumps(cells, indent=1) + "\n")
             print(f"{key}:", cells[key], flush=True)
     accuracies = {
         arm: {

@@ -39,8 +39,17 @@ def parse_arguments() -> argparse.Namespace:
     return args
 
 
+def read_sets(args: argparse.Namespace) -> tuple[list[tuple[list, list]], list[str]]:
+    """Labelled rows, if any are given, and texts to look in."""
+    rows = [read_labelled(path) for path in (args.train, args.test) if path]
+    if args.texts:
+        return rows, [line for line in read_text(args.texts).splitlines() if line.strip()]
+    return rows, [row["dialogue"] for row in read_json_lines(HERE / "data" / "dialogues.jsonl")]
+
+
 if __name__ == "__main__":
     args = parse_arguments()
+    rows, texts = read_sets(args)  # before the slow imports: a mistake is told at once
 
 import numpy as np
 from sentence_transformers import SentenceTransformer
@@ -78,12 +87,7 @@ def nearest_texts(encoder, texts: list[str], query: str) -> None:
         print(f"{similarity[i]:.3f}  {texts[i][:100]!r}")
 
 
-def main(args: argparse.Namespace):
-    rows = [read_labelled(path) for path in (args.train, args.test) if path]
-    if args.texts:
-        texts = [line for line in read_text(args.texts).splitlines() if line.strip()]
-    else:
-        texts = [row["dialogue"] for row in read_json_lines(HERE / "data" / "dialogues.jsonl")]
+def main(args: argparse.Namespace, rows: list[tuple[list, list]], texts: list[str]):
     query, texts = (args.query, texts) if args.query else (texts[0], texts[1:])
 
     encoder = SentenceTransformer(args.checkpoint)
@@ -100,4 +104,4 @@ def main(args: argparse.Namespace):
 
 if __name__ == "__main__":
     with quiet_exit():
-        main(args)
+        main(args, rows, texts)

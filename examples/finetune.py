@@ -45,7 +45,7 @@ if __name__ == "__main__":
 import torch
 from matplotlib.figure import Figure
 from peft import LoraConfig, get_peft_model
-from run_folder import ResumeLine, last_checkpoint
+from run_folder import ResumeLine, check_same, last_checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer, Trainer, TrainingArguments, set_seed
 
 import modeling_stlm  # noqa: F401  (registers the Auto classes)
@@ -57,6 +57,13 @@ from modeling_stlm.training.model_card import describe_base
 
 def main(args: argparse.Namespace):
     text = read_text(args.text, min_bytes=10 * (BLOCK_BYTES + 2)).encode()
+    begun, interrupted = args.output / "begun.json", last_checkpoint(args.output)
+    settings = {"text": f"{args.text.name}, {len(text):,} bytes", "checkpoint": args.checkpoint}
+    settings |= {"lora_rank": str(args.lora_rank)}
+    if interrupted is not None:
+        check_same(begun, settings)
+    args.output.mkdir(parents=True, exist_ok=True)
+    begun.write_text(json.dumps(settings, indent=1) + "\n")
     set_seed(1)
     tokenizer = AutoTokenizer.from_pretrained(args.checkpoint)
     model = AutoModelForCausalLM.from_pretrained(args.checkpoint, dtype=torch.float32)
@@ -99,7 +106,6 @@ def main(args: argparse.Namespace):
         preprocess_logits_for_metrics=evaluator.nats,
         callbacks=[stop, ResumeLine(lambda state: f"step {state.global_step} of {args.max_steps}")],
     )
-    interrupted = last_checkpoint(args.output)
     trainer.train(resume_from_checkpoint=interrupted)
     if stop.received is not None:
         print(f"{stop.received.name}: saved at step {trainer.state.global_step}; the same command goes on from here")
@@ -120,6 +126,7 @@ def main(args: argparse.Namespace):
         "base_model": describe_base(args.checkpoint),
         "steps": args.max_steps,
         "bits_per_byte": {"validation": curve[-1][1]},
+        "bits_per_byte_before": {"validation": curve[0][1]},
         "arguments": {
             "train": f"nine tenths of {args.text.name}",
             "validation": f"last tenth of {args.text.name}",

@@ -38,23 +38,6 @@ def parse_arguments() -> argparse.Namespace:
     return args
 
 
-if __name__ == "__main__":
-    args = parse_arguments()
-
-import torch
-from transformers import (
-    AutoModelForTokenClassification,
-    AutoTokenizer,
-    DataCollatorForTokenClassification,
-    Trainer,
-    TrainingArguments,
-    pipeline,
-    set_seed,
-)
-
-import modeling_stlm  # noqa: F401  (registers the Auto classes)
-
-
 def read_rows(path: Path) -> list[dict]:
     """Rows with `text` and `spans`; the first one that has not, ends the program."""
     rows = read_json_lines(path)
@@ -85,6 +68,32 @@ def names_in_a_play(path: Path) -> tuple[list[dict], list[dict]]:
     return sets
 
 
+def read_sets(args: argparse.Namespace) -> tuple[list[dict], list[dict]]:
+    """Rows to train on and to test on."""
+    if args.train:
+        return read_rows(args.train), read_rows(args.test)
+    train, test = names_in_a_play(HERE / "data" / "shakespeare.txt")
+    return train, test[:300]
+
+
+if __name__ == "__main__":
+    args = parse_arguments()
+    train, test = read_sets(args)  # before the slow imports: a mistake is told at once
+
+import torch
+from transformers import (
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+    DataCollatorForTokenClassification,
+    Trainer,
+    TrainingArguments,
+    pipeline,
+    set_seed,
+)
+
+import modeling_stlm  # noqa: F401  (registers the Auto classes)
+
+
 def tagged(row: dict, tokenizer, label2id: dict[str, int], max_bytes: int) -> dict[str, list[int]]:
     """Ids of a text, and the class of every byte: `B-` where a span starts, `I-` in it."""
     encoded = tokenizer(row["text"], truncation=True, max_length=max_bytes, return_offsets_mapping=True)
@@ -109,14 +118,8 @@ def looked_up(train: list[dict], test: list[dict]) -> list[set]:
     return [{(*m.span(), label_of[m[0]]) for m in known.finditer(row["text"])} for row in test]
 
 
-def main(args: argparse.Namespace):
+def main(args: argparse.Namespace, train: list[dict], test: list[dict]):
     choose_precision(args)
-    if args.train:
-        train, test = read_rows(args.train), read_rows(args.test)
-    else:
-        train, test = names_in_a_play(HERE / "data" / "shakespeare.txt")
-        test = test[:300]
-
     set_seed(args.seed)
     kinds = sorted({label for row in train for _, _, label in row["spans"]})
     names = [OUTSIDE, *(f"{place}-{kind}" for kind in kinds for place in "BI")]
@@ -165,4 +168,4 @@ def main(args: argparse.Namespace):
 
 if __name__ == "__main__":
     with quiet_exit():
-        main(args)
+        main(args, train, test)

@@ -26,6 +26,13 @@ def last_checkpoint(output: Path) -> str | None:
     return None
 
 
+def check_same(record: Path, settings: dict[str, str]) -> None:
+    """Raise where what `record` keeps was made with other settings."""
+    made_with = json.loads(record.read_text())
+    if other := {name: value for name, value in made_with.items() if settings[name] != value}:
+        raise SystemExit(f"{record} was made with {other}: use another folder")
+
+
 class ResumeLine(TrainerCallback):
     """Prints where a resumed run goes on; stands after the `TimeBudget`, which reads the time from the checkpoint.
 

@@ -27,8 +27,39 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def to_example(row: dict, text_bytes: int) -> dict:
+    if "meeting_transcripts" in row:
+        text = "\n".join(f"{turn['speaker']}: {turn['content']}" for turn in row["meeting_transcripts"])
+        references = [row["general_query_list"][0]["answer"]]
+    else:
+        text = row.get("dialogue")
+        references = [row[key] for key in ("summary", "summary1", "summary2", "summary3") if key in row]
+    if not text or not references:
+        raise SystemExit(f"a row has the fields {sorted(row)}, expected `dialogue` and `summary`, or those of QMSum")
+    text = text.encode("utf-8")[:text_bytes].decode("utf-8", errors="ignore")
+    prompt = f"<bos>{text}\n\nSummary:"
+    return {"text": text, "prompt": prompt, "completion": f" {references[0].strip()}", "references": references}
+
+
+def read_rows(path: Path, limit: int | None, text_bytes: int) -> list[dict]:
+    """`prompt`, `completion` and all `references` of each row, and its `text`."""
+    return [to_example(row, text_bytes) for row in read_json_lines(path)[:limit]]
+
+
+def read_sets(args: argparse.Namespace) -> tuple[list[dict], list[dict]]:
+    """Rows to train on and to test on."""
+    train = read_rows(args.train, args.train_rows, args.text_bytes)
+    if args.test:
+        return train, read_rows(args.test, args.test_rows, args.text_bytes)
+    if len(train) < 2:
+        raise SystemExit(f"{args.train} has one row, which leaves none to test on: add rows, or give --test")
+    cut = max(1, len(train) * 3 // 4)
+    return train[:cut], train[cut:][: args.test_rows]
+
+
 if __name__ == "__main__":
     args = parse_arguments()
+    train, test = read_sets(args)  # before the slow imports: a mistake is told at once
 
 import evaluate
 import torch
@@ -52,36 +83,6 @@ from modeling_stlm.training.model_card import describe_base
 
 
 NUM_CANDIDATES = 50  # summaries among which the constant one is chosen, and on which
-
-
-def read_sets(args: argparse.Namespace) -> tuple[list[dict], list[dict]]:
-    """Rows to train on and to test on."""
-    train = read_rows(args.train, args.train_rows, args.text_bytes)
-    if args.test:
-        return train, read_rows(args.test, args.test_rows, args.text_bytes)
-    if len(train) < 2:
-        raise SystemExit(f"{args.train} has one row, which leaves none to test on: add rows, or give --test")
-    cut = max(1, len(train) * 3 // 4)
-    return train[:cut], train[cut:][: args.test_rows]
-
-
-def read_rows(path: Path, limit: int | None, text_bytes: int) -> list[dict]:
-    """`prompt`, `completion` and all `references` of each row, and its `text`."""
-    return [to_example(row, text_bytes) for row in read_json_lines(path)[:limit]]
-
-
-def to_example(row: dict, text_bytes: int) -> dict:
-    if "meeting_transcripts" in row:
-        text = "\n".join(f"{turn['speaker']}: {turn['content']}" for turn in row["meeting_transcripts"])
-        references = [row["general_query_list"][0]["answer"]]
-    else:
-        text = row["dialogue"]
-        references = [row[key] for key in ("summary", "summary1", "summary2", "summary3") if key in row]
-    if not references:
-        raise SystemExit(f"a row has the fields {sorted(row)}, expected `dialogue` and `summary`, or those of QMSum")
-    text = text.encode("utf-8")[:text_bytes].decode("utf-8", errors="ignore")
-    prompt = f"<bos>{text}\n\nSummary:"
-    return {"text": text, "prompt": prompt, "completion": f" {references[0].strip()}", "references": references}
 
 
 def tokenize(rows: list[dict], tokenizer: PreTrainedTokenizerBase) -> list[dict[str, list[int]]]:
@@ -170,10 +171,9 @@ def write_results(folder: Path, args: argparse.Namespace, steps: int, scores: di
     (folder / "results.json").write_text(json.dumps(results | {"arguments": arguments}, indent=1) + "\n")
 
 
-def main(args: argparse.Namespace):
+def main(args: argparse.Namespace, train: list[dict], test: list[dict]):
     set_seed(args.seed)
     tokenizer = AutoTokenizer.from_pretrained(args.checkpoint, padding_side="left")
-    train, test = read_sets(args)
     print(f"{args.checkpoint}: {len(train):,} rows to train on, {len(test):,} to test on")
 
     results = {"constant": rouge_of([constant_summary(train)] * len(test), test)}
@@ -204,4 +204,4 @@ def main(args: argparse.Namespace):
 
 if __name__ == "__main__":
     with quiet_exit():
-        main(args)
+        main(args, train, test)

@@ -200,6 +200,24 @@ def test_every_script_has_a_mistake_to_tell():
     assert {command[0] for command, _ in MISTAKES.values()} == set(SCRIPTS)
 
 
+ROWS_OF_ANOTHER_KIND = {
+    "classify.py": ("--train {}", "expected `text` and `label`"),
+    "ner.py": ("--train {} --test {}", "expected `text`, not empty, and `spans`"),
+    "embed.py": ("--train {} --test {}", "expected `text` and `label`"),
+    "chat_sft.py": ("--train {}", "expected `messages`, each with role and content"),
+    "summarize.py": ("--train {}", "expected `dialogue` and `summary`"),
+}
+
+
+@pytest.mark.parametrize("script", ROWS_OF_ANOTHER_KIND)
+def test_rows_of_another_kind_are_told_before_anything_is_imported(script, tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"sentence": "one"}\n{"sentence": "two"}\n')
+    options, message = ROWS_OF_ANOTHER_KIND[script]
+    result = run(script, *options.format("rows.jsonl", "rows.jsonl").split(), cwd=tmp_path)
+    assert result.returncode == 1 and message in result.stderr.splitlines()[-1]
+    assert result.stdout == "imported: []\n"
+
+
 @pytest.fixture
 def inputs(monkeypatch):
     monkeypatch.syspath_prepend(str(EXAMPLES))
@@ -245,7 +263,9 @@ def test_scripts_end_quietly_but_for_errors(body, status, printed):
 def test_every_script_ends_quietly():
     for script in SCRIPTS:
         if script != "serve.py":  # the library ends it
-            assert (EXAMPLES / script).read_text().rstrip().endswith("with quiet_exit():\n        main(args)"), script
+            assert re.search(r"with quiet_exit\(\):\n        main\(args.*\)\n$", (EXAMPLES / script).read_text()), (
+                script
+            )
 
 
 def test_chats_are_checked(inputs, tmp_path, monkeypatch):

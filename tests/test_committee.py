@@ -400,15 +400,15 @@ def test_the_example_compares_depth_pretraining_and_committees(tmp_path):
     assert isinstance(committee, STLMCommittee) and len(committee.members) == 2
     # What is done is kept: with a cell taken out, that one comes again from the kept encoders, and the others as they were.
     kept = json.loads((tmp_path / "out" / "cells.json").read_text())
-    removed = kept["accuracy"].pop("seed 1, 12 articles")
-    kept["accuracy"]["seed 0, 0 articles"] = dict.fromkeys(removed, 0.25)
+    removed = kept.pop("seed 1, 12 articles")
+    kept["seed 0, 0 articles"] = dict.fromkeys(removed, 0.25)
     (tmp_path / "out" / "cells.json").write_text(json.dumps(kept))
     again = run("committee.py", *files, *sizes, cwd=tmp_path)
     assert "seed 0, 0 articles: {'deep': 0.25" in again and f"seed 1, 12 articles: {removed}" in again
     other = ("--pretraining_epochs", 2, "--output", "other", "--encoders", "out/encoders")
     refusals = {
         ("--articles", 13): "hold 12 articles, expected at least 13",
-        (*sizes, "--finetuning_epochs", 2): "cells.json was made with {'finetuning_epochs': '1'}: use another folder",
+        (*sizes, "--finetuning_epochs", 2): "begun.json was made with {'finetuning_epochs': '1'}: use another folder",
         (*sizes, *other): "pretraining.json was made with {'pretraining_epochs': '1'}: use another folder",
     }
     for more, message in refusals.items():

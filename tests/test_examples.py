@@ -201,6 +201,10 @@ def test_finetuning_that_was_cut_goes_on(small_text, tmp_path, lora_rank):
         assert process.wait() == 130 and f"SIGINT: saved at step {step}; the same command goes on from here" in rest
         assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == [f"checkpoint-{step}"]
     assert not (tmp_path / "out" / "model.safetensors").exists()
+    other = subprocess.run([*command, "--text", str(TEXT)], capture_output=True, text=True, cwd=tmp_path)
+    assert other.returncode == 1 and other.stderr.endswith(
+        f"begun.json was made with {{'text': '{small_text.name}, {small_text.stat().st_size:,} bytes'}}: use another folder\n"
+    )
     output = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=True).stdout
     assert f"step 2 of 5: goes on from {Path('out') / 'checkpoint-2'}" in output and " before, " in output
     assert list((tmp_path / "out").glob("checkpoint-*")) == []  # the next run begins anew
