@@ -25,6 +25,11 @@ from pathlib import Path
 import matplotlib
 
 
+sys.path.append(str(Path(__file__).parents[1]))  # the examples
+
+from inputs import at_least_one
+
+
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from tables import markdown_table
@@ -46,7 +51,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--validation", nargs="+", help="files or patterns")
     parser.add_argument("--output", type=Path, help="folder of the runs")
     parser.add_argument("--only", nargs="*", help="names of runs")
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
+    parser.add_argument("--jobs", type=at_least_one, default=2, help="runs at a time, one thread each")
     parser.add_argument("--report", action="store_true", help="train nothing")
     args = parser.parse_args()
     if not args.report and not (args.train and args.validation and args.output):

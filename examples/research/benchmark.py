@@ -44,6 +44,11 @@ from modeling_stlm.inference.engine import Engine
 from modeling_stlm.inference.export import export_gguf
 
 
+sys.path.append(str(Path(__file__).parents[1]))  # the examples
+
+from inputs import at_least_one
+
+
 HERE = Path(__file__).parent
 MODELS = ("stlm", "stlm-engine", "stlm-engine-q8", "llama-bytes", "llama-bpe", "blt")
 PROMPT_BYTES, NEW_BYTES, SWEEP_BYTES = 1024, 256, 128
@@ -67,11 +72,11 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="stlm-10m")
     parser.add_argument("--text", type=Path, default=HERE.parent / "data" / "shakespeare.txt")
-    parser.add_argument("--vocab_size", type=int, default=8192)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--vocab_size", type=at_least_one, default=8192)
+    parser.add_argument("--repeats", type=at_least_one, default=5)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
     parser.add_argument(
-        "--prompts", type=int, nargs="+", default=[2048, 8192], help="bytes of the prompts of the first byte"
+        "--prompts", type=at_least_one, nargs="+", default=[2048, 8192], help="bytes of the prompts of the first byte"
     )
     parser.add_argument("--only", nargs="+", help="measures whose names start so; memory is not measured")
     parser.add_argument("--sweep", action="store_true", help="generation by context length and number of rows instead")

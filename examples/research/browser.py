@@ -17,11 +17,17 @@ import os
 import shutil
 import statistics
 import subprocess
+import sys
 import tempfile
 import threading
 import time
 from functools import partial
 from pathlib import Path
+
+
+sys.path.append(str(Path(__file__).parents[1]))  # the examples
+
+from inputs import at_least_one
 
 
 EXECUTABLE = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -139,7 +145,7 @@ def measure(page: Page, repeats: int) -> dict[str, list[float]]:
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", type=Path, nargs="+", help="files that the engine reads")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=at_least_one, default=5)
     args = parser.parse_args()
     prompt = (FOLDER / "data" / "shakespeare.txt").read_bytes()[:PROMPT_BYTES]
     results = {}

@@ -16,6 +16,7 @@ import io
 import json
 import lzma
 import random
+import sys
 import time
 from collections.abc import Callable
 from importlib.metadata import version
@@ -26,6 +27,11 @@ from tables import markdown_table
 
 from modeling_stlm.inference.archive import pack, unpack
 from modeling_stlm.inference.engine import Engine
+
+
+sys.path.append(str(Path(__file__).parents[1]))  # the examples
+
+from inputs import at_least_one
 
 
 PIECES, PIECE = 40, 1000
@@ -77,7 +83,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="file of modeling_stlm.inference.export")
     parser.add_argument("texts", nargs="+", help="name=path")
-    parser.add_argument("--limit", type=int, default=500_000, help="bytes of each text")
+    parser.add_argument("--limit", type=at_least_one, default=500_000, help="bytes of each text")
     args = parser.parse_args()
     texts = {name: read(Path(path), args.limit) for name, path in (text.split("=", 1) for text in args.texts)}
     contents = {}

@@ -24,7 +24,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 sys.path.append(str(HERE.parent))  # the examples
 
-from inputs import add_bf16, choose_precision
+from inputs import add_bf16, at_least_one, choose_precision, positive, share, whole
 
 
 TEXT = HERE.parent / "data" / "shakespeare.txt"
@@ -41,14 +41,14 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--name", help="of the teacher in files and tables; by default that of its folder")
     parser.add_argument("--student", default="stlm-3m", help="preset, fresh weights")
     parser.add_argument("--output", type=Path, default=Path("runs/distillation"))
-    parser.add_argument("--windows", type=int, default=24, help="that the teacher reads")
-    parser.add_argument("--validation_windows", type=int, default=16, help="spread over the validation text")
-    parser.add_argument("--block_bytes", type=int, default=1024, help="bytes per window")
-    parser.add_argument("--batch_size", type=int, default=8, help="windows per step")
-    parser.add_argument("--minutes", type=float, default=0.1, help="CPU time of each student")
-    parser.add_argument("--longer", nargs="*", type=float, default=[2], help="times that `fresh` trains, too")
-    parser.add_argument("--teacher_weight", type=float, default=0.5, help="of its part of the loss, 0 to 1")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2])
+    parser.add_argument("--windows", type=at_least_one, default=24, help="that the teacher reads")
+    parser.add_argument("--validation_windows", type=at_least_one, default=16, help="spread over the validation text")
+    parser.add_argument("--block_bytes", type=at_least_one, default=1024, help="bytes per window")
+    parser.add_argument("--batch_size", type=at_least_one, default=8, help="windows per step")
+    parser.add_argument("--minutes", type=positive, default=0.1, help="CPU time of each student")
+    parser.add_argument("--longer", nargs="*", type=positive, default=[2], help="times that `fresh` trains, too")
+    parser.add_argument("--teacher_weight", type=share, default=0.5, help="of its part of the loss, 0 to 1")
+    parser.add_argument("--seeds", nargs="+", type=whole, default=[1, 2])
     add_bf16(parser, "bfloat16 autocast, and weights of a teacher of subwords")
     args = parser.parse_args()
     args.name = args.name or "+".join(Path(name).name for name in args.teacher)

@@ -37,6 +37,11 @@ from tables import markdown_table
 from modeling_stlm.inference.engine import Engine, Rows
 
 
+sys.path.append(str(Path(__file__).parents[1]))  # the examples
+
+from inputs import at_least_one
+
+
 HERE = Path(__file__).parent
 PROMPT_BYTES, NEW_BYTES, LONG_BYTES, DOCUMENT_BYTES = 1024, 1024, 8192, 4096
 READER = r"""
@@ -164,7 +169,7 @@ def main():
     parser.add_argument("models", type=Path, nargs="+", help="files of modeling_stlm.inference.export")
     parser.add_argument("--validation", type=Path, help=".jsonl.gz with documents for bits per byte")
     parser.add_argument("--text", type=Path, default=HERE.parent / "data" / "shakespeare.txt")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=at_least_one, default=3)
     args = parser.parse_args()
     prompt = args.text.read_bytes()[:PROMPT_BYTES]
     documents = [text.encode()[:DOCUMENT_BYTES] for text in documents_of([args.validation] if args.validation else [])]

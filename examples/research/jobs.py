@@ -44,6 +44,7 @@ sys.path.append(str(Path(__file__).parents[1]))  # the examples
 
 import classify
 from embed import neighbours
+from inputs import at_least_one, positive
 from noise import KINDS, add_noise
 from rows import read_labelled
 
@@ -67,11 +68,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, required=True, help="JSON")
     parser.add_argument("--jobs", nargs="+", default=list(JOBS), choices=JOBS)
     parser.add_argument("--systems", nargs="+", default=list(SYSTEMS), choices=SYSTEMS)
-    parser.add_argument("--test_rows", type=int, default=1500)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--epochs", type=float, default=3)
-    parser.add_argument("--learning_rate", type=float, default=2e-3)
-    parser.add_argument("--batch_size", type=int, default=32)
+    parser.add_argument("--test_rows", type=at_least_one, default=1500)
+    parser.add_argument("--seeds", type=at_least_one, default=3)
+    parser.add_argument("--epochs", type=positive, default=3)
+    parser.add_argument("--learning_rate", type=positive, default=2e-3)
+    parser.add_argument("--batch_size", type=at_least_one, default=32)
     parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast while training; also of the teacher")
     return parser.parse_args()
 

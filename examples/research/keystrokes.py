@@ -23,6 +23,7 @@ import gzip
 import json
 import re
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -36,6 +37,11 @@ from tables import markdown_table
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from modeling_stlm.inference.engine import Engine
+
+
+sys.path.append(str(Path(__file__).parents[1]))  # the examples
+
+from inputs import at_least_one
 
 
 WORD = re.compile(r"\w+")
@@ -168,9 +174,11 @@ def main():
     parser.add_argument("--words", type=Path, nargs="+", default=[], help=".jsonl.gz whose words are counted")
     parser.add_argument("--llama", type=Path, help="folder of a Llama over a BPE, as train.py writes it")
     parser.add_argument("--llama_cpp", choices=("f32", "f16", "q8_0", "q4_0"), help="run it there, not in PyTorch")
-    parser.add_argument("--every", type=int, default=1, help="take one in so many documents")
-    parser.add_argument("--characters", type=int, default=1000, help="of each document, default 1000")
-    parser.add_argument("--new_bytes", type=int, default=12, help="that are written after each key, default 12")
+    parser.add_argument("--every", type=at_least_one, default=1, help="take one in so many documents")
+    parser.add_argument("--characters", type=at_least_one, default=1000, help="of each document, default 1000")
+    parser.add_argument(
+        "--new_bytes", type=at_least_one, default=12, help="that are written after each key, default 12"
+    )
     args = parser.parse_args()
     info = run_info(*(("llama-cpp-python", "gguf") if args.llama_cpp else ()))  # of the code that runs
     texts = [text[: args.characters] for text in documents_of(args.text)][:: args.every]

@@ -39,6 +39,11 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 
+sys.path.append(str(Path(__file__).parents[1]))  # the examples
+
+from inputs import at_least_one
+
+
 HERE = Path(__file__).parent
 VOCABULARY, WIDTH, LAYERS, FEED_FORWARD, HEAD = 8192, 320, 6, 864, 64  # 10,061,120 parameters, tied
 PROMPT_BYTES, NEW_BYTES, SWEEP_BYTES = 1024, 256, 128
@@ -243,7 +248,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", default=str(HERE.parent / "checkpoints" / "stlm-10m"))
     parser.add_argument("--text", type=Path, default=HERE.parent / "data" / "shakespeare.txt")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=at_least_one, default=3)
     parser.add_argument("--sweep", action="store_true", help="generation by context length and number of rows instead")
     parser.add_argument("--plot", type=Path, help="with --sweep: file for the plot")
     args = parser.parse_args()

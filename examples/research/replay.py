@@ -22,6 +22,11 @@ from tables import markdown_table
 from modeling_stlm.training.corpus import PackedWindows
 
 
+sys.path.append(str(Path(__file__).parents[1]))  # the examples
+
+from inputs import at_least_one, whole
+
+
 HERE = Path(__file__).parent
 TEXT = HERE.parent / "data" / "shakespeare.txt"
 
@@ -32,10 +37,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--validation", nargs="+", help="files or patterns")
     parser.add_argument("--output", type=Path, default=Path("runs/replay"))
     parser.add_argument("--model", default="stlm-3m", help="a preset or a folder with a config.json")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2])
-    parser.add_argument("--one_in", type=int, default=2, help="windows replayed: one in so many")
-    parser.add_argument("--block_bytes", type=int, default=1024, help="bytes per window")
-    parser.add_argument("--batch_size", type=int, default=8, help="windows per step")
+    parser.add_argument("--seeds", nargs="+", type=whole, default=[1, 2])
+    parser.add_argument("--one_in", type=at_least_one, default=2, help="windows replayed: one in so many")
+    parser.add_argument("--block_bytes", type=at_least_one, default=1024, help="bytes per window")
+    parser.add_argument("--batch_size", type=at_least_one, default=8, help="windows per step")
     return parser.parse_args()
 
 

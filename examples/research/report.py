@@ -33,6 +33,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 sys.path.append(str(Path(__file__).parents[1]))  # the examples
 
 from evaluate_lm import TASKS, score
+from inputs import at_least_one
 from noise import KINDS, add_noise
 from score import bits_of_documents
 
@@ -55,7 +56,7 @@ def parse_arguments() -> argparse.Namespace:
     measure.add_argument("--test", required=True, help="JSON lines with text and source")
     for task, fields in TASKS.items():
         measure.add_argument(f"--{task}", help=f"JSON lines with {fields}")
-    measure.add_argument("--limit", type=int, help="only the first rows of each task")
+    measure.add_argument("--limit", type=at_least_one, help="only the first rows of each task")
     write = commands.add_parser("write", help="the section of RESULTS.md from all measurements")
     for command in (measure, write):
         command.add_argument("--results", type=Path, default=RESULTS)

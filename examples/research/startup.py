@@ -24,14 +24,19 @@ from provenance import run_info
 from tables import markdown_table
 
 
+sys.path.append(str(Path(__file__).parents[1]))  # the examples
+
+from inputs import at_least_one
+
+
 IMPORTS = {"stlm": "import modeling_stlm", "llama": "from transformers import LlamaForCausalLM"}
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="stlm-10m")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--new_bytes", type=int, default=8192)
+    parser.add_argument("--repeats", type=at_least_one, default=5)
+    parser.add_argument("--new_bytes", type=at_least_one, default=8192)
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     return parser.parse_args()
 

@@ -35,6 +35,11 @@ from modeling_stlm import STLMConfig, STLMForCausalLM
 from modeling_stlm.inference.export import export_gguf
 
 
+sys.path.append(str(Path(__file__).parents[1]))  # the examples
+
+from inputs import at_least_one
+
+
 TEXT_BYTES = PROMPT_BYTES + NEW_BYTES
 HERE = Path(__file__).parent
 CHECKPOINTS = HERE.parent / "checkpoints"
@@ -57,7 +62,7 @@ SYSTEMS = {
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", type=Path, default=HERE.parent / "data" / "shakespeare.txt")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=at_least_one, default=3)
     parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS), metavar="NAME")
     parser.add_argument("--plot", type=Path, help="file for the plot")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)

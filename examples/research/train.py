@@ -34,6 +34,7 @@ from transformers import (
 sys.path.append(str(Path(__file__).parents[1]))  # the examples
 
 import pretrain
+from inputs import at_least_one, positive
 from run_folder import save
 from score import bytes_per_token, documents, token_bytes
 
@@ -51,12 +52,18 @@ from modeling_stlm.training.time_budget import TimeBudget
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser, budget = pretrain.argument_parser()
     parser.description = __doc__
-    budget.add_argument("--max_flops", type=float, help="operations of forward and backward pass")
+    budget.add_argument("--max_flops", type=positive, help="operations of forward and backward pass")
     parser.add_argument("--data", type=Path, help="folder for the corpora; by default in the output folder")
     parser.add_argument("--like", default="stlm-3m", help="preset whose stored size the controls take")
-    parser.add_argument("--vocab_size", type=int, default=4096, help='of llama-bpe and of patching="vocabulary"')
-    parser.add_argument("--curriculum_steps", type=int, help='of patching="learned": steps to the full patch length')
-    parser.add_argument("--replay", type=int, help="after one pass, replay one in so many of the windows, the hardest")
+    parser.add_argument(
+        "--vocab_size", type=at_least_one, default=4096, help='of llama-bpe and of patching="vocabulary"'
+    )
+    parser.add_argument(
+        "--curriculum_steps", type=at_least_one, help='of patching="learned": steps to the full patch length'
+    )
+    parser.add_argument(
+        "--replay", type=at_least_one, help="after one pass, replay one in so many of the windows, the hardest"
+    )
     parser.add_argument(
         "--objective",
         nargs="+",
