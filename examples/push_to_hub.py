@@ -17,7 +17,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from inputs import HelpFormatter, checkpoint, quiet_exit
+from inputs import HelpFormatter, checkpoint, quiet_exit, read_text, text_file
 
 
 def checkpoint_folder(value: str) -> Path:
@@ -50,9 +50,12 @@ def parse_arguments() -> argparse.Namespace:
     )
     card.add_argument("--licence", help="of the weights, as the Hub spells it; default: that of the base model")
     card.add_argument("--language", help="of the texts, as the Hub spells it; default: that of the base model")
+    card.add_argument(
+        "--data", type=text_file, help="Markdown about the texts you trained on and their licences; default: nothing"
+    )
     args = parser.parse_args()
     has_card, has_results = ((args.checkpoint / name).is_file() for name in ("README.md", "results.json"))
-    if has_card and (args.base_model or args.licence or args.language):
+    if has_card and (args.base_model or args.licence or args.language or args.data):
         parser.error(f"{args.checkpoint} has a card: change its README.md")
     if not has_card and not has_results and args.base_model is None:
         parser.error(
@@ -87,6 +90,10 @@ def write_folder(args: argparse.Namespace, class_name: str, folder: str | Path) 
 def generated_card(args: argparse.Namespace):
     base = None if args.base_model == "none" else args.base_model
     options = {"base_model": base, "licence": args.licence, "language": args.language}
+    if args.data is None:
+        print("the card will not say which texts you trained on, nor their licences: give --data")
+    else:
+        options["data"] = read_text(args.data)
     try:
         return build_model_card(args.checkpoint, repo_id=args.repo_id, **options)
     except ValueError as error:

@@ -18,7 +18,7 @@ from .modeling_stlm import STLMModel, STLMPreTrainedModel, allow_tied_head, shar
 
 
 class STLMForMaskedLM(STLMPreTrainedModel):
-    """The model with a head that predicts masked bytes; needs `is_causal=False`.
+    """The model with a head that predicts masked bytes; needs `is_causal=False`. One `<mask>` (id 259) stands for one byte.
 
     Example:
 

@@ -274,10 +274,13 @@ def test_a_chat_model_ends_its_turns_and_is_no_base_model(tmp_path):
     push = ["push_to_hub.py", "--checkpoint", "chat", "--repo_id", "me/my-chat"]
     nowhere = {name: value for name, value in os.environ.items() if name != "HF_TOKEN"}
     nowhere |= {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home")}
-    printed = run(*push, "--dry_run", cwd=tmp_path, env=nowhere | {"TMPDIR": str(tmp_path)})
+    (tmp_path / "about.md").write_text("Chats of mine, CC0.")
+    more = ("--dry_run", "--data", "about.md")
+    printed = run(*push, *more, cwd=tmp_path, env=nowhere | {"TMPDIR": str(tmp_path)})
     assert (
         "license: cc-by-sa-4.0" in printed
         and "- train: chats.jsonl" in printed
+        and "## Data\n\nChats of mine, CC0.\n\nBefore fine-tuning, as the card of" in printed
         and str(tmp_path) not in printed[:-600]
     )
     (folder,) = tmp_path.glob("my-chat-*")

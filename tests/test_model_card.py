@@ -189,6 +189,8 @@ def test_a_permissive_licence_may_be_replaced_and_ids_on_the_hub_are_named(check
     assert "fine-tuned from `me/base`" in card.text and "Many.\n\n## Limits" in card.text
     assert metadata_errors(str(card)) == []
     assert build_model_card(checkpoint, base_model="me/base").data.license == "mit"
+    both = build_model_card(checkpoint, base_model="me/base", data="Mine, CC0.\n").text
+    assert "## Data\n\nMine, CC0.\n\nBefore fine-tuning, as the card of `me/base` says:\n\nMany.\n" in both
     # Also from what was fine-tuned from it.
     (checkpoint / "results.json").write_text(json.dumps({"base_model": describe_base("me/base")}))
     card = build_model_card(checkpoint, base_model=checkpoint)

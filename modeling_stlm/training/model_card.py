@@ -134,7 +134,7 @@ def build_model_card(
         base_model: folder or id on the Hub of the checkpoint that was fine-tuned; by default that of `results.json`.
         licence: of the weights, as the Hub spells it (`"cc-by-sa-4.0"`); by default that of the base model.
         language: of the training texts, as the Hub spells it (`"en"`); by default that of the base model.
-        data: Markdown about the training texts; by default that of the base model.
+        data: Markdown about the training texts; what the card of the base model says of its own follows.
 
     Raises:
         ValueError: if the folder holds anything but a model of this package, if its `results.json` is neither one of
@@ -189,7 +189,7 @@ def build_model_card(
         "Architecture": _architecture(config, task),
         "Budget": _budget(model, budget),
         "Training": _training(results, base) if set(results) >= NEEDED else _fine_tuning(base, results),
-        "Data": (data or _data_of_base(base)).strip(),
+        "Data": "\n\n".join(part.strip() for part in (data or "", _data_of_base(base)) if part),
         "Limits": LIMITS if model.can_generate() else LIMITS_OF_ENCODERS,
         "Licence": f"The weights are under `{licence}`, the code files beside them under `apache-2.0`."
         if licence
