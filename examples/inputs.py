@@ -227,5 +227,6 @@ def summary_parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--text_bytes", type=at_least_one, default=1500, help="longest text")
     parser.add_argument("--summary_bytes", type=at_least_one, default=256, help="longest summary that is generated")
     parser.add_argument("--batch_size", type=at_least_one, default=8, help="rows")
+    add_bf16(parser)
     parser.add_argument("--seed", type=whole, default=1, help="of weights and order")
     return parser

@@ -13,7 +13,7 @@ import argparse
 import json
 from pathlib import Path
 
-from inputs import at_least_one, positive, quiet_exit, summary_parser
+from inputs import at_least_one, choose_precision, positive, quiet_exit, summary_parser
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -36,6 +36,7 @@ from modeling_stlm.training.self_play import SelfPlayConfig, SelfPlayTrainer
 
 
 def main(args: argparse.Namespace):
+    choose_precision(args)
     set_seed(args.seed)
     tokenizer = AutoTokenizer.from_pretrained(args.checkpoint, padding_side="left")
     model = AutoModelForCausalLM.from_pretrained(args.checkpoint, dtype=torch.float32)
@@ -53,7 +54,7 @@ def main(args: argparse.Namespace):
             per_device_train_batch_size=args.batch_size,
             learning_rate=args.learning_rate,
             beta=args.beta,
-            bf16=False,
+            bf16=args.bf16,
             activation_checkpointing=False,
             save_steps=50,
             report_to="none",

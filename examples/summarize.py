@@ -16,7 +16,7 @@ import argparse
 import json
 from pathlib import Path
 
-from inputs import at_least_one, positive, quiet_exit, read_json_lines, summary_parser
+from inputs import at_least_one, choose_precision, positive, quiet_exit, read_json_lines, summary_parser
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -109,6 +109,7 @@ def trainer_of(
             logging_steps=50,
             save_strategy="no",
             batch_eval_metrics=True,
+            bf16=args.bf16,
             report_to="none",
             seed=args.seed,
             use_cpu=not torch.cuda.is_available(),
@@ -172,6 +173,7 @@ def write_results(folder: Path, args: argparse.Namespace, steps: int, scores: di
 
 
 def main(args: argparse.Namespace, train: list[dict], test: list[dict]):
+    choose_precision(args)
     set_seed(args.seed)
     tokenizer = AutoTokenizer.from_pretrained(args.checkpoint, padding_side="left")
     print(f"{args.checkpoint}: {len(train):,} rows to train on, {len(test):,} to test on")
