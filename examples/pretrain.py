@@ -53,6 +53,7 @@ def argument_parser():
     start.add_argument("--model", default="stlm-3m", help="a preset or a folder with a config.json: random weights")
     start.add_argument("--checkpoint", type=causal_checkpoint, help="folder or Hub id with weights to start from")
     parser.add_argument("--set", nargs="*", default=[], metavar="FIELD=VALUE", help="config fields to change, as JSON")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="train only weights whose names hold one of these")
     budget = parser.add_mutually_exclusive_group(required=True)
     budget.add_argument("--max_minutes", type=positive, help="of training; evaluation does not count")
     budget.add_argument("--max_steps", type=at_least_one, help="of training")
@@ -150,11 +151,19 @@ def load_config(model: str, changes: list[str], is_checkpoint: bool = False) -> 
 
 
 def build_model(args: argparse.Namespace) -> STLMForCausalLM:
-    """With random weights, or with those of `--checkpoint`."""
+    """With random weights, or with those of `--checkpoint`; only those of `--only` are trained."""
     if args.checkpoint is None:
-        return AutoModelForCausalLM.from_config(load_config(args.model, args.set))
-    config = load_config(args.checkpoint, args.set, is_checkpoint=True)
-    return AutoModelForCausalLM.from_pretrained(args.checkpoint, config=config, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_config(load_config(args.model, args.set))
+    else:
+        config = load_config(args.checkpoint, args.set, is_checkpoint=True)
+        model = AutoModelForCausalLM.from_pretrained(args.checkpoint, config=config, dtype=torch.float32)
+    if args.only is not None:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(any(part in name for part in args.only))
+        if not any(parameter.requires_grad for parameter in model.parameters()):
+            modules = sorted({".".join(name.split(".")[:2]) for name, _ in model.named_parameters()})
+            raise SystemExit(f"--only {' '.join(args.only)}: no weight is called so; there are {', '.join(modules)}")
+    return model
 
 
 def describe_start(args: argparse.Namespace) -> dict:

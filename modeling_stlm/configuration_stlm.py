@@ -42,6 +42,8 @@ class STLMConfig(PreTrainedConfig):
             Their width; one matrix projects them to `hidden_size`. `None`: as wide as that and summed, as in BLT.
         match_bytes (`int`, defaults to 0):
             Add an embedding of the byte that followed the last occurrence of the same so many bytes; 0 for none.
+        match_doublings (`int`, defaults to 0):
+            Prefer the last place where twice, four times, ... so many bytes are the same, up to so many doublings.
         patching (`str`, defaults to `"spacelike"`):
             Where patches end. `"spacelike"`: at the first byte after a word that is neither letter, digit nor part of
             a multi-byte character (SpaceByte, arXiv:2404.14408). `"fixed"`: every `patch_bytes` (MegaByte).
@@ -107,6 +109,7 @@ class STLMConfig(PreTrainedConfig):
     ngram_rows: int = 39400
     ngram_embedding_size: int | None = 32
     match_bytes: Literal[0, 2, 3, 4, 5, 6] = 0
+    match_doublings: Literal[0, 1, 2, 3, 4] = 0
     patching: Literal["spacelike", "fixed", "vocabulary", "learned"] = "spacelike"
     patch_bytes: int = 6
     max_patch_bytes: int = 16

@@ -90,9 +90,10 @@ class STLMMatchEmbedding(nn.Module):
     """Embeddings of the byte that followed the last place where the same bytes stood, and of how long the match is.
 
     For each byte, the last earlier place of its document where the same `match_bytes` bytes ended, as in the match models
-    of data compression (Mahoney, "Adaptive weighing of context models for lossless data compression", 2005). It needs no
-    matrix product and lets a model copy. While generating, each byte is compared with all earlier ones, whose grams the
-    cache keeps (8 bytes each).
+    of data compression (Mahoney, "Adaptive weighing of context models for lossless data compression", 2005). With
+    `match_doublings`, a place where twice, four times, ... as many are the same goes before one that came later, as the
+    longest of several match models does there. It needs no matrix product and lets a model copy. While generating, each
+    byte is compared with all earlier ones, whose grams the cache keeps (8 bytes each).
 
     Grams of n bytes are compared as one number: its digits are 0 for a byte that is not there, and the id plus one, 257
     for every special token. A gram in which a byte is not there matches nothing: it is made of its place instead.
@@ -100,7 +101,7 @@ class STLMMatchEmbedding(nn.Module):
 
     def __init__(self, config: STLMConfig):
         super().__init__()
-        self.num_bytes = config.match_bytes
+        self.num_bytes, self.doublings = config.match_bytes, config.match_doublings
         self.following = nn.Embedding(258, config.hidden_size)  # 0: no match, or no byte
         self.length = nn.Embedding(1 + MATCH_LENGTHS, config.hidden_size)
         self.constants = Constants(
@@ -124,8 +125,11 @@ class STLMMatchEmbedding(nn.Module):
             known = slot.append_grams(grams, index)  # (B, S)
         if known.shape[1] == 1:  # a first byte, which nothing follows
             known = F.pad(known, (0, 1))
-        last = last_equal(known, grams, index)
         start = 0 if batch.positions is None else index - batch.positions  # of the document
+        last, longer = torch.full_like(index, -1), 0
+        for place in last_equal(known, grams, index, self.num_bytes, self.doublings):
+            last = torch.where(place >= start + longer, place, last)
+            longer = 2 * longer + self.num_bytes  # bytes that the next match has more than the gram
         found = last >= start
         last = last.clamp(min=0)
         following = known.gather(1, last + 1) % DIGITS
@@ -156,14 +160,46 @@ class STLMMatchEmbedding(nn.Module):
         return 1 + F.pad(same.long(), (0, 1)).argmin(-1)  # the first that is not
 
 
-def last_equal(known: torch.Tensor, values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """The last place before `index (B, T)` where `known (B, S)` is `values (B, T)`, which it is at `index`; -1 if none."""
+def last_equal(
+    known: torch.Tensor, values: torch.Tensor, index: torch.Tensor, step: int = 1, doublings: int = 0
+) -> list[torch.Tensor]:
+    """The last place before `index (B, T)` where `known (B, S)` is `values (B, T)`, which it is at `index`; -1 if none.
+
+    Then, for each doubling, the last place where twice as many of `known`, `step` places apart, are the same.
+    """
     is_short = not is_torchdynamo_compiling() and values.shape[1] <= MAX_COMPARED_BYTES
     if is_torchdynamo_exporting() or values.shape[1] == 1 or is_short:  # ExecuTorch has no sort
-        place = torch.arange(known.shape[1], device=known.device)
-        is_equal = (known[:, None] == values[..., None]) & (place < index[..., None])  # (B, T, S)
-        return torch.where(is_equal, place, -1).amax(-1)
-    ordered, order = known.sort(dim=1, stable=True)
-    before = torch.where(ordered[:, 1:] == ordered[:, :-1], order[:, :-1], -1)
-    last = torch.zeros_like(order).scatter(1, order, F.pad(before, (1, 0), value=-1))
-    return last if values.shape == known.shape else last.gather(1, index)
+        return _last_by_comparing(known, values, index, step, doublings)
+    return _last_by_sorting(known, values, index, step, doublings)
+
+
+def _last_by_comparing(known, values, index, step: int, doublings: int) -> list[torch.Tensor]:
+    place = torch.arange(known.shape[1], device=known.device)
+    is_equal = (known[:, None] == values[..., None]) & (place < index[..., None])  # (B, T, S)
+    found = [torch.where(is_equal, place, -1).amax(-1)]
+    for count in range(1, 2**doublings):
+        back = count * step
+        earlier = F.pad(known, (back, 0), value=-1)[:, : known.shape[1]]  # -1: no place there
+        here = torch.where(index >= back, known.gather(1, (index - back).clamp(min=0)), -2)
+        is_equal = is_equal & (earlier[:, None] == here[..., None])
+        if count & (count + 1) == 0:  # one less than a power of two
+            found.append(torch.where(is_equal, place, -1).amax(-1))
+    return found
+
+
+def _last_by_sorting(known, values, index, step: int, doublings: int) -> list[torch.Tensor]:
+    found, num_places = [], known.shape[1]
+    place = torch.arange(num_places, device=known.device)
+    for doubling in range(doublings + 1):
+        ordered, order = known.sort(dim=1, stable=True)
+        is_same = ordered[:, 1:] == ordered[:, :-1]
+        before = F.pad(torch.where(is_same, order[:, :-1], -1), (1, 0), value=-1)
+        last = torch.zeros_like(order).scatter(1, order, before)
+        found.append(last if values.shape == known.shape else last.gather(1, index))
+        if doubling < doublings:
+            # Pairs of numbers below `num_places`, as one; the second is a place where there is none before.
+            rank = torch.zeros_like(order).scatter(1, order, F.pad((~is_same).cumsum(1), (1, 0)))
+            back = step << doubling
+            first = torch.where(place < back, num_places + place, F.pad(rank, (back, 0))[:, :num_places])
+            known = rank * (2 * num_places) + first
+    return found

@@ -114,14 +114,15 @@ def ngrams(model, ids: list[int], t: int) -> torch.Tensor:
 
 
 def matches(model, ids: list[int], t: int) -> torch.Tensor:
-    """What the last earlier place with the same n bytes adds to the embedding of byte t: (D,)."""
+    """What the last of the longest earlier places with the same bytes adds to the embedding of byte t: (D,)."""
     n, embedding = model.config.match_bytes, model.match_embedding
-    ids = [min(id, 256) for id in ids]
+    ids, longest, found = [min(id, 256) for id in ids], 0, (0, 0)
     for last in range(t - 1, n - 2, -1):
-        if ids[last - n + 1 : last + 1] == ids[t - n + 1 : t + 1]:
-            length = next((m for m in range(last + 2) if ids[last - m] != ids[t - m] or m > last), None)
-            return embedding.following.weight[ids[last + 1] + 1] + embedding.length.weight[min(6, length // n)]
-    return embedding.following.weight[0] + embedding.length.weight[0]
+        length = next((m for m in range(last + 1) if ids[last - m] != ids[t - m]), last + 1)
+        doublings = [k for k in range(model.config.match_doublings + 1) if length >= n * 2**k]
+        if doublings and n * 2 ** max(doublings) > longest:
+            longest, found = n * 2 ** max(doublings), (ids[last + 1] + 1, min(6, length // n))
+    return embedding.following.weight[found[0]] + embedding.length.weight[found[1]]
 
 
 def rotate(x: torch.Tensor, position: int, theta: float) -> torch.Tensor:

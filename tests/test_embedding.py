@@ -12,20 +12,22 @@ from modeling_stlm.embedding_stlm import last_equal
 from .tiny import batch, tiny_model
 
 
-def slow_match(ids: list[int], t: int, n: int) -> tuple[int, int]:
-    """Id that followed the last match plus one, and class of its length; zeros if there is none."""
+def slow_match(ids: list[int], t: int, n: int, doublings: int = 0) -> tuple[int, int]:
+    """Id that followed the last of the longest matches plus one, and class of its length; zeros if there is none."""
+    found = {}  # doublings of n that a match has at least: of the last such place
     for last in range(t - 1, n - 2, -1):
         length = 0
         while length <= last and ids[last - length] == ids[t - length]:
             length += 1
-        if length >= n:
-            return ids[last + 1] + 1, min(6, length // n)
-    return 0, 0
+        for doubling in range(doublings + 1):
+            if length >= n * 2**doubling:
+                found.setdefault(doubling, (ids[last + 1] + 1, min(6, length // n)))
+    return found[max(found)] if found else (0, 0)
 
 
-def telling_model(n: int):
+def telling_model(n: int, doublings: int = 0):
     """A model whose match embedding is what was found, in two channels."""
-    model = tiny_model(match_bytes=n)
+    model = tiny_model(match_bytes=n, match_doublings=doublings)
     for channel, table in enumerate((model.model.match_embedding.following, model.model.match_embedding.length)):
         table.weight.data.zero_()
         table.weight.data[:, channel] = torch.arange(len(table.weight))
@@ -51,11 +53,20 @@ def repetitive(num_bytes: int, seed: int = 0) -> list[int]:
 
 
 @pytest.mark.parametrize("n", range(2, 7))
-def test_bytes_are_told_what_followed_the_last_match_and_its_length(n):
+@pytest.mark.parametrize("doublings", [0, 1, 3])
+def test_bytes_are_told_what_followed_the_last_match_and_its_length(n, doublings):
     ids = repetitive(150)
-    expected = [slow_match(ids, t, n) for t in range(len(ids))]
+    expected = [slow_match(ids, t, n, doublings) for t in range(len(ids))]
     assert {length for _, length in expected} >= {0, 1, 6}
-    assert told(telling_model(n), {"input_ids": torch.tensor([ids])}) == [expected]
+    assert doublings != 1 or expected != [slow_match(ids, t, n) for t in range(len(ids))]
+    assert told(telling_model(n, doublings), {"input_ids": torch.tensor([ids])}) == [expected]
+
+
+def test_a_long_match_goes_before_a_later_short_one():
+    ids = [*b"one two; a two, one two"]
+    assert slow_match(ids, len(ids) - 1, 3)[0] == ord(",") + 1
+    assert slow_match(ids, len(ids) - 1, 3, 1) == (ord(";") + 1, 2)
+    assert told(telling_model(3, 1), {"input_ids": torch.tensor([ids])})[0][-1] == (ord(";") + 1, 2)
 
 
 def test_all_special_tokens_are_alike_and_match():
@@ -65,28 +76,28 @@ def test_all_special_tokens_are_alike_and_match():
 
 @pytest.mark.parametrize("sizes", [[1] * 60, [40, 1, 1, 18], [3, 5, 20, 1, 31]])
 def test_matches_reach_back_into_earlier_calls(sizes):
-    ids, model = repetitive(60), telling_model(2)
+    ids, model = repetitive(60), telling_model(2, 2)
     cache, calls = DynamicCache(config=model.config), torch.tensor([ids]).split(sizes, dim=1)
-    expected = [slow_match(ids, t, 2) for t in range(len(ids))]
+    expected = [slow_match(ids, t, 2, 2) for t in range(len(ids))]
     assert told(model, *({"input_ids": call, "cache": cache} for call in calls)) == [expected]
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_is_not_there(side):
-    texts, model = [repetitive(60), repetitive(35, seed=1)], telling_model(3)
+    texts, model = [repetitive(60), repetitive(35, seed=1)], telling_model(3, 1)
     inputs = batch(texts, side)
     rows = told(model, inputs | {"cache": DynamicCache(config=model.config)})  # compact: valid bytes first
     for text, row in zip(texts, rows):
-        assert row[: len(text)] == [slow_match(text, t, 3) for t in range(len(text))]
+        assert row[: len(text)] == [slow_match(text, t, 3, 1) for t in range(len(text))]
 
 
 def test_matches_stay_in_their_document():
-    documents, model = [repetitive(30), repetitive(25), repetitive(40)], telling_model(3)
+    documents, model = [repetitive(30), repetitive(25), repetitive(40)], telling_model(3, 2)
     inputs = {
         "input_ids": torch.cat([torch.tensor(ids) for ids in documents])[None],
         "position_ids": torch.cat([torch.arange(len(ids)) for ids in documents])[None],
     }
-    assert told(model, inputs) == [[slow_match(ids, t, 3) for ids in documents for t in range(len(ids))]]
+    assert told(model, inputs) == [[slow_match(ids, t, 3, 2) for ids in documents for t in range(len(ids))]]
 
 
 def test_embeddings_of_no_byte_match_nothing():
@@ -100,10 +111,18 @@ def test_embeddings_of_no_byte_match_nothing():
 
 
 @pytest.mark.parametrize("num_new", [1, 2, 16, 17, 60])
-def test_comparing_and_sorting_find_the_same_place(num_new):
+@pytest.mark.parametrize("step", [1, 2])
+def test_comparing_and_sorting_find_the_same_place(num_new, step):
     known = torch.randint(0, 4, (3, 60), generator=torch.Generator().manual_seed(0))
     index = torch.arange(60 - num_new, 60).expand(3, -1)
+
+    def last(row: list[int], t: int, count: int) -> int:
+        back = range(0, count * step, step)
+        is_same = (s for s in range(back[-1], t) if all(row[s - b] == row[t - b] for b in back))
+        return max(is_same, default=-1)
+
     expected = [
-        [max((s for s in range(t) if row[s] == row[t]), default=-1) for t in range(60 - num_new, 60)] for row in known
+        [[last(row, t, count) for t in range(60 - num_new, 60)] for row in known.tolist()] for count in (1, 2, 4)
     ]
-    assert last_equal(known, known.gather(1, index), index).tolist() == expected
+    found = last_equal(known, known.gather(1, index), index, step, 2)
+    assert [places.tolist() for places in found] == expected

@@ -80,17 +80,29 @@ def test_pretraining_in_bfloat16_on_a_clock(small_text, tmp_path):
 
 @pytest.mark.parametrize("script", ["pretrain.py", "research/train.py"])
 def test_pretraining_starts_from_a_checkpoint(small_text, tmp_path, script):
-    start = ["--checkpoint", STLM_3M, "--set", "hidden_dropout=0.1", "--muon_lr", 1e-9, "--adamw_lr", 1e-9]
-    results = pretrain(small_text, tmp_path / "run", "--max_steps", 1, *start, script=script)
+    start = ["--checkpoint", STLM_3M, "--set", "hidden_dropout=0.1", "--only", "match_embedding"]
+    results = pretrain(small_text, tmp_path / "run", "--max_steps", 2, *start, script=script)
     assert results["model"] == results["base_model"]["name"] == "stlm-3m"
     kept, started = (
         AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32) for path in (STLM_3M, tmp_path / "run")
     )
     assert started.config.hidden_dropout == 0.1 and started.dtype == torch.float32
-    torch.testing.assert_close(started.state_dict(), kept.state_dict(), atol=1e-6, rtol=0)
+    before = kept.state_dict()
+    changed = [name for name, weight in started.state_dict().items() if not torch.equal(weight, before[name])]
+    assert changed == ["model.match_embedding.following.weight", "model.match_embedding.length.weight"]
     card = build_model_card(tmp_path / "run")
-    assert "- starts from the weights of `stlm-3m`\n- 256 bytes seen" in card.text
+    assert "- starts from the weights of `stlm-3m`\n- 512 bytes seen" in card.text
     assert card.data.license == "cc-by-sa-4.0"
+
+
+def test_pretraining_names_what_there_is_to_train(small_text, tmp_path):
+    files = ["--train", str(small_text), "--validation", str(small_text), "--output", "run", "--max_steps", "1"]
+    command = [sys.executable, str(ROOT / "examples" / "pretrain.py"), *files, "--only", "match_embeding"]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert (
+        result.returncode == 1 and "--only match_embeding: no weight is called so; there are model." in result.stderr
+    )
+    assert "model.match_embedding, model.ngram_embedding" in result.stderr.splitlines()[-1]
 
 
 def test_a_pretraining_that_was_cut_goes_on(small_text, tmp_path):

@@ -203,7 +203,7 @@ def test_the_same_sizes_are_the_same_function(options, tmp_path):
 @pytest.mark.parametrize("make", [inherit, grow])
 def test_match_embeddings_may_be_added(make):
     model = tiny_model(match_bytes=0)
-    with_matches = make(model, tiny_config(match_bytes=4))
+    with_matches = make(model, tiny_config(match_bytes=4, match_doublings=1))
     assert with_matches.model.match_embedding is not None
     torch.testing.assert_close(with_matches(IDS).logits, model(IDS).logits, atol=1e-6, rtol=0)
     with pytest.raises(ValueError, match=r"cannot (inherit|grow): expected match_bytes=2, got 0"):

@@ -34,6 +34,7 @@ OTHERS = {
     "short words alone": {"ngram_orders": [], "ngram_word_bytes": 3},
     "no matches": {"match_bytes": 0},
     "long matches": {"match_bytes": 6},
+    "the last match": {"match_doublings": 0},
     "passes that differ": {**SHARING["middle"], "sharing_lora_rank": 2},
     "shared feed-forward layers that differ": {**SHARING["ffn"], "sharing_lora_rank": 3},
     "other numbers": {"rope_theta": 20.0, "hidden_act": "silu", "norm_eps": 0.05, "conv_kernel_size": 7},

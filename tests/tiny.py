@@ -58,6 +58,7 @@ def tiny_config(**overrides) -> STLMConfig:
         "ngram_rows": 32,
         "ngram_embedding_size": 6,
         "match_bytes": 2,
+        "match_doublings": 2,
         "max_patch_bytes": 12,
         "trunk_hidden_size": 24,
         "trunk_intermediate_size": 32,

@@ -92,21 +92,17 @@ def prepare(args: argparse.Namespace) -> tuple[PreTrainedTokenizerBase, dict[str
 
 
 def build_model(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    if args.checkpoint is not None:
-        return pretrain.build_model(args)
-    if args.model.startswith("llama-"):
-        if args.set:
-            raise SystemExit(f"--set {args.set}: the controls have no fields of STLMConfig")
+    if args.checkpoint is None and args.model.startswith("llama-"):
+        if args.set or args.only:
+            raise SystemExit(f"--set {args.set}, --only {args.only}: the controls have no fields and names of STLM")
         with torch.device("meta"):
             stored = AutoModelForCausalLM.from_config(STLMConfig.from_preset(args.like)).num_parameters()
         return AutoModelForCausalLM.from_config(llama_config(tokenizer, stored))
-    changes = list(args.set)
-    if {"patching=vocabulary", 'patching="vocabulary"'} & set(changes) and not any(
-        c.startswith("patch_vocabulary=") for c in changes
-    ):
+    is_by_vocabulary = {"patching=vocabulary", 'patching="vocabulary"'} & set(args.set)
+    if is_by_vocabulary and not any(change.startswith("patch_vocabulary=") for change in args.set):
         pieces = " ".join(train_bpe(documents(args.train), args.vocab_size).get_vocab())
-        changes.append(f"patch_vocabulary={json.dumps(pieces)}")
-    return AutoModelForCausalLM.from_config(pretrain.load_config(args.model, changes))
+        args.set = [*args.set, f"patch_vocabulary={json.dumps(pieces)}"]
+    return pretrain.build_model(args)
 
 
 def with_objectives(model: PreTrainedModel, chosen: list[list[str]]) -> PreTrainedModel:

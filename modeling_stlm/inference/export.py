@@ -53,6 +53,7 @@ SIZES = {
     "ngram_rows": (1, 1 << 26),
     "ngram_embedding_size": (0, 2048),
     "match_bytes": (0, 6),
+    "match_doublings": (0, 4),
     "patch_bytes": (1, 1 << 20),
     "max_patch_bytes": (1, 1 << 20),
     "max_patch_characters": (1, 1 << 20),

@@ -134,7 +134,7 @@ struct stlm_model {
   Table ngrams;
   Matrix ngram_proj;
   int64_t powers[MAX_CONTEXT];
-  int match_bytes;
+  int match_bytes, match_doublings;
   Table match_following, match_length;
   ByteLayer *byte_layers;
   Rule rule;
@@ -725,16 +725,25 @@ INLINE int enter_gram(Row *row, int t, int n) {
   return before;
 }
 
+// How many times n bytes, up to `most`, are the same before and at two places, where the last n are.
+INLINE int times_equal(const Row *row, int t, int place, int n, int most) {
+  int times = 1;
+  for (; times < most; times++) {
+    uint64_t gram = gram_at(row, place - times * n, n);
+    if (!gram || gram != gram_at(row, t - times * n, n)) break;
+  }
+  return times;
+}
+
 // What followed the last earlier place of the same n bytes, and how many times n bytes before both are the same, up to 6.
+// A place with 2 n, 4 n, ... same bytes, as many as the model doubles, goes before a later one with fewer.
 INLINE void match_embedding(const stlm_model *m, Row *row, int t, float *to, const Kernels *k) {
-  int n = m->match_bytes, place = enter_gram(row, t, n), times = 0;
-  if (place >= 0)
-    for (times = 1; times < 6; times++) {
-      uint64_t gram = gram_at(row, place - times * n, n);
-      if (!gram || gram != gram_at(row, t - times * n, n)) break;
-    }
+  const int n = m->match_bytes, most = 1 << m->match_doublings;
+  int place = enter_gram(row, t, n), longest = place >= 0;
+  for (int other = place; longest < most && other >= 0; other = row->earlier[other])
+    for (int times = times_equal(row, t, other, n, most); times >= 2 * longest; longest *= 2) place = other;
   k->add_row(&m->match_following, place >= 0 ? lane_of(row->ids[place + 1]) : 0, to);
-  k->add_row(&m->match_length, times, to);
+  k->add_row(&m->match_length, place >= 0 ? times_equal(row, t, place, n, 6) : 0, to);
 }
 
 INLINE void embed(stlm_batch *b, int n, const Kernels *k) {
@@ -1478,6 +1487,7 @@ static void read_embeddings(File *f, stlm_model *m) {
   m->ngram_rows = read_int(f, "stlm.ngram_rows", 1, 1 << 26);
   m->ngram_size = read_int(f, "stlm.ngram_embedding_size", 0, 2048);
   m->match_bytes = read_int(f, "stlm.match_bytes", 0, 6);
+  m->match_doublings = read_int(f, "stlm.match_doublings", 0, 4);
   m->powers[0] = 1;
   for (int i = 1; i < MAX_CONTEXT; i++) m->powers[i] = m->powers[i - 1] * base % prime;
   set_prefix(f, "model.");

@@ -401,9 +401,10 @@ def grow(model: STLMPreTrainedModel, config: STLMConfig) -> STLMPreTrainedModel:
         ValueError: if another field differs, or if no choice of new blocks leaves the function as it is.
     """
     check_own_matrices(model.config, config)
-    for name in sorted(STLMConfig.__annotations__.keys() - FREE_TO_GROW | {"num_labels"}):
+    free = FREE_TO_GROW if model.config.match_bytes else FREE_TO_GROW | {"match_bytes", "match_doublings"}
+    for name in sorted(STLMConfig.__annotations__.keys() - free | {"num_labels"}):
         expected, got = (getattr(one, name) for one in (model.config, config))
-        if expected != got and (name, expected) != ("match_bytes", 0):
+        if expected != got:
             raise ValueError(f"cannot grow: expected {name}={expected!r}, got {got!r}; only depth may change")
     deeper = type(model)(copy.deepcopy(config)).to(device=model.device, dtype=model.dtype)
     copies, new = plan_growth(model.config, config)
