@@ -53,7 +53,7 @@ def argument_parser():
     start.add_argument("--model", default="stlm-3m", help="a preset or a folder with a config.json: random weights")
     start.add_argument("--checkpoint", type=causal_checkpoint, help="folder or Hub id with weights to start from")
     parser.add_argument("--set", nargs="*", default=[], metavar="FIELD=VALUE", help="config fields to change, as JSON")
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="train only weights whose names hold one of these")
+    parser.add_argument("--only", metavar="NAME", help="train only weights in whose names this stands")
     budget = parser.add_mutually_exclusive_group(required=True)
     budget.add_argument("--max_minutes", type=positive, help="of training; evaluation does not count")
     budget.add_argument("--max_steps", type=at_least_one, help="of training")
@@ -159,10 +159,10 @@ def build_model(args: argparse.Namespace) -> STLMForCausalLM:
         model = AutoModelForCausalLM.from_pretrained(args.checkpoint, config=config, dtype=torch.float32)
     if args.only is not None:
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_(any(part in name for part in args.only))
+            parameter.requires_grad_(args.only in name)
         if not any(parameter.requires_grad for parameter in model.parameters()):
             modules = sorted({".".join(name.split(".")[:2]) for name, _ in model.named_parameters()})
-            raise SystemExit(f"--only {' '.join(args.only)}: no weight is called so; there are {', '.join(modules)}")
+            raise SystemExit(f"--only {args.only}: no weight is called so; there are {', '.join(modules)}")
     return model
 
 

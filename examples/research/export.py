@@ -31,6 +31,9 @@ from modeling_stlm.training.model_card import build_model_card, write_model_card
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, required=True, help="output folder of train.py")
+    parser.add_argument(
+        "--after", type=Path, help="output folder of a run that went on from --run: its weights are taken"
+    )
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--data", type=Path, required=True, help="Markdown about the training texts")
     parser.add_argument("--licence", default="cc-by-sa-4.0", help="licence of the weights, as the Hub spells it")
@@ -44,8 +47,12 @@ def main():
     args = parse_arguments()
     results = json.loads((args.run / "results.json").read_text())
     block_bytes = int(results["arguments"]["block_bytes"])
+    if args.after is not None:
+        after = json.loads((args.after / "results.json").read_text())
+        kept = ("steps", "bytes_seen", "arguments", "commit", "device", "torch", "transformers")
+        results |= {"afterwards": {name: after[name] for name in kept}, "config": after["config"]}
     tokenizer = STLMTokenizer()
-    model = AutoModelForCausalLM.from_pretrained(args.run, dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(args.after or args.run, dtype=torch.bfloat16)
     model.config.use_cache = True
     args.output.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(args.output)
@@ -63,7 +70,8 @@ def main():
         split: bits_of_documents(model, tokenizer, documents(getattr(args, split)), block_bytes)
         for split in ("validation", "test")
     }
-    shutil.copy(args.run / "loss.png", args.output / "loss.png")
+    if args.run.resolve() != args.output.resolve():
+        shutil.copy(args.run / "loss.png", args.output / "loss.png")
     exported = {"dtype": "bfloat16", "scores": scores} | run_info()
     (args.output / "results.json").write_text(json.dumps(results | {"exported": exported}, indent=1) + "\n")
     card = build_model_card(

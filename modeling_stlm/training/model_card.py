@@ -349,11 +349,30 @@ def _training(results: dict, base: dict) -> str:
             f"2%, linear decay over the last {float(arguments.get('decay', 0.6)):.0%}",
             f"- texts: {arguments['train']}",
             *_teacher(arguments),
-            f"- {results['device']}; torch {results['torch']}, transformers {results['transformers']}, commit "
-            f"{results['commit']}",
+            _made_with(results),
+            *_afterwards(results),
             "- curve: `loss.png`; all settings: `results.json`",
         ]
     )
+
+
+def _made_with(results: dict) -> str:
+    return f"- {results['device']}; torch {results['torch']}, transformers {results['transformers']}, commit {results['commit']}"
+
+
+def _afterwards(results: dict) -> list[str]:
+    """Of a run that went on from these weights (`research/export.py --after`)."""
+    if "afterwards" not in results:
+        return []
+    after = results["afterwards"]
+    arguments = after["arguments"]
+    return [
+        f"- then {after['bytes_seen']:,} bytes in {after['steps']:,} steps of {arguments['batch_size']} windows of "
+        f"{arguments['block_bytes']} bytes; trained: {arguments['only']}; Muon {arguments['muon_lr']}, AdamW "
+        f"{arguments['adamw_lr']}, linear decay over the last {float(arguments['decay']):.0%}; a passage repeated in "
+        f"{float(arguments['repeat']):.0%} of the documents",
+        _made_with(after),
+    ]
 
 
 def _teacher(arguments: dict[str, str]) -> list[str]:
