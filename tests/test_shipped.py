@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The shipped checkpoints load ready to use: in float32, and without a length of their own."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,17 @@ def test_weights_stored_in_bfloat16_load_in_float32(shipped):
     assert pipeline("text-classification", str(shipped)).model.dtype == torch.float32
     asked_for = AutoModelForCausalLM.from_pretrained(shipped, dtype=torch.bfloat16)
     assert asked_for.dtype == torch.bfloat16
+
+
+@torch.no_grad()
+def test_text_that_repeats_is_copied(shipped):
+    text = (CHECKPOINTS.parent / "data" / "shakespeare.txt").read_bytes()
+    half = list(text[4000:6000])
+    ids = torch.tensor([[257, *half, *half]])
+    losses = AutoModelForCausalLM.from_pretrained(shipped)(ids).logits[0, :-1].log_softmax(-1)
+    bits = -losses.gather(1, ids[0, 1:, None])[:, 0] / math.log(2)
+    first, second = bits[: len(half)].mean(), bits[len(half) :].mean()
+    assert first > 1.5 and second < 0.2
 
 
 def test_adapters_and_sentence_vectors_start_in_float32(shipped, tmp_path):
