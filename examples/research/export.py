@@ -50,7 +50,8 @@ def main():
     if args.after is not None:
         after = json.loads((args.after / "results.json").read_text())
         kept = ("steps", "bytes_seen", "arguments", "commit", "device", "torch", "transformers")
-        results |= {"afterwards": {name: after[name] for name in kept}, "config": after["config"]}
+        results |= {"afterwards": {name: after[name] for name in kept}}
+        results |= {name: after[name] for name in ("bits_per_byte", "config")}
     tokenizer = STLMTokenizer()
     model = AutoModelForCausalLM.from_pretrained(args.after or args.run, dtype=torch.bfloat16)
     model.config.use_cache = True
