@@ -62,7 +62,8 @@ def read_chats(path: Path) -> list[dict]:
 
 if __name__ == "__main__":
     args = parse_arguments()
-    chats = read_chats(args.train)  # before the slow imports: a mistake is told at once
+    with quiet_exit():
+        chats = read_chats(args.train)  # before the slow imports: a mistake is told at once
 
 import torch
 from datasets import Dataset

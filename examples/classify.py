@@ -42,7 +42,8 @@ def read_sets(args: argparse.Namespace) -> tuple[tuple[list, list], tuple[list, 
 
 if __name__ == "__main__":
     args = parse_arguments()
-    train, test = read_sets(args)  # before the slow imports: a mistake is told at once
+    with quiet_exit():
+        train, test = read_sets(args)  # before the slow imports: a mistake is told at once
 
 import numpy as np
 import torch

@@ -120,9 +120,12 @@ def trainer_of(model, data, args: argparse.Namespace, epochs: float, seed: int, 
 
 
 def settings_of(args: argparse.Namespace, names: Iterable[str]) -> dict[str, str]:
-    """For a record: files by their names."""
+    """For a record: files by their names and sizes."""
     files = {"train": [args.train], "test": [args.test], "text": args.text}
-    given = {name: " ".join(Path(file).name for file in paths) for name, paths in files.items()}
+    given = {
+        name: ", ".join(f"{Path(file).name} ({Path(file).stat().st_size:,} bytes)" for file in paths)
+        for name, paths in files.items()
+    }
     return {name: given.get(name, str(getattr(args, name))) for name in names}
 
 
@@ -179,7 +182,7 @@ def spread(values: list[float]) -> str:
 
 
 def compare(articles: list[str], sets: dict[str, Dataset], args: argparse.Namespace, seed: int) -> dict[str, float]:
-    """Accuracy of each arm after pre-training on `articles`; keeps the committee in the output folder."""
+    """Accuracy of each arm after pre-training on `articles`; keeps the committee of most articles in the output folder."""
 
     def classifier(layers: int, number: int):
         return finetuned(pretrained(layers, articles, args, number), sets, args, number)
@@ -187,8 +190,9 @@ def compare(articles: list[str], sets: dict[str, Dataset], args: argparse.Namesp
     members = [classifier(args.shallow, seed * args.members + i) for i in range(args.members)]
     models = {"deep": classifier(args.deep, seed), "shallow": members[0]}
     models["committee"] = STLMCommittee.from_members(members)
-    models["committee"].save_pretrained(args.output / "committee")
-    TOKENIZER.save_pretrained(args.output / "committee")
+    if len(articles) == max(args.articles):
+        models["committee"].save_pretrained(args.output / "committee")
+        TOKENIZER.save_pretrained(args.output / "committee")
     return {arm: accuracy(models[arm], sets, args) for arm in ARMS}
 
 
@@ -215,7 +219,9 @@ def main(args: argparse.Namespace):
     sets = {"train": labelled(args.train, args), "test": labelled(args.test, args)}
     for split, rows in (("train", args.rows), ("test", args.test_rows)):
         shuffled = sets[split].shuffle(seed=0)
-        sets[split] = shuffled.select(range(min(rows or len(shuffled), len(shuffled))))
+        if rows and rows > len(shuffled):
+            raise SystemExit(f"{getattr(args, split)} has {len(shuffled):,} rows, expected at least {rows:,}")
+        sets[split] = shuffled.select(range(rows or len(shuffled)))
     args.output.mkdir(parents=True, exist_ok=True)
     path = args.output / "cells.json"  # accuracies, by seed and number of articles
     settings = settings_of(args, sorted(set(vars(args)) - {"articles", "encoders", "output", "seeds"}))

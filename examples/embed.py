@@ -49,7 +49,8 @@ def read_sets(args: argparse.Namespace) -> tuple[list[tuple[list, list]], list[s
 
 if __name__ == "__main__":
     args = parse_arguments()
-    rows, texts = read_sets(args)  # before the slow imports: a mistake is told at once
+    with quiet_exit():
+        rows, texts = read_sets(args)  # before the slow imports: a mistake is told at once
 
 import numpy as np
 from sentence_transformers import SentenceTransformer

@@ -78,7 +78,8 @@ def read_sets(args: argparse.Namespace) -> tuple[list[dict], list[dict]]:
 
 if __name__ == "__main__":
     args = parse_arguments()
-    train, test = read_sets(args)  # before the slow imports: a mistake is told at once
+    with quiet_exit():
+        train, test = read_sets(args)  # before the slow imports: a mistake is told at once
 
 import torch
 from transformers import (

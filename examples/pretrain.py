@@ -80,7 +80,7 @@ if __name__ == "__main__":
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from noise import KINDS, add_noise
-from run_folder import ProgressLines, last_checkpoint, run_info, save
+from run_folder import ProgressLines, check_same, last_checkpoint, run_info, save
 from score import documents
 from transformers import AutoModelForCausalLM, PrinterCallback, Trainer, TrainingArguments, logging, set_seed
 
@@ -156,7 +156,10 @@ def build_model(args: argparse.Namespace) -> STLMForCausalLM:
         model = AutoModelForCausalLM.from_config(load_config(args.model, args.set))
     else:
         config = load_config(args.checkpoint, args.set, is_checkpoint=True)
-        model = AutoModelForCausalLM.from_pretrained(args.checkpoint, config=config, dtype=torch.float32)
+        try:
+            model = AutoModelForCausalLM.from_pretrained(args.checkpoint, config=config, dtype=torch.float32)
+        except RuntimeError as error:  # the library names the shapes before, in its own words
+            raise SystemExit(f"--checkpoint {args.checkpoint} --set {' '.join(args.set)}: {error}") from None
     if args.only is not None:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(args.only in name)
@@ -170,7 +173,7 @@ def describe_start(args: argparse.Namespace) -> dict:
     """For `results.json`: the preset or folder of the config, and what the weights of `--checkpoint` bring with them."""
     if args.checkpoint is None:
         return {"model": args.model}
-    return {"model": Path(args.checkpoint).name, "base_model": describe_base(args.checkpoint)}
+    return {"model": args.output.resolve().name, "base_model": describe_base(args.checkpoint)}
 
 
 def training_arguments(args: argparse.Namespace, step_bytes: float, **changes) -> TrainingArguments:
@@ -218,11 +221,17 @@ def train(args: argparse.Namespace, trainer: Trainer, step_bytes: float) -> None
             return f"step {state.global_step} of {state.max_steps}"
         return f"{megabytes} of {state.max_steps * step_bytes / 1e6:.1f} MB"
 
+    begun, checkpoint = args.output / "begun.json", last_checkpoint(args.output)
+    settings = {name: str(getattr(args, name)) for name in ("model", "checkpoint", "only", "set")}
+    if checkpoint is not None and begun.is_file():
+        check_same(begun, settings)
+    args.output.mkdir(parents=True, exist_ok=True)
+    begun.write_text(json.dumps(settings, indent=1) + "\n")
     stop = StopOnSignal()
     trainer.remove_callback(PrinterCallback)
     for callback in (stop, SaveByTime(minutes=10), ProgressLines(progress)):
         trainer.add_callback(callback)
-    trainer.train(resume_from_checkpoint=last_checkpoint(args.output))
+    trainer.train(resume_from_checkpoint=checkpoint)
     if stop.received is not None:
         print(f"{stop.received.name}: saved at {progress(trainer.state)}; the same command goes on from here")
         raise SystemExit(128 + stop.received)

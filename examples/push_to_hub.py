@@ -90,10 +90,10 @@ def write_folder(args: argparse.Namespace, class_name: str, folder: str | Path) 
 def generated_card(args: argparse.Namespace):
     base = None if args.base_model == "none" else args.base_model
     options = {"base_model": base, "licence": args.licence, "language": args.language}
-    if args.data is None:
-        print("the card will not say which texts you trained on, nor their licences: give --data")
-    else:
+    if args.data is not None:
         options["data"] = read_text(args.data)
+    else:
+        print("--data about.md would name the texts you trained on and their licences in the card")
     try:
         return build_model_card(args.checkpoint, repo_id=args.repo_id, **options)
     except ValueError as error:

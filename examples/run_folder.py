@@ -28,8 +28,11 @@ def last_checkpoint(output: Path) -> str | None:
 
 def check_same(record: Path, settings: dict[str, str]) -> None:
     """Raise where what `record` keeps was made with other settings."""
+    if not record.is_file():
+        raise SystemExit(f"{record.parent} does not say what it was made with: use another folder")
     made_with = json.loads(record.read_text())
-    if other := {name: value for name, value in made_with.items() if settings[name] != value}:
+    names = sorted(made_with.keys() | settings.keys())
+    if other := {name: made_with.get(name) for name in names if made_with.get(name) != settings.get(name)}:
         raise SystemExit(f"{record} was made with {other}: use another folder")
 
 
@@ -89,6 +92,10 @@ def plot(history: list[dict], path: Path) -> None:
     figure.savefig(path)
 
 
+def is_folder(value) -> bool:
+    return isinstance(value, (str, Path)) and Path(value).is_dir()
+
+
 def save(trainer: Trainer, results: dict, args: argparse.Namespace) -> None:
     """Checkpoint, history, curve and results, readable by the group; the generation config sets no length."""
     tokenizer, history = trainer.processing_class, trainer.state.log_history
@@ -100,7 +107,8 @@ def save(trainer: Trainer, results: dict, args: argparse.Namespace) -> None:
     names = {
         split: " ".join(Path(file).name for file in getattr(args, split)) for split in ("train", "validation", "test")
     }
-    arguments = vars(args) | names | {"output": args.output.name}
+    folders = {name: Path(value).resolve().name for name, value in vars(args).items() if is_folder(value)}
+    arguments = vars(args) | folders | names | {"output": args.output.name}
     results["arguments"] = {name: str(value) for name, value in arguments.items()}
     for name, value in {"history": history, "results": results}.items():
         (args.output / f"{name}.json").write_text(json.dumps(value, indent=1) + "\n")

@@ -34,6 +34,8 @@ def to_example(row: dict, text_bytes: int) -> dict:
     else:
         text = row.get("dialogue")
         references = [row[key] for key in ("summary", "summary1", "summary2", "summary3") if key in row]
+    if text == "":
+        raise SystemExit("a row has an empty `dialogue`: leave it out")
     if not text or not references:
         raise SystemExit(f"a row has the fields {sorted(row)}, expected `dialogue` and `summary`, or those of QMSum")
     text = text.encode("utf-8")[:text_bytes].decode("utf-8", errors="ignore")
@@ -59,7 +61,8 @@ def read_sets(args: argparse.Namespace) -> tuple[list[dict], list[dict]]:
 
 if __name__ == "__main__":
     args = parse_arguments()
-    train, test = read_sets(args)  # before the slow imports: a mistake is told at once
+    with quiet_exit():
+        train, test = read_sets(args)  # before the slow imports: a mistake is told at once
 
 import evaluate
 import torch

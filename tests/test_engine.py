@@ -655,6 +655,21 @@ def test_damaged_foreign_and_newer_files_are_refused_in_words(tiny, tmp_path):
         Engine(tmp_path / "none.gguf")
 
 
+def test_files_of_before_the_longest_match_are_read_as_they_were(tmp_path):
+    model = tiny_model(match_doublings=0)
+    export_gguf(model, tmp_path / "model.gguf", "f32")
+    data = (tmp_path / "model.gguf").read_bytes()
+    version = b"stlm.format_version" + struct.pack("<II", 4, 1)  # of type uint32: 1
+    assert version in data
+    without = data.replace(b"stlm.match_doublings", b"what.match_doublings")
+    (tmp_path / "before.gguf").write_bytes(changed(without, b"stlm.format_version", struct.pack("<I", 1)))
+    text = b"one two; a two, one two; one two; a two"
+    now, before = (Engine(tmp_path / name).score(text) for name in ("model.gguf", "before.gguf"))
+    assert (now == before).all()
+    export_gguf(tiny_model(match_doublings=1), tmp_path / "newer.gguf", "f32")  # an engine of before refuses it
+    assert b"stlm.format_version" + struct.pack("<II", 4, 2) in (tmp_path / "newer.gguf").read_bytes()
+
+
 def test_the_command_writes_a_file_that_runs(tmp_path):
     command = [
         sys.executable,

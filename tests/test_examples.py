@@ -82,7 +82,8 @@ def test_pretraining_in_bfloat16_on_a_clock(small_text, tmp_path):
 def test_pretraining_starts_from_a_checkpoint(small_text, tmp_path, script):
     start = ["--checkpoint", STLM_3M, "--set", "hidden_dropout=0.1", "--only", "match_embedding"]
     results = pretrain(small_text, tmp_path / "run", "--max_steps", 2, *start, script=script)
-    assert results["model"] == results["base_model"]["name"] == "stlm-3m"
+    assert results["model"] == "run" and results["base_model"]["name"] == "stlm-3m"
+    assert results["arguments"]["checkpoint"] == "stlm-3m" and str(tmp_path) not in json.dumps(results)
     kept, started = (
         AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32) for path in (STLM_3M, tmp_path / "run")
     )
@@ -93,6 +94,26 @@ def test_pretraining_starts_from_a_checkpoint(small_text, tmp_path, script):
     card = build_model_card(tmp_path / "run")
     assert "- starts from the weights of `stlm-3m`\n- 512 bytes seen" in card.text
     assert card.data.license == "cc-by-sa-4.0"
+    # Another start is another run, also where the budget grows.
+    other = [
+        "--train",
+        small_text,
+        "--validation",
+        small_text,
+        "--output",
+        "run",
+        "--batch_size",
+        2,
+        "--block_bytes",
+        128,
+    ]
+    for start, message in (
+        (["--checkpoint", STLM_3M], "use another folder"),
+        (["--checkpoint", STLM_3M, "--set", "hidden_size=64", "--output", "new"], "--set hidden_size=64: "),
+    ):
+        command = [sys.executable, ROOT / "examples" / script, *other, "--max_steps", 3, *start]
+        result = subprocess.run([*map(str, command)], capture_output=True, text=True, cwd=tmp_path)
+        assert result.returncode == 1 and message in result.stderr.splitlines()[-1]
 
 
 def test_pretraining_names_what_there_is_to_train(small_text, tmp_path):

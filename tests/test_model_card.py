@@ -106,19 +106,21 @@ def test_the_card_tells_what_was_trained_afterwards(checkpoint):
         "only": "match_embedding",
         "muon_lr": "0.02",
         "adamw_lr": "0.0015",
+        "train": "some.txt",
     }
     after = {"steps": 122, "bytes_seen": 1_998_848, "arguments": arguments | {"decay": "0.9", "repeat": "0.03"}}
     after |= {"commit": "def5678", "device": "another", "torch": "2.13.0", "transformers": "5.24.0"}
     (checkpoint / "results.json").write_text(json.dumps(RESULTS | {"afterwards": after}))
     card = str(build_model_card(checkpoint, **OPTIONS))
     assert "9,830,400 bytes seen in 1,200 steps" in card and "abc1234" in card
+    assert "- then 1,998,848 bytes in 122 steps of 4 windows of 4096 bytes; texts: some.txt\n" in card
     assert (
-        "- then 1,998,848 bytes in 122 steps of 4 windows of 4096 bytes; trained: match_embedding; Muon 0.02" in card
+        "- trained in them: match_embedding\n- a passage repeated in 3% of their documents\n- another; torch" in card
     )
-    assert (
-        "a passage repeated in 3% of the documents\n- another; torch 2.13.0, transformers 5.24.0, commit def5678"
-        in card
-    )
+    for name in ("only", "repeat"):
+        del after["arguments"][name]
+    (checkpoint / "results.json").write_text(json.dumps(RESULTS | {"afterwards": after}))
+    assert "linear decay over the last 90%\n- another; torch" in str(build_model_card(checkpoint, **OPTIONS))
 
 
 def test_scores_of_exported_weights_replace_those_of_the_run(checkpoint):

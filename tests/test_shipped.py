@@ -52,12 +52,19 @@ def test_weights_stored_in_bfloat16_load_in_float32(shipped):
 @torch.no_grad()
 def test_text_that_repeats_is_copied(shipped):
     text = (CHECKPOINTS.parent / "data" / "shakespeare.txt").read_bytes()
-    half = list(text[4000:6000])
-    ids = torch.tensor([[257, *half, *half]])
-    losses = AutoModelForCausalLM.from_pretrained(shipped)(ids).logits[0, :-1].log_softmax(-1)
-    bits = -losses.gather(1, ids[0, 1:, None])[:, 0] / math.log(2)
-    first, second = bits[: len(half)].mean(), bits[len(half) :].mean()
-    assert first > 1.5 and second < 0.2
+
+    def bits_of_second_halves(model) -> float:
+        bits = []
+        for start in range(0, 20_000, 4000):
+            half = [*text[start : start + 1500]]
+            ids = torch.tensor([[model.config.bos_token_id, *half, *half]])
+            log_probs = model(ids).logits[0, :-1].log_softmax(-1)
+            bits.append(-log_probs.gather(1, ids[0, 1:, None])[len(half) :].mean() / math.log(2))
+        return float(sum(bits) / len(bits))
+
+    longest = bits_of_second_halves(AutoModelForCausalLM.from_pretrained(shipped))
+    last = bits_of_second_halves(AutoModelForCausalLM.from_pretrained(shipped, match_doublings=0))
+    assert longest < 0.35 and longest < last / 2
 
 
 def test_adapters_and_sentence_vectors_start_in_float32(shipped, tmp_path):

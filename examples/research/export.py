@@ -6,7 +6,8 @@
 
 `--data` is a Markdown file that names the training texts and their licences; it is copied into the card. The
 rounded weights are evaluated again, so the card has the scores of the files, not of the run. The folder gets no code
-(`push_to_hub.py` adds it), and a `config.json` with dtype float32, in which the weights are loaded.
+(`push_to_hub.py` adds it), and a `config.json` with dtype float32, in which the weights are loaded. With `--after`,
+the weights are those of a run that started from `--run`, and `results.json` keeps what is known of both.
 """
 
 import argparse
@@ -51,7 +52,7 @@ def main():
         after = json.loads((args.after / "results.json").read_text())
         kept = ("steps", "bytes_seen", "arguments", "commit", "device", "torch", "transformers")
         results |= {"afterwards": {name: after[name] for name in kept}}
-        results |= {name: after[name] for name in ("bits_per_byte", "config")}
+        results |= {name: after[name] for name in ("bits_per_byte", "config", "stored_parameters")}
     tokenizer = STLMTokenizer()
     model = AutoModelForCausalLM.from_pretrained(args.after or args.run, dtype=torch.bfloat16)
     model.config.use_cache = True
@@ -62,6 +63,7 @@ def main():
         code.unlink()
     path = args.output / "config.json"
     config = json.loads(path.read_text()) | {"dtype": "float32"}
+    results["config"].pop("use_cache", None)  # off while training
     config.pop("auto_map", None)
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 

@@ -31,7 +31,7 @@ from modeling_stlm.modeling_stlm import STLMForCausalLM
 from modeling_stlm.patching_stlm import VocabularyRule
 
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 is that of files without `match_doublings`, which an engine before it would pass over
 TYPES = ("f32", "bf16", "q8", "q4_0")
 SYNONYMS = {"q8_0": "q8"}  # what llama.cpp calls its 8 bits, which have a scale per 32 inputs
 # Nine tenths of the weights. The byte layers and the head are small, and lose most where they are rounded to four bits.
@@ -167,7 +167,7 @@ def export_gguf(
     config, kinds = model.config, gguf.GGMLQuantizationType
     writer = gguf.GGUFWriter(path, "stlm")
     writer.add_uint32(CHECKSUM.decode(), 0)
-    writer.add_uint32("stlm.format_version", FORMAT_VERSION)
+    writer.add_uint32("stlm.format_version", FORMAT_VERSION if model.config.match_doublings else 1)
     writer.add_string("stlm.config", config.to_json_string(use_diff=False))
     if license:
         writer.add_license(license)

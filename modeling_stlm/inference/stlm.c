@@ -21,7 +21,7 @@
 #pragma STDC FP_CONTRACT OFF  // GCC: -std=c99 or -ffp-contract=off
 #endif
 
-enum { LANES = 16, MAX_TOKENS = 64, MAX_CONTEXT = 64, PART = 128, MAX_BYTES = 1 << 27, FORMAT_VERSION = 1 };
+enum { LANES = 16, MAX_TOKENS = 64, MAX_CONTEXT = 64, PART = 128, MAX_BYTES = 1 << 27, FORMAT_VERSION = 2 };
 
 #ifndef __GNUC__
 #error "compile with GCC or Clang (clang-cl on Windows): vectors are written with their extension of C"
@@ -1487,7 +1487,8 @@ static void read_embeddings(File *f, stlm_model *m) {
   m->ngram_rows = read_int(f, "stlm.ngram_rows", 1, 1 << 26);
   m->ngram_size = read_int(f, "stlm.ngram_embedding_size", 0, 2048);
   m->match_bytes = read_int(f, "stlm.match_bytes", 0, 6);
-  m->match_doublings = read_int(f, "stlm.match_doublings", 0, 4);
+  const int doubles = seek(f, "stlm.match_doublings", UINT32, 0, 1);  // files of version 1 need not have it
+  m->match_doublings = doubles ? read_int(f, "stlm.match_doublings", 0, 4) : 0;
   m->powers[0] = 1;
   for (int i = 1; i < MAX_CONTEXT; i++) m->powers[i] = m->powers[i - 1] * base % prime;
   set_prefix(f, "model.");

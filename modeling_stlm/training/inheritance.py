@@ -395,7 +395,8 @@ def grow(model: STLMPreTrainedModel, config: STLMConfig) -> STLMPreTrainedModel:
     embeddings may be added: they start at zero.
 
     Args:
-        config (`STLMConfig`): equal to that of `model` but for depth, layer sharing and dropout.
+        config (`STLMConfig`): equal to that of `model` but for depth, layer sharing and dropout; match embeddings may be
+            added where there are none.
 
     Raises:
         ValueError: if another field differs, or if no choice of new blocks leaves the function as it is.

@@ -366,13 +366,17 @@ def _afterwards(results: dict) -> list[str]:
         return []
     after = results["afterwards"]
     arguments = after["arguments"]
-    return [
+    lines = [
         f"- then {after['bytes_seen']:,} bytes in {after['steps']:,} steps of {arguments['batch_size']} windows of "
-        f"{arguments['block_bytes']} bytes; trained: {arguments['only']}; Muon {arguments['muon_lr']}, AdamW "
-        f"{arguments['adamw_lr']}, linear decay over the last {float(arguments['decay']):.0%}; a passage repeated in "
-        f"{float(arguments['repeat']):.0%} of the documents",
-        _made_with(after),
+        f"{arguments['block_bytes']} bytes; texts: {arguments['train']}",
+        f"- their rates: Muon {arguments['muon_lr']}, AdamW {arguments['adamw_lr']}, linear decay over the last "
+        f"{float(arguments['decay']):.0%}",
     ]
+    if (only := arguments.get("only", "None")) != "None":
+        lines.append(f"- trained in them: {only}")
+    if share := float(arguments.get("repeat", 0)):
+        lines.append(f"- a passage repeated in {share:.0%} of their documents")
+    return [*lines, _made_with(after)]
 
 
 def _teacher(arguments: dict[str, str]) -> list[str]:
