@@ -82,7 +82,7 @@ def test_run_writes_what_follows_a_prompt_or_standard_input(stlm, engine):
 
 
 def test_a_text_ends_its_line_on_a_terminal_only(stlm, engine):
-    prompt = "- one\n- two\n- three"
+    prompt = 4 * "one\ntwo\n" + "on"  # which is copied, with the ends of its lines
 
     def shown(*arguments, code: int = 0) -> bytes:
         ours, theirs = pty.openpty()
