@@ -129,6 +129,11 @@ def settings_of(args: argparse.Namespace, names: Iterable[str]) -> dict[str, str
     return {name: given.get(name, str(getattr(args, name))) for name in names}
 
 
+def encoder_config(layers: int, args: argparse.Namespace, **fields) -> STLMConfig:
+    sizes = {"num_trunk_layers": layers, "num_unique_trunk_layers": layers, "layer_sharing": "none"}
+    return STLMConfig.from_preset(args.preset, is_causal=False, **sizes, **fields)
+
+
 def pretrained(layers: int, articles: list[str], args: argparse.Namespace, seed: int) -> Path:
     """Folder of a masked language model of `articles`; without any, of random weights. One that is there is kept."""
     folder = (args.encoders or args.output / "encoders") / f"{layers}-layers-{len(articles)}-articles-seed-{seed}"
@@ -138,8 +143,7 @@ def pretrained(layers: int, articles: list[str], args: argparse.Namespace, seed:
         check_same(record, settings)
         return folder
     set_seed(seed)
-    sizes = {"num_trunk_layers": layers, "num_unique_trunk_layers": layers, "layer_sharing": "none"}
-    model = STLMForMaskedLM(STLMConfig.from_preset(args.preset, is_causal=False, **sizes))
+    model = STLMForMaskedLM(encoder_config(layers, args))
     if articles:
         data = [{"input_ids": ids} for ids in encode(articles, args.max_bytes)]
         collator = DataCollatorForLanguageModeling(TOKENIZER, mlm_probability=0.15)
@@ -200,8 +204,7 @@ def untrained(args: argparse.Namespace, num_labels: int) -> dict[str, torch.nn.M
     """Models of the sizes of all arms, to take the time of."""
 
     def classifier(layers: int):
-        sizes = {"num_trunk_layers": layers, "num_unique_trunk_layers": layers, "layer_sharing": "none"}
-        config = STLMConfig.from_preset(args.preset, is_causal=False, num_labels=num_labels, **sizes)
+        config = encoder_config(layers, args, num_labels=num_labels)
         return AutoModelForSequenceClassification.from_config(config).eval()
 
     members = [classifier(args.shallow) for _ in range(args.members)]

@@ -95,18 +95,8 @@ def test_pretraining_starts_from_a_checkpoint(small_text, tmp_path, script):
     assert "- starts from the weights of `stlm-3m`\n- 512 bytes seen" in card.text
     assert card.data.license == "cc-by-sa-4.0"
     # Another start is another run, also where the budget grows.
-    other = [
-        "--train",
-        small_text,
-        "--validation",
-        small_text,
-        "--output",
-        "run",
-        "--batch_size",
-        2,
-        "--block_bytes",
-        128,
-    ]
+    other = ["--train", small_text, "--validation", small_text, "--output", "run"]
+    other += ["--batch_size", 2, "--block_bytes", 128]
     for start, message in (
         (["--checkpoint", STLM_3M], "use another folder"),
         (["--checkpoint", STLM_3M, "--set", "hidden_size=64", "--output", "new"], "--set hidden_size=64: "),
@@ -211,6 +201,8 @@ def test_finetuning_lowers_bits_per_byte_and_saves_a_model(small_text, tmp_path,
         float(word) for word in output.split("bits per byte on")[1].split() if word.replace(".", "").isdigit()
     )
     assert after < before
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["bits_per_byte_before"]["validation"] == pytest.approx(before, abs=1e-3)
     assert "python examples/push_to_hub.py" in output
     assert (tmp_path / "out" / "bits_per_byte.png").stat().st_size > 0
     assert (tmp_path / "out" / "adapter").is_dir() == bool(lora_rank)

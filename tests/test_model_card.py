@@ -97,6 +97,10 @@ def test_the_card_tells_the_run_and_no_folder_of_the_machine(checkpoint):
     results = RESULTS | {"arguments": RESULTS["arguments"] | {"decay": "0.25"}}
     (checkpoint / "results.json").write_text(json.dumps(results))
     assert "linear decay over the last 25%" in str(build_model_card(checkpoint, **OPTIONS))
+    special = {"only": "match_embedding", "noise": "0.1", "repeat": "0.0"}
+    (checkpoint / "results.json").write_text(json.dumps(RESULTS | {"arguments": RESULTS["arguments"] | special}))
+    card = str(build_model_card(checkpoint, **OPTIONS))
+    assert "- only match_embedding was trained\n- errors of letters in 10% of the documents\n- a CPU" in card
 
 
 def test_the_card_tells_what_was_trained_afterwards(checkpoint):
@@ -114,9 +118,7 @@ def test_the_card_tells_what_was_trained_afterwards(checkpoint):
     card = str(build_model_card(checkpoint, **OPTIONS))
     assert "9,830,400 bytes seen in 1,200 steps" in card and "abc1234" in card
     assert "- then 1,998,848 bytes in 122 steps of 4 windows of 4096 bytes; texts: some.txt\n" in card
-    assert (
-        "- trained in them: match_embedding\n- a passage repeated in 3% of their documents\n- another; torch" in card
-    )
+    assert "- only match_embedding was trained\n- a passage repeated in 3% of the documents\n- another; torch" in card
     for name in ("only", "repeat"):
         del after["arguments"][name]
     (checkpoint / "results.json").write_text(json.dumps(RESULTS | {"afterwards": after}))

@@ -349,6 +349,7 @@ def _training(results: dict, base: dict) -> str:
             f"2%, linear decay over the last {float(arguments.get('decay', 0.6)):.0%}",
             f"- texts: {arguments['train']}",
             *_teacher(arguments),
+            *_special(arguments),
             _made_with(results),
             *_afterwards(results),
             "- curve: `loss.png`; all settings: `results.json`",
@@ -372,11 +373,18 @@ def _afterwards(results: dict) -> list[str]:
         f"- their rates: Muon {arguments['muon_lr']}, AdamW {arguments['adamw_lr']}, linear decay over the last "
         f"{float(arguments['decay']):.0%}",
     ]
+    return [*lines, *_special(arguments), _made_with(after)]
+
+
+def _special(arguments: dict[str, str]) -> list[str]:
+    """What `--only`, `--repeat` and `--noise` of `examples/pretrain.py` changed, where they were given."""
+    lines = []
     if (only := arguments.get("only", "None")) != "None":
-        lines.append(f"- trained in them: {only}")
-    if share := float(arguments.get("repeat", 0)):
-        lines.append(f"- a passage repeated in {share:.0%} of their documents")
-    return [*lines, _made_with(after)]
+        lines.append(f"- only {only} was trained")
+    for name, what in (("repeat", "a passage repeated"), ("noise", "errors of letters")):
+        if share := float(arguments.get(name, 0)):
+            lines.append(f"- {what} in {share:.0%} of the documents")
+    return lines
 
 
 def _teacher(arguments: dict[str, str]) -> list[str]:
