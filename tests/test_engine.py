@@ -207,6 +207,23 @@ def test_scores_are_the_log_probabilities_of_forward(tiny):
         Rows(engine, 2).score([[], [1]])
 
 
+@pytest.mark.parametrize("letters", [b"ab", b"abcdefgh"])
+def test_text_of_few_letters_is_matched_as_in_the_model(tiny, letters):
+    model, engine = tiny
+    text = bytes(
+        np.random.default_rng(0).choice(list(letters), 2000).tolist()
+    )  # more grams than the first table has room for
+    with torch.no_grad():
+        expected = model(torch.tensor([list(text)])).logits[0]
+    rows = Rows(engine, 1)
+    for start in range(0, len(text), 50):
+        snapshot = rows.take()
+        rows.read([text[::-1][start : start + 70]])
+        rows.rewind(snapshot)
+        rows.read([text[start : start + 50]])
+        assert_equal(torch.from_numpy(rows.logits()[0]), expected[start + 49])
+
+
 # Text
 
 

@@ -294,6 +294,7 @@ def test_ablations_leave_a_table_and_are_not_repeated(small_text, tmp_path):
     first = run("research/ablate.py", path, *arguments, "--only", "base", "fixed", cwd=tmp_path)
     assert "2 runs, 2 to do" in first
     assert {file.stem for file in (tmp_path / "tiny").glob("*.json")} == {"base-s2", "fixed-s1"}
+    assert "MB: loss" in ablate.progress(tmp_path / "runs" / "base-s2" / "log.txt")
     again = run("research/ablate.py", path, *arguments, cwd=tmp_path)
     assert "3 runs, 1 to do" in again
     table = (tmp_path / "tiny" / "README.md").read_text()
@@ -310,6 +311,13 @@ def test_ablations_leave_a_table_and_are_not_repeated(small_text, tmp_path):
         assert refused.returncode != 0
         assert f"{tmp_path / file} holds a run with other arguments" in refused.stderr
         (tmp_path / "tiny" / "fixed-s1.json").unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize("script", ["distillation", "replay"])
+def test_a_text_to_train_on_comes_with_one_to_validate_on(small_text, script):
+    command = [sys.executable, RESEARCH / f"{script}.py", "--train", small_text]
+    refused = subprocess.run([str(word) for word in command], capture_output=True, text=True)
+    assert refused.returncode == 2 and "give --train and --validation" in refused.stderr
 
 
 def test_repetition_is_told_from_text_that_goes_on():

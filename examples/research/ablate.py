@@ -125,15 +125,17 @@ def prepare(arguments: dict, args: argparse.Namespace) -> None:
     script.prepare(script.parse_arguments(words))
 
 
+def progress(log: Path) -> str:
+    """The newest line of `train.py` that says how far it is."""
+    lines = re.findall(r"^.*: loss .*$", log.read_text(errors="replace") if log.is_file() else "", re.MULTILINE)
+    return lines[-1] if lines else "no step yet"
+
+
 def watch(folder: Path, running: set[str], stop: threading.Event) -> None:
     """Prints the progress of every active run once a minute."""
     while not stop.wait(60):
         for name in sorted(running):
-            path = folder / name / "log.txt"
-            log = path.read_text(errors="replace") if path.is_file() else ""
-            losses = re.findall(r"'loss': '?([\d.]+)", log)
-            steps = re.findall(r"\b(\d+)/\d+ \[", log)
-            print(f"  {name}: step {steps[-1] if steps else '?'}, loss {losses[-1] if losses else '?'}", flush=True)
+            print(f"  {name}: {progress(folder / name / 'log.txt')}", flush=True)
 
 
 def table(results: dict[str, dict]) -> str:

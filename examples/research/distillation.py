@@ -32,8 +32,8 @@ TEXT = HERE.parent / "data" / "shakespeare.txt"
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--train", nargs="+", default=[str(TEXT)], help="files or patterns")
-    parser.add_argument("--validation", nargs="+", default=[str(TEXT)], help="files or patterns")
+    parser.add_argument("--train", nargs="+", help="files or patterns; by default the shipped text")
+    parser.add_argument("--validation", nargs="+", help="files or patterns")
     parser.add_argument(
         "--teacher", nargs="+", default=[str(HERE.parent / "checkpoints" / "stlm-10m")], help="folders"
     )
@@ -51,6 +51,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seeds", nargs="+", type=whole, default=[1, 2])
     add_bf16(parser, "bfloat16 autocast, and weights of a teacher of subwords")
     args = parser.parse_args()
+    if bool(args.train) != bool(args.validation):
+        parser.error("give --train and --validation, or neither for the shipped text")
+    args.train, args.validation = args.train or [str(TEXT)], args.validation or [str(TEXT)]
     args.name = args.name or "+".join(Path(name).name for name in args.teacher)
     return args
 

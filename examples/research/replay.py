@@ -41,7 +41,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--one_in", type=at_least_one, default=2, help="windows replayed: one in so many")
     parser.add_argument("--block_bytes", type=at_least_one, default=1024, help="bytes per window")
     parser.add_argument("--batch_size", type=at_least_one, default=8, help="windows per step")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if bool(args.train) != bool(args.validation):
+        parser.error("give --train and --validation, or neither for the shipped text")
+    return args
 
 
 def shipped_texts(folder: Path) -> dict[str, list[str]]:
@@ -80,8 +83,7 @@ def count_steps(args: argparse.Namespace, files: dict[str, list[str]]) -> int:
 
 def main():
     args = parse_arguments()
-    is_given = args.train and args.validation
-    files = {"train": args.train, "validation": args.validation} if is_given else shipped_texts(args.output / "texts")
+    files = {"train": args.train, "validation": args.validation} if args.train else shipped_texts(args.output / "texts")
     steps, bits = count_steps(args, files), {"random": [], "replay": []}
     for seed in args.seeds:
         for name, scores in bits.items():

@@ -21,7 +21,7 @@
 #pragma STDC FP_CONTRACT OFF  // GCC: -std=c99 or -ffp-contract=off
 #endif
 
-enum { LANES = 16, MAX_TOKENS = 64, MAX_CONTEXT = 64, PART = 128, MAX_BYTES = 1 << 27, FORMAT_VERSION = 2 };
+enum { LANES = 16, MAX_TOKENS = 64, MAX_CONTEXT = 64, PART = 128, MAX_BYTES = 1 << 27, MAX_DOUBLINGS = 4, FORMAT_VERSION = 2 };
 
 #ifndef __GNUC__
 #error "compile with GCC or Clang (clang-cl on Windows): vectors are written with their extension of C"
@@ -158,19 +158,24 @@ typedef struct {
   int32_t rule;  // spacelike: complete characters since the last word; vocabulary: node of the walk
 } Position;
 
-typedef struct { uint64_t gram; int32_t last; } Slot;  // the last place of a gram (0: a free slot), -1 if taken back
+typedef struct { uint32_t digest; int32_t end; } Slot;  // of a gram, and one past the last byte of its last place (0: free)
+
+// The last place of every gram of some length.
+typedef struct {
+  int32_t *earlier;  // (bytes) the `end` before of the gram that ends at a byte
+  Slot *slots;
+  int num_slots, num_grams;  // a power of two; slots in use
+} Index;
 
 typedef struct {
   Position at;
   float *state;
   uint16_t *ids;  // (bytes)
   uint64_t *digests;  // (bytes) of the text up to each byte, to know it again
-  int32_t *earlier;  // (bytes) the place before of the gram that ends at a byte, for match embeddings
+  Index matches[MAX_DOUBLINGS + 1];  // of grams of match_bytes, twice and four times as many, ...
   int byte_room, patch_room;
   int32_t *patch_ends;  // (patches) bytes up to the end of each
   char **pages;  // keys and values of PART patches each, of all passes; NULL past the last that was needed
-  Slot *slots;
-  int num_slots, num_grams;  // a power of two; slots in use
 } Row;
 
 struct stlm_snapshot {
@@ -707,43 +712,59 @@ INLINE uint64_t gram_at(const Row *row, int t, int n) {
   return gram;
 }
 
-INLINE Slot *find_slot(const Row *row, uint64_t gram) {
-  size_t mask = (size_t)row->num_slots - 1, at = (size_t)((gram * 0x9E3779B97F4A7C15u) >> 32) & mask;
-  while (row->slots[at].gram && row->slots[at].gram != gram) at = (at + 1) & mask;
-  return row->slots + at;
-}
-
-// Enters byte t; returns the last earlier place of its gram, or -1.
-INLINE int enter_gram(Row *row, int t, int n) {
-  uint64_t gram = gram_at(row, t, n);
-  if (!gram) return -1;
-  Slot *slot = find_slot(row, gram);
-  int before = slot->gram ? slot->last : -1;
-  row->num_grams += slot->gram == 0;
-  *slot = (Slot){gram, t};
-  row->earlier[t] = before;
-  return before;
-}
-
-// How many times n bytes, up to `most`, are the same before and at two places, where the last n are.
-INLINE int times_equal(const Row *row, int t, int place, int n, int most) {
-  int times = 1;
+// How many times n bytes, up to `most`, are the same up to byte `other` and up to byte t.
+INLINE int times_equal(const Row *row, int t, int other, int n, int most) {
+  int times = 0;
   for (; times < most; times++) {
-    uint64_t gram = gram_at(row, place - times * n, n);
+    uint64_t gram = gram_at(row, other - times * n, n);
     if (!gram || gram != gram_at(row, t - times * n, n)) break;
   }
   return times;
 }
 
-// What followed the last earlier place of the same n bytes, and how many times n bytes before both are the same, up to 6.
+// The slot of the last `times` times n bytes up to byte t, which is free if they stood nowhere before.
+INLINE Slot *find_slot(const Row *row, const Index *index, int t, int n, int times, uint32_t digest) {
+  size_t mask = (size_t)index->num_slots - 1, at = digest & mask;
+  for (; index->slots[at].end; at = (at + 1) & mask)
+    if (index->slots[at].digest == digest && times_equal(row, t, index->slots[at].end - 1, n, times) == times) break;
+  return index->slots + at;
+}
+
+INLINE uint32_t gram_digest(const Row *row, int t, int n, int times) {
+  uint64_t digest = 0;
+  for (int i = 0; i < times; i++) digest = (digest ^ gram_at(row, t - i * n, n)) * 0x9E3779B97F4A7C15u, digest ^= digest >> 32;
+  return (uint32_t)digest;
+}
+
+// Enters `times` times n bytes up to byte t; returns the last byte of the place before, or -1.
+INLINE int enter_gram(const Row *row, Index *index, int t, int n, int times) {
+  if (t < n * times - 1) return -1;
+  uint32_t digest = gram_digest(row, t, n, times);
+  Slot *slot = find_slot(row, index, t, n, times, digest);
+  index->num_grams += slot->end == 0;
+  index->earlier[t] = slot->end;
+  *slot = (Slot){digest, t + 1};
+  return index->earlier[t] - 1;
+}
+
+// Takes back what was entered last: its slot was the last to be filled, so that freeing it breaks no search.
+static void leave_gram(const Row *row, Index *index, int t, int n, int times) {
+  if (t < n * times - 1) return;
+  Slot *slot = find_slot(row, index, t, n, times, gram_digest(row, t, n, times));
+  slot->end = index->earlier[t];
+  index->num_grams -= slot->end == 0;
+}
+
+// What followed the last earlier place of the same n bytes, and how many times n bytes up to both are the same, up to 6.
 // A place with 2 n, 4 n, ... same bytes, as many as the model doubles, goes before a later one with fewer.
 INLINE void match_embedding(const stlm_model *m, Row *row, int t, float *to, const Kernels *k) {
-  const int n = m->match_bytes, most = 1 << m->match_doublings;
-  int place = enter_gram(row, t, n), longest = place >= 0;
-  for (int other = place; longest < most && other >= 0; other = row->earlier[other])
-    for (int times = times_equal(row, t, other, n, most); times >= 2 * longest; longest *= 2) place = other;
+  int place = -1;
+  for (int i = 0; i <= m->match_doublings; i++) {
+    int found = enter_gram(row, row->matches + i, t, m->match_bytes, 1 << i);
+    if (found >= 0) place = found;
+  }
   k->add_row(&m->match_following, place >= 0 ? lane_of(row->ids[place + 1]) : 0, to);
-  k->add_row(&m->match_length, place >= 0 ? times_equal(row, t, place, n, 6) : 0, to);
+  k->add_row(&m->match_length, place >= 0 ? times_equal(row, t, place, m->match_bytes, 6) : 0, to);
 }
 
 INLINE void embed(stlm_batch *b, int n, const Kernels *k) {
@@ -1488,7 +1509,7 @@ static void read_embeddings(File *f, stlm_model *m) {
   m->ngram_size = read_int(f, "stlm.ngram_embedding_size", 0, 2048);
   m->match_bytes = read_int(f, "stlm.match_bytes", 0, 6);
   const int doubles = seek(f, "stlm.match_doublings", UINT32, 0, 1);  // files of version 1 need not have it
-  m->match_doublings = doubles ? read_int(f, "stlm.match_doublings", 0, 4) : 0;
+  m->match_doublings = doubles ? read_int(f, "stlm.match_doublings", 0, MAX_DOUBLINGS) : 0;
   m->powers[0] = 1;
   for (int i = 1; i < MAX_CONTEXT; i++) m->powers[i] = m->powers[i - 1] * base % prime;
   set_prefix(f, "model.");
@@ -1640,7 +1661,8 @@ void stlm_close(stlm_batch *b) {
     Row *row = b->rows + r;
     for (int i = 0; i < row->patch_room / PART; i++) free(row->pages[i]);
     free(row->pages), free(row->patch_ends), free(row->state);
-    free(row->ids), free(row->digests), free(row->earlier), free(row->slots);
+    for (int i = 0; i <= MAX_DOUBLINGS; i++) free(row->matches[i].earlier), free(row->matches[i].slots);
+    free(row->ids), free(row->digests);
   }
   free(b->rows), free(b->hidden), free(b->quantized), free(b->block_sums), free(b->scores);
   free(b->chosen), free(b->is_chosen), free(b);
@@ -1678,6 +1700,21 @@ static int resize(void *memory, size_t used, size_t count, size_t size) {
   return 1;
 }
 
+// At least two slots for every gram, `more` new ones included; 0 without memory.
+static int reserve_grams(const Row *row, Index *index, int more, int n, int times) {
+  size_t count = 256, needed = (size_t)(index->num_grams + more) * 2;
+  if (needed <= (size_t)index->num_slots) return 1;
+  while (count < needed) count *= 2;
+  Slot *slots = calloc(count, sizeof *slots);
+  if (!slots) return 0;
+  free(index->slots);
+  index->slots = slots;
+  index->num_slots = (int)count;
+  index->num_grams = 0;
+  for (int t = 0; t < row->at.num_bytes; t++) enter_gram(row, index, t, n, times);
+  return 1;
+}
+
 // Room for `more` bytes, at most MAX_TOKENS, which may all end patches.
 static int reserve(stlm_batch *b, Row *row, int more) {
   const stlm_model *m = b->model;
@@ -1686,9 +1723,11 @@ static int reserve(stlm_batch *b, Row *row, int more) {
   const int bytes = row->at.num_bytes + more, patches = row->at.num_patches + more;
   if (bytes > row->byte_room) {
     const size_t room = (size_t)bytes + (size_t)bytes / 4 + 64, used = (size_t)row->byte_room;
-    if (!resize(&row->ids, used, room, sizeof *row->ids) || !resize(&row->digests, used, room, sizeof *row->digests) ||
-        !resize(&row->earlier, used, room, sizeof *row->earlier))
+    if (!resize(&row->ids, used, room, sizeof *row->ids) || !resize(&row->digests, used, room, sizeof *row->digests))
       return refuse(b, "not enough memory for %d bytes", bytes);
+    for (int i = 0; m->match_bytes && i <= m->match_doublings; i++)
+      if (!resize(&row->matches[i].earlier, used, room, sizeof *row->matches[i].earlier))
+        return refuse(b, "not enough memory for %d bytes", bytes);
     row->byte_room = (int)room;
   }
   if (patches > row->patch_room) {
@@ -1710,17 +1749,9 @@ static int reserve(stlm_batch *b, Row *row, int more) {
       return refuse(b, "not enough memory for scores");
     b->score_room = scores;
   }
-  if (m->match_bytes && (int64_t)(row->num_grams + more) * 2 > row->num_slots) {
-    size_t count = 256;
-    while (count < (size_t)(row->num_grams + more) * 2) count *= 2;
-    Slot *slots = calloc(count, sizeof *slots);
-    if (!slots) return refuse(b, "not enough memory for %d bytes", bytes);
-    free(row->slots);
-    row->slots = slots;
-    row->num_slots = (int)count;
-    row->num_grams = 0;
-    for (int t = 0; t < row->at.num_bytes; t++) enter_gram(row, t, m->match_bytes);
-  }
+  for (int i = 0; m->match_bytes && i <= m->match_doublings; i++)
+    if (!reserve_grams(row, row->matches + i, more, m->match_bytes, 1 << i))
+      return refuse(b, "not enough memory for %d bytes", bytes);
   return 0;
 }
 
@@ -1914,10 +1945,9 @@ int stlm_rewind(stlm_batch *b, int r, const stlm_snapshot *snapshot) {
   const int bytes = snapshot->at.num_bytes;
   if (snapshot->model != b->model || bytes > row->at.num_bytes || digest_of(row, bytes) != snapshot->digest)
     return refuse(b, "row %d does not begin with the %d bytes of the snapshot", r, bytes);
-  for (int t = row->at.num_bytes - 1; b->model->match_bytes && t >= bytes; t--) {
-    uint64_t gram = gram_at(row, t, b->model->match_bytes);
-    if (gram) find_slot(row, gram)->last = row->earlier[t];
-  }
+  const int n = b->model->match_bytes;
+  for (int t = row->at.num_bytes - 1; n && t >= bytes; t--)
+    for (int i = 0; i <= b->model->match_doublings; i++) leave_gram(row, row->matches + i, t, n, 1 << i);
   row->at = snapshot->at;  // keys and values of later patches are overwritten before they are read
   memcpy(row->state, snapshot->state, sizeof(float) * b->model->state_floats);
   return 0;
