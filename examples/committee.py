@@ -238,7 +238,9 @@ def main(args: argparse.Namespace):
             key = f"seed {seed}, {size} articles"
             if key not in cells:
                 cells[key] = compare(articles[:size], sets, args, seed)
-                path.write_text(json.dumps(cells, indent=1) + "\n")
+                written = path.with_suffix(".part")
+                written.write_text(json.dumps(cells, indent=1) + "\n")
+                written.replace(path)  # nothing is lost where a run is stopped while it writes
             print(f"{key}:", cells[key], flush=True)
     accuracies = {
         arm: {

@@ -11,7 +11,6 @@ plain `Trainer`; Ctrl-C and SIGTERM save, and the same command goes on.
 """
 
 import argparse
-import gzip
 import json
 import math
 import random
@@ -31,6 +30,7 @@ from inputs import (
     choose_precision,
     positive,
     quiet_exit,
+    read_json_lines,
     text_file,
     whole,
 )
@@ -188,16 +188,13 @@ def read_sentences(paths: Iterable[Path]) -> dict[str, list[str]]:
     """Sentences by language; what is wrong with a file ends the program."""
     found = defaultdict(list)
     for path in paths:
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as lines:
-            for number, line in enumerate(lines, 1):
-                try:
-                    row = json.loads(line)
-                    text, language = row["text"], row["lang"]
-                except (ValueError, KeyError, TypeError):
-                    message = f'{path}, line {number}: expected JSON such as {{"text": "Guten Tag", "lang": "deu"}}'
-                    raise SystemExit(f"{message}, got {line.strip()[:80].decode(errors='replace')}") from None
-                if text := " ".join(text.split()):
-                    found[language].append(text)
+        for number, row in enumerate(read_json_lines(path), 1):
+            text, language = row.get("text"), row.get("lang")
+            if not isinstance(text, str) or not isinstance(language, str):
+                message = f'{path}, row {number}: expected strings such as {{"text": "Guten Tag", "lang": "deu"}}'
+                raise SystemExit(f"{message}, got {json.dumps(row)[:80]}")
+            if text := " ".join(text.split()):
+                found[language].append(text)
     return dict(found)
 
 

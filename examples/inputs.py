@@ -11,6 +11,7 @@ import math
 import os
 import re
 import sys
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from glob import glob
@@ -109,8 +110,16 @@ def naming(split: str, patterns: list[str], remedy: str) -> Iterator[None]:
         raise SystemExit(f"--{split} {' '.join(files[:3])}{more}: {error}. {remedy}") from None
 
 
-def decode(data: bytes, path: Path) -> str:
-    """`data` of the file `path` as UTF-8; what is wrong with it, and what to do, ends the program."""
+def read_utf8(path: Path) -> str:
+    """The text of a file, packed if its name ends in `.gz`; what is wrong with it, and what to do, ends the program."""
+    data = path.read_bytes()
+    if path.suffix == ".gz":
+        try:
+            data = gzip.decompress(data)
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise SystemExit(
+                f"{path} cannot be unpacked ({error}): expected a whole file that gzip has written"
+            ) from None
     try:
         return data.decode("utf-8").removeprefix("\ufeff")  # the mark that some programs put first
     except UnicodeDecodeError as error:
@@ -121,20 +130,19 @@ def decode(data: bytes, path: Path) -> str:
 
 
 def read_text(path: Path, min_bytes: int = 1) -> str:
-    """A text in UTF-8 of at least `min_bytes`; what is wrong with it, and what to do, ends the program."""
-    data = path.read_bytes()
-    text = decode(data, path)
-    if len(data) < min_bytes:
-        raise SystemExit(f"{path} has {len(data):,} bytes, expected at least {min_bytes:,}: take a longer text")
+    """A text of at least `min_bytes`; what is wrong with it, and what to do, ends the program."""
+    text = read_utf8(path)
+    if (found := len(text.encode())) < min_bytes:
+        raise SystemExit(f"{path} has {found:,} bytes, expected at least {min_bytes:,}: take a longer text")
     return text
 
 
 def read_json_lines(path: Path, min_rows: int = 1) -> list[dict]:
     """The objects of a file of JSON lines (`.gz` if packed); what is wrong with it ends the program."""
-    data = path.read_bytes()
-    text = decode(gzip.decompress(data) if path.suffix == ".gz" else data, path)
     rows = []
-    for number, line in enumerate(text.split("\n"), 1):  # `splitlines` would split at signs inside of strings, too
+    for number, line in enumerate(
+        read_utf8(path).split("\n"), 1
+    ):  # `splitlines` would split at signs inside of strings, too
         if not line.strip():
             continue
         try:

@@ -1,23 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Labelled texts that the examples read."""
+"""Labelled texts and summaries that the examples read."""
 
+import argparse
 import csv
-import gzip
 import io
 import random
 import re
 from collections import Counter
 from pathlib import Path
 
-from inputs import decode, read_json_lines
+from inputs import read_json_lines, read_utf8
 
 
 def read_labelled(path: Path) -> tuple[list[str], list[str]]:
     """Texts and labels of a csv or of JSON lines, also packed (.gz), with columns `text` and `label`."""
     if ".csv" in path.suffixes:
-        data = path.read_bytes()
-        text = decode(gzip.decompress(data) if path.suffix == ".gz" else data, path)
-        rows = csv.DictReader(io.StringIO(text, newline=""))
+        rows = csv.DictReader(io.StringIO(read_utf8(path), newline=""))
     else:
         rows = read_json_lines(path)
     texts, labels = [], []
@@ -56,3 +54,36 @@ def split_rows(
         raise SystemExit(f"{len(order)} rows are too few to test on a share of {share} of them: give more, or --test")
     first, second = ([[column[i] for i in part] for column in rows] for part in (order[:cut], order[cut:]))
     return tuple(first), tuple(second)
+
+
+def summary_example(row: dict, text_bytes: int) -> dict:
+    """Prompt, completion and references of a row of DialogSum or QMSum, whose text is cut to its first `text_bytes`."""
+    if "meeting_transcripts" in row:
+        text = "\n".join(f"{turn['speaker']}: {turn['content']}" for turn in row["meeting_transcripts"])
+        references = [row["general_query_list"][0]["answer"]]
+    else:
+        text = row.get("dialogue")
+        references = [row[key] for key in ("summary", "summary1", "summary2", "summary3") if key in row]
+    if text == "":
+        raise SystemExit("a row has an empty `dialogue`: leave it out")
+    if not text or not references:
+        raise SystemExit(f"a row has the fields {sorted(row)}, expected `dialogue` and `summary`, or those of QMSum")
+    text = text.encode("utf-8")[:text_bytes].decode("utf-8", errors="ignore")
+    prompt = f"<bos>{text}\n\nSummary:"
+    return {"text": text, "prompt": prompt, "completion": f" {references[0].strip()}", "references": references}
+
+
+def read_summaries(path: Path, limit: int | None, text_bytes: int) -> list[dict]:
+    """`prompt`, `completion` and all `references` of each row, and its `text`."""
+    return [summary_example(row, text_bytes) for row in read_json_lines(path)[:limit]]
+
+
+def summary_sets(args: argparse.Namespace) -> tuple[list[dict], list[dict]]:
+    """Summaries to train on and to test on, of the arguments of `inputs.summary_parser`."""
+    train = read_summaries(args.train, args.train_rows, args.text_bytes)
+    if args.test:
+        return train, read_summaries(args.test, args.test_rows, args.text_bytes)
+    if len(train) < 2:
+        raise SystemExit(f"{args.train} has one row, which leaves none to test on: add rows, or give --test")
+    cut = max(1, len(train) * 3 // 4)
+    return train[:cut], train[cut:][: args.test_rows]

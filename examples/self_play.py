@@ -14,6 +14,7 @@ import json
 from pathlib import Path
 
 from inputs import at_least_one, choose_precision, positive, quiet_exit, summary_parser
+from rows import summary_sets
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -27,20 +28,21 @@ def parse_arguments() -> argparse.Namespace:
 
 if __name__ == "__main__":
     args = parse_arguments()
+    with quiet_exit():
+        train, test = summary_sets(args)  # before the slow imports: a mistake is told at once
 
 import torch
-from summarize import read_sets, scores_of, table, write_results
+from summarize import scores_of, table, write_results
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 from modeling_stlm.training.self_play import SelfPlayConfig, SelfPlayTrainer
 
 
-def main(args: argparse.Namespace):
+def main(args: argparse.Namespace, train: list[dict], test: list[dict]):
     choose_precision(args)
     set_seed(args.seed)
     tokenizer = AutoTokenizer.from_pretrained(args.checkpoint, padding_side="left")
     model = AutoModelForCausalLM.from_pretrained(args.checkpoint, dtype=torch.float32)
-    train, test = read_sets(args)
     print(f"{args.checkpoint}: {model.num_parameters():,} parameters, {model.device}, {model.dtype}")
 
     trainer = SelfPlayTrainer(
@@ -78,4 +80,4 @@ def main(args: argparse.Namespace):
 
 if __name__ == "__main__":
     with quiet_exit():
-        main(args)
+        main(args, train, test)

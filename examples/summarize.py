@@ -16,7 +16,8 @@ import argparse
 import json
 from pathlib import Path
 
-from inputs import at_least_one, choose_precision, positive, quiet_exit, read_json_lines, summary_parser
+from inputs import at_least_one, choose_precision, positive, quiet_exit, summary_parser
+from rows import summary_sets
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -27,42 +28,10 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def to_example(row: dict, text_bytes: int) -> dict:
-    if "meeting_transcripts" in row:
-        text = "\n".join(f"{turn['speaker']}: {turn['content']}" for turn in row["meeting_transcripts"])
-        references = [row["general_query_list"][0]["answer"]]
-    else:
-        text = row.get("dialogue")
-        references = [row[key] for key in ("summary", "summary1", "summary2", "summary3") if key in row]
-    if text == "":
-        raise SystemExit("a row has an empty `dialogue`: leave it out")
-    if not text or not references:
-        raise SystemExit(f"a row has the fields {sorted(row)}, expected `dialogue` and `summary`, or those of QMSum")
-    text = text.encode("utf-8")[:text_bytes].decode("utf-8", errors="ignore")
-    prompt = f"<bos>{text}\n\nSummary:"
-    return {"text": text, "prompt": prompt, "completion": f" {references[0].strip()}", "references": references}
-
-
-def read_rows(path: Path, limit: int | None, text_bytes: int) -> list[dict]:
-    """`prompt`, `completion` and all `references` of each row, and its `text`."""
-    return [to_example(row, text_bytes) for row in read_json_lines(path)[:limit]]
-
-
-def read_sets(args: argparse.Namespace) -> tuple[list[dict], list[dict]]:
-    """Rows to train on and to test on."""
-    train = read_rows(args.train, args.train_rows, args.text_bytes)
-    if args.test:
-        return train, read_rows(args.test, args.test_rows, args.text_bytes)
-    if len(train) < 2:
-        raise SystemExit(f"{args.train} has one row, which leaves none to test on: add rows, or give --test")
-    cut = max(1, len(train) * 3 // 4)
-    return train[:cut], train[cut:][: args.test_rows]
-
-
 if __name__ == "__main__":
     args = parse_arguments()
     with quiet_exit():
-        train, test = read_sets(args)  # before the slow imports: a mistake is told at once
+        train, test = summary_sets(args)  # before the slow imports: a mistake is told at once
 
 import evaluate
 import torch

@@ -2,6 +2,7 @@
 """The command lines of the examples: help at once, mistakes in words before anything loads, quiet ends."""
 
 import ast
+import gzip
 import json
 import os
 import re
@@ -205,6 +206,7 @@ ROWS_OF_ANOTHER_KIND = {
     "ner.py": ("--train {} --test {}", "expected `text`, not empty, and `spans`"),
     "embed.py": ("--train {} --test {}", "expected `text` and `label`"),
     "chat_sft.py": ("--train {}", "expected `messages`, each with role and content"),
+    "self_play.py": ("--train {}", "expected `dialogue` and `summary`"),
     "summarize.py": ("--train {}", "expected `dialogue` and `summary`"),
 }
 
@@ -237,6 +239,16 @@ def test_json_lines_are_read_or_told_by_file_and_line(inputs, tmp_path):
         path.write_bytes(text)
         with pytest.raises(SystemExit, match=words):
             inputs.read_json_lines(path)
+
+
+def test_packed_files_are_unpacked_or_told_to_be_broken(inputs, tmp_path):
+    path, packed = tmp_path / "text.txt.gz", gzip.compress("\ufeffZo\u00eb".encode(), mtime=0)
+    path.write_bytes(packed)
+    assert inputs.read_text(path) == "Zo\u00eb"
+    for data in (b"plain text", packed[:-9], packed[:12] + b"\xff\xff" + packed[14:]):
+        path.write_bytes(data)
+        with pytest.raises(SystemExit, match=r"text\.txt\.gz cannot be unpacked"):
+            inputs.read_text(path)
 
 
 @pytest.mark.parametrize(

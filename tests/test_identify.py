@@ -142,7 +142,7 @@ def test_lines_are_a_function_of_their_index(data):
         (["--train", "none.jsonl"], "none.jsonl is no such file"),
         (["--checkpoint", "none", "Hi"], "none is no such folder"),
         (["--train", "lines.jsonl", "--max_minutes", "0"], "argument --max_minutes: 0 must be above 0"),
-        (["--train", "fields.jsonl"], r'fields.jsonl, line 2: expected JSON .*, got \{"text": "a"\}'),
+        (["--train", "fields.jsonl"], r'fields.jsonl, row 2: expected strings .*, got \{"text": "a"\}'),
         (["--train", "one.jsonl"], r"--train has the languages \['fra'\], expected at least two"),
         (["--train", "lines.jsonl", "--validation", "one.jsonl"], r"has languages that --train has not: \['fra'\]"),
     ],

@@ -21,7 +21,7 @@ from .trainers import TOKENIZER
 
 
 sys.path.insert(0, str(ROOT / "examples"))
-summarize = importlib.import_module("summarize")
+rows, summarize = (importlib.import_module(name) for name in ("rows", "summarize"))
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def check_card(folder: Path, base: Path, bits: float) -> None:
 
 
 def test_rows_of_both_sets_are_read(tmp_path):
-    rows = [
+    read = [
         {"dialogue": "A: Zoë?\nB: yes", "summary1": "first", "summary2": "second", "topic1": "x"},
         {
             "meeting_transcripts": [{"speaker": "A", "content": "Hi."}, {"speaker": "B", "content": "Bye."}],
@@ -51,17 +51,17 @@ def test_rows_of_both_sets_are_read(tmp_path):
         },
     ]
     with gzip.open(tmp_path / "rows.jsonl.gz", "wt", encoding="utf-8") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
-    first, second = summarize.read_rows(tmp_path / "rows.jsonl.gz", None, 6)
+        file.writelines(json.dumps(row) + "\n" for row in read)
+    first, second = rows.read_summaries(tmp_path / "rows.jsonl.gz", None, 6)
     assert first["text"] == "A: Zo" and first["references"] == ["first", "second"]  # cut before the ë
     assert first["prompt"] == "<bos>A: Zo\n\nSummary:" and first["completion"] == " first"
     assert second["text"] == "A: Hi." and second["completion"] == " They met."
-    assert len(summarize.read_rows(tmp_path / "rows.jsonl.gz", 1, 6)) == 1
+    assert len(rows.read_summaries(tmp_path / "rows.jsonl.gz", 1, 6)) == 1
     (tmp_path / "empty.jsonl").touch()
     with pytest.raises(SystemExit, match="has 0 rows, expected at least 1"):
-        summarize.read_rows(tmp_path / "empty.jsonl", None, 6)
+        rows.read_summaries(tmp_path / "empty.jsonl", None, 6)
     with pytest.raises(SystemExit, match=r"fields \['dialogue', 'text'\], expected"):
-        summarize.to_example({"dialogue": "a", "text": "b"}, 6)
+        rows.summary_example({"dialogue": "a", "text": "b"}, 6)
 
 
 def test_only_the_summary_and_its_end_are_targets():

@@ -83,7 +83,9 @@ def count_steps(args: argparse.Namespace, files: dict[str, list[str]]) -> int:
 
 def main():
     args = parse_arguments()
-    files = {"train": args.train, "validation": args.validation} if args.train else shipped_texts(args.output / "texts")
+    files = (
+        {"train": args.train, "validation": args.validation} if args.train else shipped_texts(args.output / "texts")
+    )
     steps, bits = count_steps(args, files), {"random": [], "replay": []}
     for seed in args.seeds:
         for name, scores in bits.items():
