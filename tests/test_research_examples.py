@@ -285,18 +285,22 @@ def test_ablations_leave_a_table_and_are_not_repeated(small_text, tmp_path):
         "runs": {
             "base": {"set": tiny, "seeds": [2]},
             "fixed": {"set": tiny | {"patching": "fixed"}},
+            "noisy": {"set": tiny, "noise": 0.5},
             "llama-bpe": {"model": "llama-bpe", "vocab_size": 300},
         },
     }
     path = tmp_path / "tiny.json"
     path.write_text(json.dumps(listed))
     arguments = ["--train", small_text, "--validation", small_text, "--output", tmp_path / "runs"]
-    first = run("research/ablate.py", path, *arguments, "--only", "base", "fixed", cwd=tmp_path)
-    assert "2 runs, 2 to do" in first
-    assert {file.stem for file in (tmp_path / "tiny").glob("*.json")} == {"base-s2", "fixed-s1"}
+    first = run("research/ablate.py", path, *arguments, "--only", "base", "fixed", "noisy", cwd=tmp_path)
+    assert "3 runs, 3 to do" in first
+    assert {file.stem for file in (tmp_path / "tiny").glob("*.json")} == {"base-s2", "fixed-s1", "noisy-s1"}
+    assert json.loads((tmp_path / "runs" / "data-noise-0.5" / "bytes" / "train.json").read_text())[-1] == {
+        "noise": 0.5
+    }
     assert "MB: loss" in ablate.progress(tmp_path / "runs" / "base-s2" / "log.txt")
     again = run("research/ablate.py", path, *arguments, cwd=tmp_path)
-    assert "3 runs, 1 to do" in again
+    assert "4 runs, 1 to do" in again
     table = (tmp_path / "tiny" / "README.md").read_text()
     results = json.loads((tmp_path / "tiny" / "fixed-s1.json").read_text())
     assert f"| fixed-s1 | {results['bits_per_byte']['validation']:.4f} |" in table and "| llama-bpe-s1 |" in table

@@ -73,10 +73,16 @@ def expand(path: Path, only: list[str] | None = None) -> dict[str, dict]:
     return runs
 
 
+def data_folder(arguments: dict, args: argparse.Namespace) -> Path:
+    """Of the corpora of a run, which all runs share that read the same texts altered in the same way."""
+    alterations = [f"{name}-{arguments[name]}" for name in ("noise", "repeat") if arguments.get(name)]
+    return args.output / "-".join(["data", *alterations])
+
+
 def command(arguments: dict, args: argparse.Namespace, output: Path) -> list[str]:
     words = [sys.executable, str(HERE / "train.py"), "--eval_at_end"]
     words += ["--train", *args.train, "--validation", *args.validation]
-    words += ["--output", str(output), "--data", str(args.output / "data")]
+    words += ["--output", str(output), "--data", str(data_folder(arguments, args))]
     for name, value in arguments.items():
         if name == "set":
             words += ["--set", *(f"{field}={json.dumps(change)}" for field, change in value.items())]
@@ -191,7 +197,8 @@ def train_missing(args: argparse.Namespace, results: Path) -> list[str]:
     runs = expand(args.list, args.only)
     left = {name: run for name, run in runs.items() if not is_done(results / f"{name}.json", run)}
     print(f"{len(runs)} runs, {len(left)} to do, {args.jobs} at a time", flush=True)
-    for arguments in {run.get("model", "") + str(run.get("vocab_size", "")): run for run in left.values()}.values():
+    corpora = {(data_folder(run, args), run.get("model"), run.get("vocab_size")): run for run in left.values()}
+    for arguments in corpora.values():
         prepare(arguments, args)
     running, failed, stop, started = set(), [], threading.Event(), time.monotonic()
 
