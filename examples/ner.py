@@ -8,12 +8,13 @@ Rows are JSON lines with `text` and `spans`, a list of `[start, end, label]` in 
 beside that of looking up the spans of the rows to train on.
 
 `is_causal=False`: whether a byte belongs to a name is often decided by what follows it ("Washington" and "Washington Post"),
-and a causal model labels the first byte of a span before it has seen the second one. In the pipeline
-`aggregation_strategy="simple"` joins neighbouring bytes of one label to a span; the other strategies ask for the words of a
-subword tokenizer, of which a byte is none.
+and a causal model labels the first byte of a span before it has seen the second one. Spans come from `SpanPipeline`: the
+library's `aggregation_strategy="simple"` joins neighbouring bytes of one label and cuts words in two, and its other strategies take
+what stands between spaces for a word, punctuation included.
 """
 
 import argparse
+import json
 import random
 import re
 from pathlib import Path
@@ -38,16 +39,26 @@ def parse_arguments() -> argparse.Namespace:
     return args
 
 
+def is_span(span, length: int) -> bool:
+    """Whether `span` is [start, end, label] in a text of `length` characters."""
+    if not isinstance(span, list) or [type(part) for part in span] != [int, int, str]:
+        return False
+    return 0 <= span[0] < span[1] <= length
+
+
 def read_rows(path: Path) -> list[dict]:
     """Rows with `text` and `spans`; the first one that has not, ends the program."""
     rows = read_json_lines(path)
     for number, row in enumerate(rows, start=1):
         text, spans = row.get("text"), row.get("spans")
-        if not text or not isinstance(spans, list) or not all(0 <= s < e <= len(text) for s, e, _ in spans):
+        if not text or not isinstance(spans, list) or not all(is_span(span, len(text)) for span in spans):
+            shown = json.dumps(spans, ensure_ascii=False)[:80]
             raise SystemExit(
-                f"row {number} of {path} has the fields {sorted(row)}, expected `text`, not empty, and `spans`: "
-                "[start, end, label] in characters of the text"
+                f"row {number} of {path} has the fields {sorted(row)} and the spans {shown}, expected `text`, not empty, and "
+                '`spans`: a list of [start, end, "label"], in characters of the text'
             )
+    if not any(row["spans"] for row in rows):
+        raise SystemExit(f"no row of {path} has a span, of which the model could learn a label")
     return rows
 
 
@@ -92,7 +103,7 @@ from transformers import (
     set_seed,
 )
 
-import modeling_stlm  # noqa: F401  (registers the Auto classes)
+from modeling_stlm.spans import SpanPipeline  # modeling_stlm registers the Auto classes
 
 
 def tagged(row: dict, tokenizer, label2id: dict[str, int], max_bytes: int) -> dict[str, list[int]]:
@@ -155,15 +166,20 @@ def main(args: argparse.Namespace, train: list[dict], test: list[dict]):
     model.config.use_cache = True  # Trainer turns it off, and would save it so
     trainer.save_model()
 
-    tagger = pipeline("token-classification", str(args.output), aggregation_strategy="simple")
+    tagger = pipeline(
+        "token-classification", str(args.output), pipeline_class=SpanPipeline, aggregation_strategy="first"
+    )
     found = [
         {(span["start"], span["end"], span["entity_group"]) for span in spans}
         for spans in tagger([row["text"] for row in test], batch_size=args.batch_size)
     ]
     right = [{tuple(span) for span in row["spans"]} for row in test]
     print(f"\nexact F1 of spans: {f1(found, right):.3f}    looked up: {f1(looked_up(train, test), right):.3f}")
-    print("next, in Python:\n\n    from transformers import pipeline\n    import modeling_stlm")
-    print(f'    tagger = pipeline("token-classification", "{args.output}", aggregation_strategy="simple")')
+    options = 'pipeline_class=SpanPipeline, aggregation_strategy="first"'
+    print(
+        "next, in Python:\n\n    from transformers import pipeline\n    from modeling_stlm.spans import SpanPipeline"
+    )
+    print(f'    tagger = pipeline("token-classification", "{args.output}", {options})')
     print(f"    tagger({test[0]['text']!r})")
 
 

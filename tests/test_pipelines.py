@@ -14,6 +14,7 @@ from modeling_stlm import (
     STLMModel,
     STLMTokenizer,
 )
+from modeling_stlm.spans import SpanPipeline
 
 from . import reference
 from .tiny import assert_equal, ids_of, randomize, tiny_config, tiny_model
@@ -88,6 +89,75 @@ def test_token_classification_finds_words_by_their_characters():
         )
     assert (groups[0]["start"], groups[-1]["end"]) == (0, len(text))
     assert groups[0]["entity_group"] == f"LABEL_{classes[0]}"
+
+
+BIO = dict(enumerate(["O", "B-A", "I-A", "B-B", "I-B"]))
+WORDS = {  # the words of texts whose bytes a random model labels
+    "One. Two's e\u0301te\u0301 Zo\u00eb_9, x": [
+        "One",
+        ".",
+        " ",
+        "Two",
+        "'",
+        "s",
+        " ",
+        "e\u0301te\u0301",
+        " ",
+        "Zo\u00eb_9",
+        ",",
+        " ",
+        "x",
+    ],
+    " \u6771\u4eac\u30bf\u30ef\u30fc tower\u0e44\u0e17\u0e22\U0001f642\U0001f642": [
+        *" \u6771\u4eac\u30bf\u30ef\u30fc ",
+        "tower",
+        *"\u0e44\u0e17\u0e22\U0001f642\U0001f642",
+    ],
+}
+
+
+def spans_of_words(words: list[str], scores: torch.Tensor, strategy: str) -> list[tuple[int, int, str]]:
+    """Start, end and label of each span, from probabilities `scores (bytes, labels)`, word by word."""
+    spans, at, byte = [], 0, 0
+    for word in words:
+        own = scores[byte : byte + len(word.encode())]
+        first, mean = (BIO[row.argmax().item()] for row in (own[0], own.mean(0)))
+        label = first if strategy == "first" or (mean[:1], first) == ("I", f"B{mean[1:]}") else mean
+        kind, is_start = label[2:] or "O", label.startswith("B")
+        if spans and spans[-1][2] == kind and not is_start:
+            spans[-1] = (spans[-1][0], at + len(word), kind)
+        else:
+            spans.append((at, at + len(word), kind))
+        at, byte = at + len(word), byte + len(word.encode())
+    text = "".join(words)
+    parts = [(text[start:end], start, kind) for start, end, kind in spans if kind != "O"]
+    stripped = [(part.strip(), start + len(part) - len(part.lstrip()), kind) for part, start, kind in parts]
+    return [(start, start + len(part), kind) for part, start, kind in stripped if part]
+
+
+@pytest.mark.parametrize("strategy", ["first", "average"])
+@pytest.mark.parametrize("text", WORDS)
+def test_spans_are_whole_words(text, strategy):
+    config = tiny_config(is_causal=False, id2label=BIO, label2id={name: i for i, name in BIO.items()})
+    model, found = randomize(STLMForTokenClassification(config)), set()
+    tagger = pipe("token-classification", model, pipeline_class=SpanPipeline, aggregation_strategy=strategy)
+    for seed in range(10):
+        torch.nn.init.normal_(model.score.weight, generator=torch.Generator().manual_seed(seed))
+        with torch.no_grad():
+            scores = model.score(reference.hidden_states(model.model, ids_of(text))).softmax(-1)
+        spans = [(span["start"], span["end"], span["entity_group"]) for span in tagger(text)]
+        assert spans == spans_of_words(WORDS[text], scores, strategy)
+        assert [span["word"] for span in tagger(text)] == [text[start:end] for start, end, _ in spans]
+        found |= set(spans)
+    assert len(found) > 20
+
+
+def test_bytes_of_spans_are_those_of_the_library():
+    model = randomize(STLMForTokenClassification(tiny_config(num_labels=3)))
+    by_class = [
+        pipe("token-classification", model, **options)(TEXTS) for options in ({}, {"pipeline_class": SpanPipeline})
+    ]
+    assert by_class[0] == by_class[1]
 
 
 def test_feature_extraction():
