@@ -20,6 +20,7 @@ from inputs import (
     at_least_one,
     causal_checkpoint,
     choose_precision,
+    output_folder,
     positive,
     quiet_exit,
     read_json_lines,
@@ -36,7 +37,7 @@ def parse_arguments() -> argparse.Namespace:
         "--checkpoint", type=causal_checkpoint, default=str(HERE / "checkpoints" / "stlm-3m"), help="folder or Hub id"
     )
     parser.add_argument("--train", type=text_file, default=HERE / "data" / "chats.jsonl", help="JSON lines")
-    parser.add_argument("--output", type=Path, default=Path("runs/chat"), help="folder")
+    parser.add_argument("--output", type=output_folder, default=Path("runs/chat"), help="folder")
     parser.add_argument("--max_steps", type=at_least_one, default=60, help="of training")
     parser.add_argument("--batch_size", type=at_least_one, default=8, help="chats per step")
     parser.add_argument("--max_length", type=at_least_one, default=2048, help="bytes of a chat; the rest is cut")

@@ -25,6 +25,7 @@ from inputs import (
     at_least_one,
     choose_precision,
     file_pattern,
+    output_folder,
     positive,
     quiet_exit,
     text_file,
@@ -40,7 +41,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--train", type=text_file, required=True, help="labelled rows, csv or json")
     parser.add_argument("--test", type=text_file, required=True, help="labelled rows, csv or json")
     parser.add_argument("--column", default="text", help="of the labelled files; FewRel: marked")
-    parser.add_argument("--output", type=Path, required=True, help="folder")
+    parser.add_argument("--output", type=output_folder, required=True, help="folder")
     parser.add_argument("--encoders", type=Path, help="folder of what was pretrained; by default in the output folder")
     parser.add_argument("--preset", default="stlm-3m", help="all sizes but the depth of the trunk")
     parser.add_argument("--deep", type=at_least_one, default=6, help="layers of the deep trunk")

@@ -22,6 +22,7 @@ from inputs import (
     checkpoint,
     choose_precision,
     file_pattern,
+    output_folder,
     positive,
     quiet_exit,
     sentence_encoder,
@@ -39,7 +40,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--teacher", type=sentence_encoder, required=True, help="a sentence-transformers folder or Hub id"
     )
-    parser.add_argument("--output", type=Path, required=True, help="folder of the encoder")
+    parser.add_argument("--output", type=output_folder, required=True, help="folder of the encoder")
     parser.add_argument(
         "--checkpoint", type=checkpoint, default=str(HERE / "checkpoints" / "stlm-3m"), help="folder or Hub id"
     )

@@ -13,7 +13,7 @@ import argparse
 import time
 from pathlib import Path
 
-from inputs import HelpFormatter, at_least_one, causal_checkpoint, quiet_exit
+from inputs import HelpFormatter, at_least_one, causal_checkpoint, output_folder, quiet_exit
 
 
 HERE = Path(__file__).parent
@@ -24,7 +24,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--checkpoint", type=causal_checkpoint, default=str(HERE / "checkpoints" / "stlm-3m"), help="folder or Hub id"
     )
-    parser.add_argument("--output", type=Path, required=True, help="folder for the graphs")
+    parser.add_argument("--output", type=output_folder, required=True, help="folder for the graphs")
     parser.add_argument("--max_length", type=at_least_one, default=512, help="bytes of prompt and answer together")
     parser.add_argument("--prompt", default="The history of the", help="to continue")
     parser.add_argument("--num_bytes", type=at_least_one, default=100, help="to write")

@@ -15,7 +15,17 @@ import json
 import shutil
 from pathlib import Path
 
-from inputs import HelpFormatter, at_least_one, causal_checkpoint, positive, quiet_exit, read_text, text_file, whole
+from inputs import (
+    HelpFormatter,
+    at_least_one,
+    causal_checkpoint,
+    output_folder,
+    positive,
+    quiet_exit,
+    read_text,
+    text_file,
+    whole,
+)
 
 
 HERE = Path(__file__).parent
@@ -30,17 +40,19 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--text", type=text_file, default=HERE / "data" / "shakespeare.txt", help="the last tenth is held out"
     )
-    parser.add_argument("--output", type=Path, default=Path("runs/finetuned"), help="folder")
+    parser.add_argument("--output", type=output_folder, default=Path("runs/finetuned"), help="folder")
     parser.add_argument("--max_steps", type=at_least_one, default=150, help="of training")
     parser.add_argument("--batch_size", type=at_least_one, default=8, help="windows of 1024 bytes per step")
     parser.add_argument("--learning_rate", type=positive, default=1e-3, help="of AdamW")
     parser.add_argument("--lora_rank", type=whole, default=0, help="0: train all weights")
-    parser.add_argument("--prompt", default="ROMEO:\n", help="start of the sample at the end")
+    parser.add_argument("--prompt", help="start of the sample at the end; by default that of the held-out text")
     return parser.parse_args()
 
 
 if __name__ == "__main__":
     args = parse_arguments()
+    with quiet_exit():  # before the slow imports: a mistake is told at once
+        text = read_text(args.text, min_bytes=10 * (BLOCK_BYTES + 2)).encode()
 
 import torch
 from matplotlib.figure import Figure
@@ -55,8 +67,7 @@ from modeling_stlm.training.long_runs import StopOnSignal
 from modeling_stlm.training.model_card import describe_base
 
 
-def main(args: argparse.Namespace):
-    text = read_text(args.text, min_bytes=10 * (BLOCK_BYTES + 2)).encode()
+def main(args: argparse.Namespace, text: bytes):
     begun, interrupted = args.output / "begun.json", last_checkpoint(args.output)
     settings = {"text": f"{args.text.name}, {len(text):,} bytes", "checkpoint": args.checkpoint}
     settings |= {"lora_rank": str(args.lora_rank)}
@@ -140,7 +151,8 @@ def main(args: argparse.Namespace):
 
     model = AutoModelForCausalLM.from_pretrained(args.output).eval()
     print("\nA sample from the saved checkpoint:\n")
-    inputs = tokenizer(args.prompt, return_tensors="pt")
+    prompt = text[cut : cut + 40].decode(errors="ignore") if args.prompt is None else args.prompt
+    inputs = tokenizer(prompt, return_tensors="pt")
     streamer = TextStreamer(tokenizer, skip_special_tokens=True)
     model.generate(**inputs, streamer=streamer, max_new_tokens=300, do_sample=True, temperature=0.7, top_p=0.9)
 
@@ -163,4 +175,4 @@ def write_curve(curve: list[tuple[int, float]], path: Path) -> None:
 
 if __name__ == "__main__":
     with quiet_exit():
-        main(args)
+        main(args, text)

@@ -28,6 +28,7 @@ from inputs import (
     at_least_one,
     checkpoint,
     choose_precision,
+    output_folder,
     positive,
     quiet_exit,
     read_json_lines,
@@ -74,7 +75,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--spans", action="store_true", help="spans of one language each")
     parser.add_argument("--train", type=text_file, nargs="+", help="JSON lines with text and lang: train a model")
     parser.add_argument("--validation", type=text_file, nargs="+", default=[], help="JSON lines: accuracy at the end")
-    parser.add_argument("--output", type=Path, default=Path("runs/langid"), help="folder of the trained model")
+    parser.add_argument(
+        "--output", type=output_folder, default=Path("runs/langid"), help="folder of the trained model"
+    )
     parser.add_argument("--max_minutes", type=positive, default=30, help="of training, in CPU time")
     parser.add_argument("--batch_size", type=at_least_one, default=64, help="lines per step")
     parser.add_argument("--muon_lr", type=positive, default=0.03, help="learning rate of the matrices")
@@ -136,10 +139,10 @@ def cut(text: str) -> list[bytes]:
 
 
 def identify(model: "PreTrainedModel", texts: list[str]) -> list[tuple[str, float]]:
-    """Language of each text and its probability; `("und", 0.0)`, undetermined, where there is nothing to read."""
+    """Language of each text and its probability; `("und", 0.0)`, undetermined, where there is no letter."""
     found = []
     for text, logits in zip(texts, byte_logits(model, texts)):
-        if not text.strip():
+        if not any(map(str.isalpha, text)):
             found.append(("und", 0.0))
             continue
         probability, label = logits.mean(0).softmax(-1).max(-1)
@@ -161,7 +164,7 @@ def spans(model: "PreTrainedModel", texts: list[str]) -> list[list[tuple[str, st
             if pieces and pieces[-1][0] == language:
                 word = pieces.pop()[1] + word
             pieces.append((language, word))
-        found.append(pieces if text.strip() else [])
+        found.append(pieces if any(map(str.isalpha, text)) else [])
     return found
 
 

@@ -89,6 +89,14 @@ def text_file(value: str) -> Path:
     return path
 
 
+def output_folder(value: str) -> Path:
+    """A folder to write to, there or not; no part of its name is a file."""
+    path = Path(value)
+    if taken := next((part for part in (path, *path.parents) if part.is_file()), None):
+        raise argparse.ArgumentTypeError(f"{taken} is a file: expected a folder, new or to go on with")
+    return path
+
+
 def file_pattern(value: str) -> str:
     """The name of a file, or a pattern that matches some."""
     names = glob(value)
@@ -110,16 +118,20 @@ def naming(split: str, patterns: list[str], remedy: str) -> Iterator[None]:
         raise SystemExit(f"--{split} {' '.join(files[:3])}{more}: {error}. {remedy}") from None
 
 
-def read_utf8(path: Path) -> str:
-    """The text of a file, packed if its name ends in `.gz`; what is wrong with it, and what to do, ends the program."""
+def read_bytes(path: Path) -> bytes:
+    """What a file holds, packed if its name ends in `.gz`; one that cannot be unpacked ends the program."""
     data = path.read_bytes()
-    if path.suffix == ".gz":
-        try:
-            data = gzip.decompress(data)
-        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            raise SystemExit(
-                f"{path} cannot be unpacked ({error}): expected a whole file that gzip has written"
-            ) from None
+    if path.suffix != ".gz":
+        return data
+    try:
+        return gzip.decompress(data)
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise SystemExit(f"{path} cannot be unpacked ({error}): expected a whole file that gzip has written") from None
+
+
+def read_utf8(path: Path) -> str:
+    """The text of a file; what is wrong with it, and what to do, ends the program."""
+    data = read_bytes(path)
     try:
         return data.decode("utf-8").removeprefix("\ufeff")  # the mark that some programs put first
     except UnicodeDecodeError as error:
@@ -211,7 +223,7 @@ def add_label_training(parser: argparse.ArgumentParser, output: str, learning_ra
     parser.add_argument(
         "--checkpoint", type=checkpoint, default=str(HERE / "checkpoints" / "stlm-3m-encoder"), help="folder or Hub id"
     )
-    parser.add_argument("--output", type=Path, default=Path(output), help="folder of the trained model")
+    parser.add_argument("--output", type=output_folder, default=Path(output), help="folder of the trained model")
     parser.add_argument("--epochs", type=positive, default=3, help="over the rows")
     parser.add_argument("--learning_rate", type=positive, default=learning_rate, help="of AdamW")
     parser.add_argument("--batch_size", type=at_least_one, default=batch_size, help="rows")
@@ -229,7 +241,7 @@ def summary_parser(description: str) -> argparse.ArgumentParser:
     )
     parser.add_argument("--train", type=text_file, default=dialogues, help="JSON lines")
     parser.add_argument("--test", type=text_file, help="JSON lines; without it, the last quarter of --train")
-    parser.add_argument("--output", type=Path, default=Path("runs/summaries"), help="folder")
+    parser.add_argument("--output", type=output_folder, default=Path("runs/summaries"), help="folder")
     parser.add_argument("--train_rows", type=at_least_one, help="only the first ones")
     parser.add_argument("--test_rows", type=at_least_one, default=100, help="only the first ones")
     parser.add_argument("--text_bytes", type=at_least_one, default=1500, help="longest text")

@@ -23,6 +23,7 @@ from inputs import (
     choose_precision,
     file_pattern,
     naming,
+    output_folder,
     positive,
     quiet_exit,
     share,
@@ -42,7 +43,7 @@ def argument_parser():
     parser.add_argument(
         "--test", type=file_pattern, nargs="+", default=[], help="files or patterns, evaluated once at the end"
     )
-    parser.add_argument("--output", type=Path, required=True, help="folder of the run, new or to go on with")
+    parser.add_argument("--output", type=output_folder, required=True, help="folder of the run, new or to go on with")
     parser.add_argument(
         "--noise", type=share, default=0.0, help="share of the training documents that get the errors of noise.py"
     )

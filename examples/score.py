@@ -17,7 +17,7 @@ from collections.abc import Iterable
 from glob import glob
 from pathlib import Path
 
-from inputs import HelpFormatter, causal_checkpoint, file_pattern, quiet_exit
+from inputs import HelpFormatter, causal_checkpoint, file_pattern, quiet_exit, read_bytes
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -56,7 +56,7 @@ def documents(patterns: list[str]) -> Iterable[str | bytes]:
     for file in files:
         kind = next((kind for kind in ("json", "csv", "parquet") if f".{kind}" in Path(file).name), None)
         if kind is None:
-            data = Path(file).read_bytes()
+            data = read_bytes(Path(file))
             try:
                 data.decode("utf-8")
             except UnicodeDecodeError as error:

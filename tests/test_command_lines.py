@@ -113,6 +113,10 @@ MISTAKES = {
     "nothing to learn from": (["encoder.py", "--text", "none*"], "no file matches none*"),
     "no languages": (["identify.py", "--train", "none.jsonl"], "none.jsonl is no such file"),
     "no chats": (["chat_sft.py", "--train", "none.jsonl"], "none.jsonl is no such file"),
+    "no folder to write to": (
+        ["finetune.py", "--output", "latin1.txt/run"],
+        "latin1.txt is a file: expected a folder",
+    ),
     "no dialogues": (["summarize.py", "--train", "folder"], "folder is a folder: expected a text"),
     "no rows": (["self_play.py", "--test_rows", "0"], "0 must be at least 1"),
     "nothing to serve": (["serve.py", "stlm-4m", "--port", "1"], "stlm-4m is no such folder"),

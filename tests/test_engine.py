@@ -261,14 +261,14 @@ def test_sampled_text_depends_on_the_seed_and_not_on_the_batch(tiny):
     assert together == [engine.generate(prompt, seed=5 + i, **options) for i, prompt in enumerate(PROMPTS)]
     assert together == [b"".join(engine.stream(prompt, seed=5 + i, **options)) for i, prompt in enumerate(PROMPTS)]
     assert together != engine.generate(PROMPTS, seed=6, **options)
-    for option, value in (
-        ("temperature", 0.0),
-        ("top_p", 0.0),
-        ("top_k", -1),
-        ("min_p", 2.0),
-        ("repetition_penalty", 0),
+    for option, value, words in (
+        ("temperature", 0.0, "above 0 to sample"),
+        ("top_p", 0.0, "above 0 and at most 1"),
+        ("top_k", -1, "at least 0"),
+        ("min_p", 2.0, "from 0 to 1"),
+        ("repetition_penalty", 0, "above 0"),
     ):
-        with pytest.raises(ValueError, match=f"{option}={value} is out of its range"):
+        with pytest.raises(ValueError, match=f"{option}={value} is out of its range: expected a number {words}$"):
             engine.generate(b"x", do_sample=True, **{option: value})
     with pytest.raises(TypeError, match="top_q"):
         next(engine.stream(b"x", top_q=1))

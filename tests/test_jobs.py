@@ -310,6 +310,20 @@ def test_tags_of_bytes_and_spans_that_were_found():
     assert ner.looked_up([row], [{"text": "Al saw Zoë and Alan"}]) == [{(0, 2, "NAME"), (7, 10, "NAME")}]
 
 
+@pytest.mark.parametrize(
+    "spans", ["none", [[0, 1]], [{"start": 0, "end": 1, "label": "A"}], [["0", 1, "A"]], [[0, 9, "A"]], [[1, 1, "A"]]]
+)
+def test_spans_of_another_form_are_shown(spans, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"text": "Al", "spans": []}) + "\n" + json.dumps({"text": "Al", "spans": spans}) + "\n")
+    with pytest.raises(SystemExit, match=r"row 2 of .* and the spans ") as error:
+        ner.read_rows(path)
+    assert json.dumps(spans) in str(error.value) and 'list of [start, end, "label"]' in str(error.value)
+    path.write_text('{"text": "Al", "spans": []}\n')
+    with pytest.raises(SystemExit, match="has a span"):
+        ner.read_rows(path)
+
+
 def test_names_to_test_on_are_not_among_those_to_train_on():
     train, test = ner.names_in_a_play(ROOT / "examples" / "data" / "shakespeare.txt")
     names = [{row["text"][start:end] for row in part for start, end, _ in row["spans"]} for part in (train, test)]
@@ -327,7 +341,7 @@ def test_spans_go_from_rows_to_a_pipeline(encoder_folder, tmp_path):
     path.write_text("".join(json.dumps(row) + "\n" for row in content * 4))
     options = ["--epochs", 8, "--learning_rate", 2e-2, "--batch_size", 4, "--output", tmp_path / "out"]
     printed = run("ner.py", "--checkpoint", encoder_folder, "--train", path, "--test", path, *options, cwd=tmp_path)
-    assert "exact F1 of spans: 1.000    looked up: 1.000" in printed and 'aggregation_strategy="simple"' in printed
+    assert "exact F1 of spans: 1.000    looked up: 1.000" in printed and 'aggregation_strategy="first"' in printed
 
 
 def test_an_encoder_from_a_causal_checkpoint_and_a_teacher(encoder_folder, tmp_path):

@@ -20,6 +20,7 @@ import hashlib
 import json
 import re
 import zlib
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -309,6 +310,8 @@ def main():
         help="of the matrices, see above (default: %(default)s)",
     )
     args = parser.parse_args()
+    if find_spec("gguf") is None:
+        raise SystemExit("files of the engine are written by the package gguf: pip install -e '.[engine]'")
     try:
         model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(args.model)
