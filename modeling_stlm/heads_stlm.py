@@ -14,7 +14,7 @@ from transformers.modeling_outputs import (
 from transformers.utils import can_return_tuple
 
 from .configuration_stlm import STLMConfig
-from .modeling_stlm import STLMModel, STLMPreTrainedModel, allow_tied_head, share_of_batch
+from .modeling_stlm import STLMModel, STLMModelOutput, STLMPreTrainedModel, allow_tied_head, share_of_batch
 
 
 class STLMForMaskedLM(STLMPreTrainedModel):
@@ -91,6 +91,9 @@ class STLMClassifier(STLMPreTrainedModel):
     def encode(self, input_ids, attention_mask, position_ids, inputs_embeds, kwargs):
         """Hidden states of every byte, and the mask used. `num_items_in_batch` is for the loss; a head needs no cache."""
         self._warn_of_rounding()  # of the head, where the model is frozen
+        if input_ids is not None and input_ids.shape[1:] == (0,):  # empty texts
+            states = self.model.no_states(len(input_ids))
+            return STLMModelOutput(last_hidden_state=states), states.new_zeros(states.shape[:2])
         kwargs = {name: value for name, value in kwargs.items() if name != "num_items_in_batch"} | {"use_cache": False}
         if attention_mask is None and input_ids is not None and self.config.pad_token_id is not None:
             attention_mask = (input_ids != self.config.pad_token_id).long()
@@ -98,10 +101,10 @@ class STLMClassifier(STLMPreTrainedModel):
         return outputs, attention_mask
 
     def pool(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
-        """One vector for each row (B, D) of `hidden_states (B, T, D)`: see `config.classifier_pooling`."""
+        """One vector for each row (B, D) of `hidden_states (B, T, D)`, zero without bytes: see `config.classifier_pooling`."""
         if attention_mask is None:
             attention_mask = hidden_states.new_ones(hidden_states.shape[:2])
-        if self.config.classifier_pooling == "last":
+        if self.config.classifier_pooling == "last" and hidden_states.shape[1]:
             time = torch.arange(hidden_states.shape[1], device=hidden_states.device)
             last = (time * (attention_mask != 0)).argmax(-1)
             return hidden_states.take_along_dim(last[:, None, None], 1)[:, 0]

@@ -231,9 +231,13 @@ class STLMModel(STLMPreTrainedModel):
                 Instead of `input_ids`. Vectors that equal a byte's embedding count as that byte for patching,
                 n-grams and matches, all others as a byte that is not there.
 
+        An encoder (`is_causal=False`) has no states for rows of no bytes, and a causal model refuses them.
+
         Raises:
             ValueError: if a shape does not fit, or if the cache was not made for this model.
         """
+        if not self.is_causal and input_ids is not None and input_ids.shape[1:] == (0,):
+            return STLMModelOutput(last_hidden_state=self.no_states(len(input_ids)))
         input_ids = self._checked_ids(input_ids, inputs_embeds)
         self._warn_of_rounding()
         if cache is not None:
@@ -308,6 +312,10 @@ class STLMModel(STLMPreTrainedModel):
         )
 
     # Bytes
+
+    def no_states(self, num_rows: int) -> torch.Tensor:
+        """Those of empty texts (B, 0, D), which a tokenizer makes tensors of shape (B, 0)."""
+        return self.embed_tokens.weight.new_zeros(num_rows, 0, self.config.hidden_size)
 
     def _checked_ids(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
         """Ids (B, T) as int64, those of `inputs_embeds` if these were given."""

@@ -296,6 +296,11 @@ def test_features_of_the_model_work_in_sentence_transformers(tmp_path):
     texts = ["a short text", "one that is a good deal longer"]
     for text, vector in zip(texts, encoder.encode(texts, convert_to_tensor=True)):
         assert_equal(vector, reference.hidden_states(model, ids_of(text)).mean(0))
+    for empty in (
+        encoder.encode([""], convert_to_tensor=True),
+        encoder.encode(["", *texts], convert_to_tensor=True)[:1],
+    ):
+        assert torch.equal(empty, torch.zeros(1, 16))
 
 
 @pytest.mark.parametrize("cls", [STLMForSequenceClassification, STLMForTokenClassification])

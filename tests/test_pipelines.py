@@ -160,6 +160,25 @@ def test_bytes_of_spans_are_those_of_the_library():
     assert by_class[0] == by_class[1]
 
 
+@pytest.mark.parametrize("options", [{}, {"is_causal": False}, {"classifier_pooling": "last"}])
+def test_an_empty_text_has_no_evidence_for_any_class(options):
+    model = randomize(STLMForSequenceClassification(tiny_config(num_labels=3, **options)))
+    (found,) = pipe("text-classification", model, top_k=None)([""])
+    assert [entry["score"] for entry in found] == pytest.approx([1 / 3] * 3)
+    tagger = randomize(STLMForTokenClassification(tiny_config(num_labels=3, **options)))
+    assert pipe("token-classification", tagger)("") == []
+    if options != {"classifier_pooling": "last"}:  # beside another text it is a row of padding
+        together = model(torch.tensor([[*b"One"], [256] * 3])).logits[1]
+        assert torch.equal(together, model(torch.zeros(1, 0)).logits[0])
+
+
+def test_an_encoder_has_no_states_of_no_bytes():
+    empty = STLMTokenizer()([""], return_tensors="pt")
+    assert STLMModel(tiny_config(is_causal=False))(**empty).last_hidden_state.shape == (1, 0, 16)
+    with pytest.raises(ValueError, match="expected"):
+        STLMModel(tiny_config())(**empty)
+
+
 def test_feature_extraction():
     model = randomize(STLMModel(tiny_config()))
     out = torch.tensor(pipe("feature-extraction", model)("One. Two"))[0]
