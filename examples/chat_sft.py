@@ -11,7 +11,6 @@ saved, so `generate`, pipelines, servers and the engine stop there. Prints one r
 """
 
 import argparse
-import json
 from pathlib import Path
 
 from inputs import (
@@ -68,11 +67,11 @@ if __name__ == "__main__":
 
 import torch
 from datasets import Dataset
+from run_folder import write_results
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
 import modeling_stlm  # noqa: F401  (registers the Auto classes)
-from modeling_stlm.training.model_card import describe_base
 
 
 def reply(model, tokenizer, prompt: str) -> str:
@@ -114,8 +113,8 @@ def main(args: argparse.Namespace, chats: list[dict]):
     model.save_pretrained(args.output)
     tokenizer.save_pretrained(args.output)
     arguments = {"train": args.train.name, "batch_size": args.batch_size, "learning_rate": args.learning_rate}
-    results = {"base_model": describe_base(args.checkpoint), "steps": args.max_steps, "arguments": arguments}
-    (args.output / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    rows = {"train": len(chats)}
+    write_results(args.output, args.checkpoint, steps=args.max_steps, arguments=arguments, rows=rows)
 
     print(f"\n> {args.prompt}\n{reply(model.eval(), tokenizer, args.prompt)}")
     print(f"\nnext: python examples/generate.py --chat --checkpoint {args.output}")

@@ -48,6 +48,7 @@ if __name__ == "__main__":
 import numpy as np
 import torch
 from datasets import Dataset
+from run_folder import write_label_results
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import Pipeline, make_pipeline
@@ -125,6 +126,14 @@ def trainer_of(train: tuple[list, list], args: argparse.Namespace) -> Trainer:
     return trainer
 
 
+def files_of(args: argparse.Namespace) -> dict[str, str]:
+    """What the rows are called in the card: names of files, no folders."""
+    name = args.train.name if args.train else "speeches in shakespeare.txt"
+    if args.test:
+        return {"train": name, "test": args.test.name}
+    return {"train": f"four fifths of {name}", "test": f"a fifth of {name}"}
+
+
 def accuracy(trainer: Trainer, rows: tuple[list, list], max_bytes: int) -> tuple[float, float]:
     """Share of the rows that get their label, and milliseconds per row."""
     data = tokenized(rows, trainer.processing_class, trainer.model.config.label2id, max_bytes)
@@ -145,6 +154,17 @@ def main(args: argparse.Namespace, train: tuple[list, list], test: tuple[list, l
     model.config.use_cache = True  # Trainer turns it off, and would save it so
     trainer.save_model()
     baseline = tfidf(train).score(*test)
+    write_label_results(
+        trainer,
+        args,
+        files_of(args),
+        rows={"train": len(train[0]), "test": len(test[0])},
+        scores={"test": {"accuracy": share}},
+        baselines={
+            "test, head alone": {"accuracy": head_alone},
+            "test, TF-IDF with logistic regression": {"accuracy": float(baseline)},
+        },
+    )
     print(f"\naccuracy on {len(test[0]):,} rows: {100 * share:.1f}%, {milliseconds:.1f} ms per row")
     print(f"head alone: {100 * head_alone:.1f}%    TF-IDF with logistic regression: {100 * baseline:.1f}%")
     print("next, in Python:\n\n    from transformers import pipeline\n    import modeling_stlm")

@@ -62,14 +62,13 @@ if __name__ == "__main__":
 import numpy as np
 import torch
 from noise import KINDS, add_noise
-from run_folder import ResumeLine, last_checkpoint, run_info
+from run_folder import ResumeLine, last_checkpoint, write_results
 from score import documents
 from sentence_transformers import SentenceTransformer
 from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer, TrainingArguments, set_seed
 
 import modeling_stlm  # noqa: F401  (registers the Auto classes)
 from modeling_stlm.training.long_runs import SaveByTime, StopOnSignal
-from modeling_stlm.training.model_card import describe_base
 from modeling_stlm.training.optimizer import MuonRecipe
 from modeling_stlm.training.sentence_embeddings import (
     EmbeddedPassages,
@@ -161,11 +160,12 @@ def main(args: argparse.Namespace):
     encoder = SentenceTransformer(str(args.output), device="cpu")
     found = encoder.encode(passages[:NUM_HELD_OUT], normalize_embeddings=True)
     cosine = float((found * embeddings[:NUM_HELD_OUT]).sum(1).mean())
-    results = {
-        "base_model": describe_base(args.checkpoint),
-        "scores": {"held out": {"cosine_to_teacher": cosine}},
-        "tasks": {"held out": "sentence-similarity"},
-        "arguments": {
+    write_results(
+        args.output,
+        args.checkpoint,
+        scores={"held out": {"cosine_to_teacher": cosine}},
+        tasks={"held out": "sentence-similarity"},
+        arguments={
             "text": " ".join(Path(file).name for file in args.text),
             "teacher": Path(args.teacher).name,
             "max_minutes": f"{args.max_minutes:g}" + (" of CPU time" if args.clock == "cpu" else ""),
@@ -174,10 +174,9 @@ def main(args: argparse.Namespace):
                 for name in ("max_bytes", "batch_size", "muon_lr", "adamw_lr", "bf16", "seed")
             },
         },
-        "steps": trainer.state.global_step,
-        "passages": len(passages),
-    } | run_info(model.device)
-    (args.output / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+        steps=trainer.state.global_step,
+        passages=len(passages),
+    )
     print(f"\ncosine to the teacher's embeddings on {NUM_HELD_OUT} passages that were held out: {cosine:.3f}")
     print(f"next: python examples/embed.py --checkpoint {args.output} --train rows.csv --test other_rows.csv")
 

@@ -5,7 +5,7 @@
     python examples/finetune.py --lora_rank 8          # LoRA on every linear layer of the trunk and of the byte layers
     python examples/finetune.py --text my.txt --checkpoint runs/stlm-10m --output runs/mine
 
-Prints bits per byte on the last tenth of the text before and after, writes the curve to `OUTPUT/bits_per_byte.png`,
+Prints bits per byte on the last tenth of the text before and after, writes the curve to `OUTPUT/loss.png`,
 streams a sample, saves the checkpoint and loads it again through `AutoModelForCausalLM`. Ctrl-C and SIGTERM save, and the
 same command goes on.
 """
@@ -55,16 +55,14 @@ if __name__ == "__main__":
         text = read_text(args.text, min_bytes=10 * (BLOCK_BYTES + 2)).encode()
 
 import torch
-from matplotlib.figure import Figure
 from peft import LoraConfig, get_peft_model
-from run_folder import ResumeLine, check_same, last_checkpoint
+from run_folder import ResumeLine, check_same, last_checkpoint, plot, write_results
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer, Trainer, TrainingArguments, set_seed
 
 import modeling_stlm  # noqa: F401  (registers the Auto classes)
 from modeling_stlm.training.bits_per_byte import BitsPerByteEvaluator
 from modeling_stlm.training.corpus import PackedWindows, write_corpus
 from modeling_stlm.training.long_runs import StopOnSignal
-from modeling_stlm.training.model_card import describe_base
 
 
 def main(args: argparse.Namespace, text: bytes):
@@ -90,7 +88,7 @@ def main(args: argparse.Namespace, text: bytes):
         path = write_corpus(args.output / "data" / f"{split}.bin", [part], tokenizer)
         sets[split] = PackedWindows(path, tokenizer, block_size=BLOCK_BYTES)
 
-    evaluator, stop = BitsPerByteEvaluator(), StopOnSignal()
+    evaluator, stop, eval_steps = BitsPerByteEvaluator(), StopOnSignal(), max(1, args.max_steps // 3)
     trainer = Trainer(
         model=model,
         args=TrainingArguments(
@@ -102,7 +100,7 @@ def main(args: argparse.Namespace, text: bytes):
             warmup_steps=args.max_steps // 10,
             logging_steps=max(1, args.max_steps // 10),
             eval_strategy="steps",
-            eval_steps=max(1, args.max_steps // 3),
+            eval_steps=eval_steps,
             eval_on_start=True,
             save_strategy="no",  # but where a signal cuts it
             save_total_limit=1,
@@ -123,9 +121,12 @@ def main(args: argparse.Namespace, text: bytes):
         raise SystemExit(128 + stop.received)
     if interrupted is not None:
         shutil.rmtree(interrupted)  # the next run begins anew
+    if args.max_steps % eval_steps:
+        trainer.evaluate()  # the last weights have no score yet
     logs = trainer.state.log_history
     curve = [(log["step"], log["eval_bits_per_byte"]) for log in logs if "eval_bits_per_byte" in log]
-    write_curve(curve, args.output / "bits_per_byte.png")
+    before, after = (bits for _, bits in (curve[0], curve[-1]))
+    plot(logs, args.output / "loss.png")
 
     if args.lora_rank:
         model.save_pretrained(args.output / "adapter")
@@ -133,21 +134,17 @@ def main(args: argparse.Namespace, text: bytes):
     model.config.use_cache = True  # Trainer turns it off, and would save it so
     model.save_pretrained(args.output)
     tokenizer.save_pretrained(args.output)
-    results = {
-        "base_model": describe_base(args.checkpoint),
-        "steps": args.max_steps,
-        "bits_per_byte": {"validation": curve[-1][1]},
-        "bits_per_byte_before": {"validation": curve[0][1]},
-        "arguments": {
-            "train": f"nine tenths of {args.text.name}",
-            "validation": f"last tenth of {args.text.name}",
-            "block_bytes": BLOCK_BYTES,
-            "batch_size": args.batch_size,
-            "learning_rate": args.learning_rate,
-            "lora_rank": args.lora_rank,
-        },
-    }
-    (args.output / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    arguments = {"train": f"nine tenths of {args.text.name}", "validation": f"last tenth of {args.text.name}"}
+    arguments |= {"block_bytes": BLOCK_BYTES}
+    arguments |= {name: getattr(args, name) for name in ("batch_size", "learning_rate", "lora_rank")}
+    write_results(
+        args.output,
+        args.checkpoint,
+        steps=args.max_steps,
+        scores={"validation": {"bits_per_byte": after}},
+        baselines={"validation, before fine-tuning": {"bits_per_byte": before}},
+        arguments=arguments,
+    )
 
     model = AutoModelForCausalLM.from_pretrained(args.output).eval()
     print("\nA sample from the saved checkpoint:\n")
@@ -156,21 +153,11 @@ def main(args: argparse.Namespace, text: bytes):
     streamer = TextStreamer(tokenizer, skip_special_tokens=True)
     model.generate(**inputs, streamer=streamer, max_new_tokens=300, do_sample=True, temperature=0.7, top_p=0.9)
 
-    print(f"\nbits per byte on the last tenth of {args.text.name}: {curve[0][1]:.3f} before, {curve[-1][1]:.3f} after")
-    print(f"curve: {args.output / 'bits_per_byte.png'}    checkpoint: {args.output}")
+    print(f"\nbits per byte on the last tenth of {args.text.name}: {before:.3f} before, {after:.3f} after")
+    print(f"curve: {args.output / 'loss.png'}    checkpoint: {args.output}")
     print(
         f"publish it: python examples/push_to_hub.py --checkpoint {args.output} --repo_id YOUR_NAME/{args.text.stem}"
     )
-
-
-def write_curve(curve: list[tuple[int, float]], path: Path) -> None:
-    figure = Figure(figsize=(6, 4))
-    axes = figure.subplots()
-    axes.plot(*zip(*curve), marker="o")
-    axes.set(xlabel="step", ylabel="bits per byte (held out)", title="Fine-tuning")
-    axes.grid(alpha=0.3)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ bits per byte of both while they train and the steps that each needs to equal lo
 """
 
 import argparse
-import json
 from itertools import islice
 from pathlib import Path
 
@@ -74,6 +73,7 @@ if __name__ == "__main__":
 
 import torch
 from pretrain import load_config
+from run_folder import write_results
 from score import documents
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Trainer, TrainingArguments, set_seed
@@ -81,7 +81,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, T
 from modeling_stlm.training.bits_per_byte import BitsPerByteEvaluator
 from modeling_stlm.training.corpus import PackedWindows, write_corpus
 from modeling_stlm.training.inheritance import inherit
-from modeling_stlm.training.model_card import describe_base
 from modeling_stlm.training.optimizer import MuonRecipe
 
 
@@ -168,13 +167,13 @@ def main(args: argparse.Namespace):
     model.config.use_cache = True  # Trainer turns it off, and would save it so
     model.save_pretrained(args.output)
     tokenizer.save_pretrained(args.output)
-    results = {
-        "base_model": describe_base(args.checkpoint),
-        "steps": args.max_steps,
-        "bits_per_byte": {"validation": curves["inherited"][max(curves["inherited"])]},
-        "arguments": {"block_bytes": 1024, "batch_size": args.batch_size, "importance": args.importance},
-    }
-    (args.output / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    write_results(
+        args.output,
+        args.checkpoint,
+        steps=args.max_steps,
+        scores={"validation": {"bits_per_byte": curves["inherited"][max(curves["inherited"])]}},
+        arguments={"block_bytes": 1024, "batch_size": args.batch_size, "importance": args.importance},
+    )
 
 
 if __name__ == "__main__":

@@ -93,6 +93,7 @@ if __name__ == "__main__":
         train, test = read_sets(args)  # before the slow imports: a mistake is told at once
 
 import torch
+from run_folder import write_label_results
 from transformers import (
     AutoModelForTokenClassification,
     AutoTokenizer,
@@ -174,7 +175,20 @@ def main(args: argparse.Namespace, train: list[dict], test: list[dict]):
         for spans in tagger([row["text"] for row in test], batch_size=args.batch_size)
     ]
     right = [{tuple(span) for span in row["spans"]} for row in test]
-    print(f"\nexact F1 of spans: {f1(found, right):.3f}    looked up: {f1(looked_up(train, test), right):.3f}")
+    score, baseline = f1(found, right), f1(looked_up(train, test), right)
+    write_label_results(
+        trainer,
+        args,
+        {
+            split: getattr(args, split).name if args.train else "lines of shakespeare.txt"
+            for split in ("train", "test")
+        },
+        rows={"train": len(train), "test": len(test)},
+        scores={"test": {"f1": score}},
+        baselines={"test, spans of the training rows looked up": {"f1": baseline}},
+        scoring="F1 of spans whose start, end and label are right, as `SpanPipeline` reads them",
+    )
+    print(f"\nexact F1 of spans: {score:.3f}    looked up: {baseline:.3f}")
     options = 'pipeline_class=SpanPipeline, aggregation_strategy="first"'
     print(
         "next, in Python:\n\n    from transformers import pipeline\n    from modeling_stlm.spans import SpanPipeline"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The folder of a pretraining: checkpoints to go on from, and what is left in the end."""
+"""The folder of a training: checkpoints to go on from, and what is left in the end."""
 
 import argparse
 import json
@@ -13,6 +13,8 @@ import torch
 import transformers
 from matplotlib.figure import Figure
 from transformers import GenerationConfig, Trainer, TrainerCallback, TrainerState
+
+from modeling_stlm.training.model_card import describe_base
 
 
 def last_checkpoint(output: Path) -> str | None:
@@ -76,6 +78,21 @@ def run_info(device: torch.device) -> dict[str, str]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
+
+
+def write_results(folder: Path, checkpoint: str, **results) -> None:
+    """`results.json` of what was fine-tuned from `checkpoint`; `modeling_stlm/training/model_card.py` says what it may hold."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    results = {"base_model": describe_base(checkpoint)} | results | run_info(device)
+    (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+
+
+def write_label_results(trainer: Trainer, args: argparse.Namespace, files: dict[str, str], **results) -> None:
+    """[`write_results`] of `classify.py` and `ner.py`, whose arguments are those of `inputs.add_label_training`."""
+    names = ("learning_rate", "batch_size", "max_bytes", "bf16", "seed")
+    arguments = files | {"epochs": f"{args.epochs:g}"} | {name: getattr(args, name) for name in names}
+    results |= {"steps": trainer.state.global_step, "arguments": arguments}
+    write_results(args.output, args.checkpoint, **results)
 
 
 def plot(history: list[dict], path: Path) -> None:

@@ -32,7 +32,7 @@ if __name__ == "__main__":
         train, test = summary_sets(args)  # before the slow imports: a mistake is told at once
 
 import torch
-from summarize import scores_of, table, write_results
+from summarize import record, scores_of, table
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 from modeling_stlm.training.self_play import SelfPlayConfig, SelfPlayTrainer
@@ -73,7 +73,7 @@ def main(args: argparse.Namespace, train: list[dict], test: list[dict]):
     rounds = trainer.train(resume_from_checkpoint=True)
     for index, scores in enumerate(rounds):
         scores = {name: value for name, value in scores.items() if name != "round"}
-        write_results(Path(trainer.folder(index)), args, index * args.max_steps, scores)
+        record(Path(trainer.folder(index)), args, index * args.max_steps, scores)
     print(table({f"round {scores['round']}": scores for scores in rounds}))
     print(json.dumps(rounds))
 

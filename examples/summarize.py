@@ -36,6 +36,7 @@ if __name__ == "__main__":
 import evaluate
 import torch
 from peft import LoraConfig, get_peft_model
+from run_folder import write_results
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -51,7 +52,6 @@ from transformers import (
 import modeling_stlm  # noqa: F401  (registers the Auto classes)
 from modeling_stlm.training import rouge
 from modeling_stlm.training.bits_per_byte import BitsPerByteEvaluator
-from modeling_stlm.training.model_card import describe_base
 
 
 NUM_CANDIDATES = 50  # summaries among which the constant one is chosen, and on which
@@ -132,7 +132,7 @@ def table(results: dict[str, dict[str, float]]) -> str:
     return "\n".join(lines)
 
 
-def write_results(folder: Path, args: argparse.Namespace, steps: int, scores: dict[str, float]) -> None:
+def record(folder: Path, args: argparse.Namespace, steps: int, scores: dict[str, float]) -> None:
     """`results.json` of a checkpoint, for its card."""
     arguments = {
         "train": args.train.name,
@@ -140,8 +140,7 @@ def write_results(folder: Path, args: argparse.Namespace, steps: int, scores: di
         "batch_size": args.batch_size,
         "learning_rate": args.learning_rate,
     }
-    results = {"base_model": describe_base(args.checkpoint), "steps": steps, "scores": {"test": scores}}
-    (folder / "results.json").write_text(json.dumps(results | {"arguments": arguments}, indent=1) + "\n")
+    write_results(folder, args.checkpoint, steps=steps, scores={"test": scores}, arguments=arguments)
 
 
 def main(args: argparse.Namespace, train: list[dict], test: list[dict]):
@@ -169,7 +168,7 @@ def main(args: argparse.Namespace, train: list[dict], test: list[dict]):
             tokenizer.save_pretrained(args.output / kind)
         results[kind], summaries[kind] = scores_of(model, tokenizer, test, args)
         if kind == "full":
-            write_results(args.output / kind, args, args.max_steps, results[kind])
+            record(args.output / kind, args, args.max_steps, results[kind])
     print(table(results))
     for kind, texts in summaries.items():
         print(f"\n{kind}: {texts[0]}")

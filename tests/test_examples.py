@@ -193,7 +193,7 @@ def test_pretraining_tells_bytes_that_are_no_utf8_and_texts_that_are_too_short(s
 @pytest.mark.parametrize("lora_rank", [0, 4])
 def test_finetuning_lowers_bits_per_byte_and_saves_a_model(small_text, tmp_path, lora_rank):
     output = run(
-        *("finetune.py", "--text", small_text, "--output", tmp_path / "out", "--max_steps", 6, "--batch_size", 2),
+        *("finetune.py", "--text", small_text, "--output", tmp_path / "out", "--max_steps", 7, "--batch_size", 2),
         *("--lora_rank", lora_rank),
         cwd=tmp_path,
     )
@@ -201,15 +201,34 @@ def test_finetuning_lowers_bits_per_byte_and_saves_a_model(small_text, tmp_path,
         float(word) for word in output.split("bits per byte on")[1].split() if word.replace(".", "").isdigit()
     )
     assert after < before
+    assert output.count("eval_bits_per_byte") == 5  # before, after steps 2, 4, 6, and of the weights that are saved
     results = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert results["bits_per_byte_before"]["validation"] == pytest.approx(before, abs=1e-3)
-    assert "python examples/push_to_hub.py" in output
-    assert (tmp_path / "out" / "bits_per_byte.png").stat().st_size > 0
+    assert "python examples/push_to_hub.py" in output and str(tmp_path) not in json.dumps(results)
+    assert (tmp_path / "out" / "loss.png").stat().st_size > 0
     assert (tmp_path / "out" / "adapter").is_dir() == bool(lora_rank)
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.use_cache
     card = build_model_card(tmp_path / "out")
     assert card.data.license == "cc-by-sa-4.0" and "fine-tuned from `stlm-3m`" in card.text
-    assert card.data.eval_results[0].metric_value == pytest.approx(after, abs=1e-3)
+    (score,) = card.data.eval_results
+    assert score.metric_value == pytest.approx(after, abs=1e-3)
+    assert score.dataset_name == "last tenth of small.txt"
+    bits = [found["bits_per_byte"] for found in (*results["scores"].values(), *results["baselines"].values())]
+    assert bits == pytest.approx([after, before], abs=1e-3)
+    table = "| validation | {:.4f} |\n| validation, before fine-tuning | {:.4f} |\n".format(*bits)
+    assert (
+        f"windows of 1024 bytes without overlap, special tokens left out:\n\n| split | bits per byte |\n|---|---|\n{table}"
+        in card.text
+    )
+    for sentence in (
+        "- train: nine tenths of small.txt\n- validation: last tenth of small.txt\n",
+        f"transformers {results['transformers']}, commit {results['commit']}\n\n![Bits per byte by step](loss.png)\n",
+        "## Data\n\nThe texts of this training (nine tenths of small.txt) are not described here. ",
+        "### Before that: the texts of `stlm-3m`\n\nEnglish text from public sources, 402 MB in 21 files; `stlm-3m` and ",
+        "The validation and test texts of `stlm-3m` and `stlm-10m` are other documents of the same sources",
+    ):
+        assert sentence in card.text
+    for dangling in ("the share its card names", "Validation and test are"):
+        assert dangling not in card.text
 
 
 @pytest.mark.parametrize("lora_rank", [0, 4])

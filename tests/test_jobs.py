@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Encoders, and the examples for one job each: classes, spans, embeddings."""
 
+import argparse
 import importlib
 import json
 import math
@@ -26,6 +27,7 @@ from transformers import (
 from modeling_stlm import STLMForMaskedLM, STLMTokenizer
 from modeling_stlm.batching_stlm import STLMBatch
 from modeling_stlm.layers_stlm import ByteRows, STLMShortConv
+from modeling_stlm.training.model_card import build_model_card
 from modeling_stlm.training.sentence_embeddings import (
     EmbeddedPassages,
     EmbeddingTrainer,
@@ -36,6 +38,7 @@ from modeling_stlm.training.sentence_embeddings import (
     save_sentence_transformer,
 )
 
+from .hub_server import metadata_errors
 from .test_examples import ROOT, run
 from .tiny import assert_equal, batch, ids_of, randomize, tiny_config, tiny_model
 
@@ -205,10 +208,23 @@ def test_one_folder_for_sentence_transformers_and_for_every_head(tmp_path):
 
 @pytest.fixture(scope="module")
 def encoder_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("encoder")
+    folder = tmp_path_factory.mktemp("encoder") / "base"
     set_seed(0)
     save_sentence_transformer(STLMForMaskedLM(tiny_config(is_causal=False)), TOKENIZER, folder)
+    card = "---\nlicense: mit\nlanguage: en\n---\n\n# base\n\n## Data\n\nSome.\n"
+    (folder / "README.md").write_text(card)
     return folder
+
+
+def check_card(folder, task: str, score: tuple[str, float]) -> str:
+    """That of what was trained on labels from `encoder_folder`."""
+    card = build_model_card(folder)
+    assert (card.data.license, card.data.language, card.data.pipeline_tag) == ("mit", "en", task)
+    assert [(e.task_type, e.dataset_split, e.metric_type, e.metric_value) for e in card.data.eval_results] == [
+        (task, "test", *score)
+    ]
+    assert metadata_errors(str(card)) == [] and str(folder.parent) not in (folder / "results.json").read_text()
+    return card.text
 
 
 def labelled(path, texts_and_labels) -> str:
@@ -233,6 +249,29 @@ def test_classify_goes_from_rows_to_a_pipeline(encoder_folder, animals_and_tools
     loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
     ids = torch.tensor([TOKENIZER("The pig eats.")["input_ids"]])
     assert loaded.config.id2label[int(loaded(ids).logits.argmax())] == "animal"
+    check_card(tmp_path / "out", "text-classification", ("accuracy", 1.0))
+    push = ["push_to_hub.py", "--checkpoint", tmp_path / "out", "--repo_id", "me/animals", "--dry_run"]
+    card = run(*push, cwd=tmp_path)
+    for sentence in (
+        "| split | accuracy |\n|---|---|\n| test | 1.0000 |\n| test, head alone | ",
+        "\n| test, TF-IDF with logistic regression | 1.0000 |\n",
+        "- head: 2 classes of a text: `animal`, `tool`\n",
+        "- fine-tuned from `base`\n- 24 steps\n- train: train.csv, 48 rows\n- test: test.csv, 8 rows\n- epochs: 4\n"
+        "- learning_rate: 0.01\n- batch_size: 8\n- max_bytes: 512\n- bf16: ",
+        "- seed: 1\n",
+        "## Data\n\nThe texts of this training (train.csv, 48 rows) are not described here. ",
+        "### Before that: the texts of `base`\n\nSome.\n",
+    ):
+        assert sentence in card
+
+
+def test_what_the_card_calls_rows():
+    def called(train: str | None, test: str | None) -> dict:
+        return classify.files_of(argparse.Namespace(train=train and rows.Path(train), test=test and rows.Path(test)))
+
+    assert called("a/b.csv", "c/d.csv") == {"train": "b.csv", "test": "d.csv"}
+    assert called("a/b.csv", None) == {"train": "four fifths of b.csv", "test": "a fifth of b.csv"}
+    assert called(None, None)["test"] == "a fifth of speeches in shakespeare.txt"
 
 
 @pytest.mark.parametrize("num_labels", [2, 3])
@@ -342,6 +381,14 @@ def test_spans_go_from_rows_to_a_pipeline(encoder_folder, tmp_path):
     options = ["--epochs", 8, "--learning_rate", 2e-2, "--batch_size", 4, "--output", tmp_path / "out"]
     printed = run("ner.py", "--checkpoint", encoder_folder, "--train", path, "--test", path, *options, cwd=tmp_path)
     assert "exact F1 of spans: 1.000    looked up: 1.000" in printed and 'aggregation_strategy="first"' in printed
+    card = check_card(tmp_path / "out", "token-classification", ("f1", 1.0))
+    for sentence in (
+        "F1 of spans whose start, end and label are right, as `SpanPipeline` reads them:\n\n| split | f1 |\n|---|---|\n| test | 1.0000 |\n"
+        "| test, spans of the training rows looked up | 1.0000 |\n",
+        "- head: 3 classes of a byte: `O`, `B-NAME`, `I-NAME`\n",
+        "- train: rows.jsonl, 36 rows\n- test: rows.jsonl, 36 rows\n- epochs: 8\n",
+    ):
+        assert sentence in card
 
 
 def test_an_encoder_from_a_causal_checkpoint_and_a_teacher(encoder_folder, tmp_path):

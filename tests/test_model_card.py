@@ -22,7 +22,10 @@ from .tiny import PATCHING, SHARING, tiny_config, tiny_model
 
 
 ROOT = Path(__file__).parents[1]
-SHIPPED = ROOT / "examples" / "checkpoints" / "stlm-3m"
+CHECKPOINTS = ROOT / "examples" / "checkpoints"
+UNDESCRIBED = (
+    "are not described here. `examples/push_to_hub.py --data about.md` adds what they are and their licences."
+)
 OPTIONS = {"licence": "cc-by-sa-4.0", "language": "en", "data": "Letters of a test."}
 RESULTS = {
     "model": "tiny",
@@ -57,6 +60,10 @@ def checkpoint(tmp_path) -> Path:
 
 def snippet(card: ModelCard) -> str:
     return re.search(r"```python\n(.*?)```", card.text, re.DOTALL)[1]
+
+
+def data_of(card: ModelCard) -> str:
+    return re.search(r"## Data\n\n(.*?)\n\n## Limits", card.text, re.DOTALL)[1]
 
 
 def test_the_metadata_read_back_are_those_of_the_run(checkpoint):
@@ -137,6 +144,7 @@ def test_without_results_the_card_claims_none(checkpoint):
     (checkpoint / "results.json").unlink()
     card = build_model_card(checkpoint)
     assert card.data.eval_results is None and card.data.license is None
+    assert data_of(card) == f"The texts of this training {UNDESCRIBED}"
     assert "## Results" not in card.text and "## Training" not in card.text and "## Architecture" in card.text
     assert card.data.model_name == "checkpoint" or "# checkpoint" in card.text
 
@@ -209,19 +217,88 @@ def test_what_is_fine_tuned_inherits_from_its_base(checkpoint, tmp_path):
 def test_a_permissive_licence_may_be_replaced_and_ids_on_the_hub_are_named(checkpoint, monkeypatch):
     (checkpoint / "results.json").unlink()
     text = "---\nlicense: mit\nlanguage: en\ndatasets:\n- me/texts\n---\n\n# base\n\n## Data\n\nMany.\n\n## Limits\n"
-    monkeypatch.setattr(ModelCard, "load", lambda name: {"me/base": ModelCard(text)}[name])
+    load = ModelCard.load
+    monkeypatch.setattr(ModelCard, "load", lambda name: ModelCard(text) if name == "me/base" else load(name))
     card = build_model_card(checkpoint, base_model="me/base", licence="cc-by-sa-4.0")
     assert (card.data.license, card.data.base_model, card.data.datasets) == ("cc-by-sa-4.0", "me/base", ["me/texts"])
     assert "fine-tuned from `me/base`" in card.text and "Many.\n\n## Limits" in card.text
     assert metadata_errors(str(card)) == []
     assert build_model_card(checkpoint, base_model="me/base").data.license == "mit"
-    both = build_model_card(checkpoint, base_model="me/base", data="Mine, CC0.\n").text
-    assert "## Data\n\nMine, CC0.\n\nBefore fine-tuning, as the card of `me/base` says:\n\nMany.\n" in both
+    both = build_model_card(checkpoint, base_model="me/base", data="Mine, CC0.\n")
+    assert data_of(both) == "Mine, CC0.\n\n### Before that: the texts of `me/base`\n\nMany."
     # Also from what was fine-tuned from it.
     (checkpoint / "results.json").write_text(json.dumps({"base_model": describe_base("me/base")}))
     card = build_model_card(checkpoint, base_model=checkpoint)
     assert (card.data.license, card.data.base_model) == ("mit", "me/base")
     assert "fine-tuned from `checkpoint`" in card.text
+    before = f"The texts of this training {UNDESCRIBED}\n\n### Before that: the texts of `me/base`\n\nMany."
+    assert data_of(card) == (
+        f"The texts of this training {UNDESCRIBED}\n\n### Before that: the texts of `checkpoint`\n\n{before}"
+    )
+    # A card that names no licence, but the texts of the base: they come once.
+    (checkpoint / "README.md").write_text(f"---\nbase_model: me/base\n---\n\n# c\n\n## Data\n\n{before}\n")
+    assert data_of(build_model_card(checkpoint, base_model=checkpoint)).count("Many.") == 1
+
+
+@pytest.mark.parametrize("published", [True, False])
+def test_the_texts_of_every_training_have_a_heading(checkpoint, tmp_path, published):
+    write_model_card(checkpoint, build_model_card(checkpoint, **OPTIONS))
+    for name, arguments in (("letters", {"train": "a.txt"}), ("rows", {"train": "b.csv"}), ("more", {"text": "c"})):
+        results = {"base_model": describe_base(checkpoint), "arguments": arguments, "rows": {"train": 1200}}
+        checkpoint = tmp_path / name
+        STLMForSequenceClassification(tiny_config()).save_pretrained(checkpoint)
+        (checkpoint / "results.json").write_text(json.dumps(results))
+        if published:
+            write_model_card(checkpoint, build_model_card(checkpoint))
+    assert data_of(build_model_card(checkpoint)) == (
+        f"The texts of this training (c) {UNDESCRIBED}\n\n"
+        "### Before that: the texts of `rows`\n\n"
+        f"The texts of this training (b.csv, 1,200 rows) {UNDESCRIBED}\n\n"
+        "### Before that: the texts of `letters`\n\n"
+        f"The texts of this training (a.txt, 1,200 rows) {UNDESCRIBED}\n\n"
+        "### Before that: the texts of `checkpoint`\n\n"
+        "Letters of a test."
+    )
+
+
+def test_the_card_of_a_training_on_rows(tmp_path):
+    names = [f"label {i}" for i in range(22)]
+    results = {
+        "base_model": {"name": "base", "license": "mit", "language": "en"},
+        "scores": {"test": {"accuracy": 0.875}},
+        "baselines": {"test, TF-IDF": {"accuracy": 0.75}},
+        "scoring": "Share of the rows",
+        "rows": {"train": 1200, "test": 300},
+        "arguments": {"train": "rows.csv", "test": "held.csv", "epochs": "3"},
+        "commit": "",  # not from a repository
+        **{name: RESULTS[name] for name in ("device", "torch", "transformers")},
+    }
+    for count, last in ((20, "`label 19`\n"), (22, "`label 19`, and 2 more\n")):
+        STLMForSequenceClassification(tiny_config(id2label=dict(enumerate(names[:count])))).save_pretrained(tmp_path)
+        (tmp_path / "results.json").write_text(json.dumps(results))
+        card = build_model_card(tmp_path)
+        assert f"- head: {count} classes of a text: `label 0`, `label 1`, " in card.text and last in card.text
+    assert (
+        "Share of the rows:\n\n| split | accuracy |\n|---|---|\n| test | 0.8750 |\n| test, TF-IDF | 0.7500 |\n"
+        in card.text
+    )
+    assert [(e.dataset_name, e.metric_value) for e in card.data.eval_results] == [("held.csv", 0.875)]
+    assert (
+        "- fine-tuned from `base`\n- train: rows.csv, 1,200 rows\n- test: held.csv, 300 rows\n- epochs: 3\n"
+        "- a CPU; torch 2.13.0, transformers 5.23.0\n\n## Data" in card.text
+    )
+    assert metadata_errors(str(card)) == []
+
+
+def test_the_card_shows_the_curve_that_is_there(checkpoint):
+    assert "loss.png" not in build_model_card(checkpoint).text
+    (checkpoint / "loss.png").touch()
+    assert "`results.json`\n\n![Bits per byte by step](loss.png)\n\n## Data" in build_model_card(checkpoint).text
+
+
+def test_the_card_names_what_setup_requires(checkpoint):
+    required = re.search(r"install_requires=\[(.*?)\]", (ROOT / "setup.py").read_text())[1].replace('"', "`")
+    assert "transformers" in required and f"```\n\nIt needs {required}.\n\n## " in build_model_card(checkpoint).text
 
 
 def test_the_snippet_of_the_card_runs_in_the_folder(checkpoint):
@@ -252,10 +329,13 @@ def test_fixed_patches_and_untied_heads_are_told_as_they_are(tmp_path):
     assert "at 4 bytes" not in card and "each with its own weights" in card
 
 
-def test_the_shipped_card_is_what_the_shipped_results_say():
-    shipped = (SHIPPED / "README.md").read_text(encoding="utf-8")
-    data = re.search(r"## Data\n\n(.*?)\n\n## Limits", shipped, re.DOTALL)[1]
-    card = build_model_card(SHIPPED, licence="cc-by-sa-4.0", language="en", data=data)
+@pytest.mark.parametrize(
+    ("name", "sources"), [("stlm-3m", "sources"), ("stlm-10m", "sources"), ("stlm-3m-encoder", "sources-encoder")]
+)
+def test_the_shipped_card_is_what_the_shipped_results_say(name, sources):
+    shipped = (CHECKPOINTS / name / "README.md").read_text(encoding="utf-8")
+    data = (CHECKPOINTS / f"{sources}.md").read_text(encoding="utf-8")
+    card = build_model_card(CHECKPOINTS / name, licence="cc-by-sa-4.0", language="en", data=data)
     assert shipped.startswith(f"{card}\n<!-- Generated.")
     assert metadata_errors(shipped) == []
 

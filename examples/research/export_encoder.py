@@ -2,9 +2,10 @@
 """Turn a finished run of `encoder.py` into a shipped checkpoint: bfloat16 weights, model card, no code.
 
     python examples/research/export_encoder.py --run runs/encoder --base_model examples/checkpoints/stlm-3m \\
-        --output examples/checkpoints/stlm-3m-encoder --jobs examples/research/results/jobs.json
+        --output examples/checkpoints/stlm-3m-encoder --jobs examples/research/results/jobs.json \\
+        --data examples/checkpoints/sources-encoder.md
 
-The card inherits licence, language and data from that of the base model. With `--jobs`, the file of `jobs.py`, it has these
+The card inherits licence, language and data from that of the base model; `--data` says what the passages are. With `--jobs`, the file of `jobs.py`, it has these
 scores. `config.json` says float32, in which the weights are loaded.
 """
 
@@ -29,6 +30,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--base_model", type=Path, required=True, help="the checkpoint that the run started from")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--jobs", type=Path, help="scores of jobs.py")
+    parser.add_argument("--data", type=Path, required=True, help="Markdown about the passages, for the card")
     return parser.parse_args()
 
 
@@ -69,7 +71,7 @@ def main():
         }
     results["exported"] = {"dtype": "bfloat16"} | run_info()
     (args.output / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-    card = build_model_card(args.output)
+    card = build_model_card(args.output, data=args.data.read_text(encoding="utf-8"))
     print(card.content if write_model_card(args.output, card) else f"kept {args.output / 'README.md'} as it is")
 
 

@@ -6,23 +6,29 @@
 ```python
 {
     "base_model": describe_base("examples/checkpoints/stlm-3m"),
-    "scores": {"test": {"accuracy": 0.88}},  # optional: any metrics of any splits
-    "arguments": {"text": "my.txt"},  # optional: names of files, no folders
+    # All others are optional.
+    "scores": {"test": {"accuracy": 0.88}},  # any metrics of any splits
+    "baselines": {"test, TF-IDF": {"accuracy": 0.85}},  # more rows of the table, which are no scores of this model
+    "scoring": "Shares of 200 rows",  # above the table
+    "arguments": {"train": "rows.csv", "epochs": 3},  # names of files, no folders
+    "rows": {"train": 1000},  # of the files among the arguments
 }
 ```
 
-Without one the card has no results and says nothing about training. A `README.md` that somebody wrote or edited is never
-replaced.
+Without one the card has no results and says nothing about training. Without a description of the texts it says that there is
+none. A `README.md` that somebody wrote or edited is never replaced.
 """
 
 import json
 import re
 from hashlib import sha256
+from importlib.metadata import requires
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from packaging.requirements import Requirement
 from transformers import AutoConfig
 
 import modeling_stlm
@@ -79,9 +85,13 @@ CARD = """\
 ```python
 {snippet}```
 
+It needs {requirements}.
+
 {sections}"""
 
-NEEDED = {"arguments", "budget", "bytes_seen", "commit", "device", "steps", "torch", "transformers"}
+MADE_WITH = {"commit", "device", "torch", "transformers"}
+NEEDED = MADE_WITH | {"arguments", "budget", "bytes_seen", "steps"}
+MAX_LABELS = 20  # named in a card
 
 # Weights under one of these may be offered under another licence, too. All others hold for what is made of the weights.
 PERMISSIVE = {"apache-2.0", "bsd-2-clause", "bsd-3-clause", "cc-by-4.0", "cc0-1.0", "mit", "unlicense"}
@@ -97,16 +107,21 @@ def describe_base(checkpoint: str | Path) -> dict:
     """What a model that is fine-tuned from `checkpoint` inherits, for `"base_model"` in its `results.json`.
 
     Of a folder: its name, and `license`, `language`, `datasets`, `base_model` (ids on the Hub) and `data` (Markdown) as its
-    card says, or what it inherited itself. Of an id on the Hub: that; its card is read when the model is published.
+    card says; without one, what it inherited itself and `data` as a card would say. Of an id on the Hub: that; its card is
+    read when the model is published.
     """
     folder = Path(checkpoint)
     if not folder.is_dir():
         return {"base_model": str(checkpoint)}
-    card, results = folder / "README.md", folder / "results.json"
-    base = json.loads(results.read_text(encoding="utf-8")).get("base_model", {}) if results.is_file() else {}
-    if card.is_file():
-        base = base | _inherited(ModelCard.load(card))
+    card, results = folder / "README.md", _read_results(folder)
+    base = results.get("base_model", {})
+    base |= _inherited(ModelCard.load(card)) if card.is_file() else {"data": _data(_undescribed(results), base)}
     return base | {"name": folder.resolve().name}
+
+
+def _read_results(folder: Path) -> dict:
+    path = folder / "results.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def _inherited(card: ModelCard) -> dict:
@@ -134,7 +149,8 @@ def build_model_card(
         base_model: folder or id on the Hub of the checkpoint that was fine-tuned; by default that of `results.json`.
         licence: of the weights, as the Hub spells it (`"cc-by-sa-4.0"`); by default that of the base model.
         language: of the training texts, as the Hub spells it (`"en"`); by default that of the base model.
-        data: Markdown about the training texts; what the card of the base model says of its own follows.
+        data: Markdown about the training texts; by default the card says that they are not described. What is known of
+            those of the base model follows.
 
     Raises:
         ValueError: if the folder holds anything but a model of this package, if its `results.json` is neither one of
@@ -148,16 +164,16 @@ def build_model_card(
             f"{folder} holds {config.architectures} of type {config.model_type!r}: "
             f"a card is written for {', '.join(TASKS)} only"
         )
-    task, path = TASKS[class_name], folder / "results.json"
-    results = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    task, results = TASKS[class_name], _read_results(folder)
     base = describe_base(base_model) if base_model else results.get("base_model", {})
     if results and not base and (missing := sorted(NEEDED - set(results))):
         raise ValueError(
-            f"{path} lacks {missing}: expected the file that examples/pretrain.py writes, or one that says what was "
-            "fine-tuned (base_model)"
+            f"{folder / 'results.json'} lacks {missing}: expected the file that examples/pretrain.py writes, or one that "
+            "says what was fine-tuned (base_model)"
         )
     if isinstance(hub_id := base.get("base_model"), str) and "license" not in base:
-        base = {"name": hub_id} | _inherited(ModelCard.load(hub_id)) | base
+        original = {"name": hub_id} | _inherited(ModelCard.load(hub_id))
+        base = original | base | ({"data": _data(base["data"], original)} if "data" in base else {})
     licence = _licence(licence, base)
     name = name or (repo_id.split("/")[-1] if repo_id else results.get("model", folder.resolve().name))
     with torch.device("meta"):
@@ -184,12 +200,14 @@ def build_model_card(
         "[Super Tiny Language Models](https://arxiv.org/abs/2405.14159) as a transformers model. It reads "
         f"{'and writes ' if model.can_generate() else ''}bytes; the\ntrunk runs once per patch."
     )
+    training = _training(results, base) if set(results) >= NEEDED else _fine_tuning(base, results)
+    curve = "![Bits per byte by step](loss.png)" if (folder / "loss.png").is_file() else ""
     sections = {
         "Results": _results(scores, metrics, results),
         "Architecture": _architecture(config, task),
         "Budget": _budget(model, budget),
-        "Training": _training(results, base) if set(results) >= NEEDED else _fine_tuning(base, results),
-        "Data": "\n\n".join(part.strip() for part in (data or "", _data_of_base(base)) if part),
+        "Training": "\n\n".join(part for part in (training, curve) if part),
+        "Data": _data(data or _undescribed(results), base),
         "Limits": LIMITS if model.can_generate() else LIMITS_OF_ENCODERS,
         "Licence": f"The weights are under `{licence}`, the code files beside them under `apache-2.0`."
         if licence
@@ -205,9 +223,16 @@ def build_model_card(
         name=name,
         description=description,
         snippet=snippet,
+        requirements=_requirements(),
         sections="\n".join(f"## {title}\n\n{text}\n" for title, text in sections.items() if text),
     )
     return ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n{body}")
+
+
+def _requirements() -> str:
+    """What the installed package requires: `setup.py` says it once."""
+    found = [requirement for line in requires("stlm") if (requirement := Requirement(line)).marker is None]
+    return ", ".join(f"`{r.name}{','.join(sorted(map(str, r.specifier), reverse=True))}`" for r in found)
 
 
 def _licence(licence: str | None, base: dict) -> str | None:
@@ -259,7 +284,7 @@ def _eval_results(task: Task, scores: dict[str, dict], results: dict) -> list[Ev
 def _results(scores: dict[str, dict], metrics: list[str], results: dict) -> str:
     if not scores:
         return ""
-    introduction = "By split:"
+    introduction = f"{results.get('scoring', 'By split')}:"
     if metrics == ["bits_per_byte"] and "block_bytes" in results.get("arguments", {}):
         dtype = results.get("exported", {}).get("dtype")
         rounded = f", of these {dtype} weights computed in float32" if dtype else ""
@@ -268,9 +293,10 @@ def _results(scores: dict[str, dict], metrics: list[str], results: dict) -> str:
             f"left out{rounded}:"
         )
     has_bytes = any("bytes" in score for score in scores.values())
+    rows = scores | results.get("baselines", {})
     columns = [*(metric.replace("_", " ") for metric in metrics), *["bytes"] * has_bytes]
     lines = [f"| split | {' | '.join(columns)} |", "|---" * (1 + len(columns)) + "|"]
-    for split, score in scores.items():
+    for split, score in rows.items():
         values = [f"{score[metric]:.4f}" if metric in score else "" for metric in metrics]
         values += [f"{score['bytes']:,}" if "bytes" in score else ""] * has_bytes
         lines.append(f"| {split} | {' | '.join(values)} |")
@@ -293,8 +319,8 @@ def _architecture(config: STLMConfig, task: Task) -> str:
     tied = "tied to" if config.tie_word_embeddings else "apart from"
     heads = {
         "feature-extraction": "none",
-        "text-classification": f"{config.num_labels} classes of a text",
-        "token-classification": f"{config.num_labels} classes of a byte",
+        "text-classification": f"{config.num_labels} classes of a text: {_labels(config)}",
+        "token-classification": f"{config.num_labels} classes of a byte: {_labels(config)}",
         "question-answering": "the first and the last byte of the answer",
     }
     head = heads.get(task.tag, f"{tied} the byte embedding; {config.vocab_size} ids: bytes and special tokens")
@@ -315,6 +341,12 @@ def _architecture(config: STLMConfig, task: Task) -> str:
             f"- head: {head}",
         ]
     )
+
+
+def _labels(config: STLMConfig) -> str:
+    names = [f"`{name}`" for _, name in sorted(config.id2label.items())]
+    more = [f"and {len(names) - MAX_LABELS} more"] if len(names) > MAX_LABELS else []
+    return ", ".join(names[:MAX_LABELS] + more)
 
 
 def _budget(model: STLMPreTrainedModel, budget: dict[str, dict[str, int]]) -> str:
@@ -352,13 +384,14 @@ def _training(results: dict, base: dict) -> str:
             *_special(arguments),
             _made_with(results),
             *_afterwards(results),
-            "- curve: `loss.png`; all settings: `results.json`",
+            "- all settings: `results.json`",
         ]
     )
 
 
 def _made_with(results: dict) -> str:
-    return f"- {results['device']}; torch {results['torch']}, transformers {results['transformers']}, commit {results['commit']}"
+    versions = f"- {results['device']}; torch {results['torch']}, transformers {results['transformers']}"
+    return versions + (f", commit {results['commit']}" if results["commit"] else "")  # none outside of a repository
 
 
 def _afterwards(results: dict) -> list[str]:
@@ -399,9 +432,28 @@ def _fine_tuning(base: dict, results: dict) -> str:
     lines = [f"- fine-tuned from `{base['name']}`"]
     if "steps" in results:
         lines.append(f"- {results['steps']:,} steps")
-    lines += [f"- {name}: {value}" for name, value in results.get("arguments", {}).items()]
+    lines += [f"- {name}: {_with_rows(name, results)}" for name in results.get("arguments", {})]
+    if set(results) >= MADE_WITH:
+        lines.append(_made_with(results))
     return "\n".join(lines)
 
 
-def _data_of_base(base: dict) -> str:
-    return f"Before fine-tuning, as the card of `{base['name']}` says:\n\n{base['data']}" if "data" in base else ""
+def _with_rows(name: str, results: dict) -> str:
+    value, rows = results["arguments"][name], results.get("rows", {})
+    return f"{value}, {rows[name]:,} rows" if name in rows else f"{value}"
+
+
+def _data(texts: str, base: dict) -> str:
+    """`texts`, then those of the base model under a heading of their own: one for each training that came before."""
+    heading = f"### Before that: the texts of `{base.get('name')}`"
+    if "data" not in base or heading in texts:
+        return texts.strip()
+    return f"{texts.strip()}\n\n{heading}\n\n{base['data']}"
+
+
+def _undescribed(results: dict) -> str:
+    files = [_with_rows(name, results) for name in ("train", "text") if name in results.get("arguments", {})]
+    return (
+        f"The texts of this training{f' ({files[0]})' if files else ''} are not described here. "
+        "`examples/push_to_hub.py --data about.md` adds what they are and their licences."
+    )
