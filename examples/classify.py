@@ -128,7 +128,7 @@ def trainer_of(train: tuple[list, list], args: argparse.Namespace) -> Trainer:
 
 def files_of(args: argparse.Namespace) -> dict[str, str]:
     """What the rows are called in the card: names of files, no folders."""
-    name = args.train.name if args.train else "speeches in shakespeare.txt"
+    name = args.train.name if args.train else "the speeches in shakespeare.txt"
     if args.test:
         return {"train": name, "test": args.test.name}
     return {"train": f"four fifths of {name}", "test": f"a fifth of {name}"}

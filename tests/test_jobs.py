@@ -271,7 +271,7 @@ def test_what_the_card_calls_rows():
 
     assert called("a/b.csv", "c/d.csv") == {"train": "b.csv", "test": "d.csv"}
     assert called("a/b.csv", None) == {"train": "four fifths of b.csv", "test": "a fifth of b.csv"}
-    assert called(None, None)["test"] == "a fifth of speeches in shakespeare.txt"
+    assert called(None, None)["test"] == "a fifth of the speeches in shakespeare.txt"
 
 
 @pytest.mark.parametrize("num_labels", [2, 3])
