@@ -324,7 +324,7 @@ def test_a_chat_model_ends_its_turns_and_is_no_base_model(tmp_path):
     assert (
         "license: cc-by-sa-4.0" in printed
         and "- train: chats.jsonl" in printed
-        and "## Data\n\nChats of mine, CC0.\n\nBefore fine-tuning, as the card of" in printed
+        and "## Data\n\nChats of mine, CC0.\n\n### Before that: the texts of `stlm-3m`\n\nEnglish" in printed
         and str(tmp_path) not in printed[:-600]
     )
     (folder,) = tmp_path.glob("my-chat-*")
