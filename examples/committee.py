@@ -42,7 +42,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--test", type=text_file, required=True, help="labelled rows, csv or json")
     parser.add_argument("--column", default="text", help="of the labelled files; FewRel: marked")
     parser.add_argument("--output", type=output_folder, required=True, help="folder")
-    parser.add_argument("--encoders", type=Path, help="folder of what was pretrained; by default in the output folder")
+    parser.add_argument(
+        "--encoders", type=output_folder, help="folder of what was pretrained; by default in the output folder"
+    )
     parser.add_argument("--preset", default="stlm-3m", help="all sizes but the depth of the trunk")
     parser.add_argument("--deep", type=at_least_one, default=6, help="layers of the deep trunk")
     parser.add_argument("--shallow", type=at_least_one, default=1, help="layers of the shallow trunks")

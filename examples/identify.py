@@ -152,7 +152,7 @@ def identify(model: "PreTrainedModel", texts: list[str]) -> list[tuple[str, floa
 
 def spans(model: "PreTrainedModel", texts: list[str]) -> list[list[tuple[str, str]]]:
     """Each text as pieces `(language, piece)`: the most probable path that changes between words, or between characters of
-    three or more bytes (scripts without spaces)."""
+    three or more bytes (scripts without spaces). None where there is no letter."""
     found = []
     for text, logits in zip(texts, byte_logits(model, texts)):
         words = WORDS.findall(text) or [text]

@@ -51,14 +51,19 @@ def read_rows(path: Path) -> list[dict]:
     rows = read_json_lines(path)
     for number, row in enumerate(rows, start=1):
         text, spans = row.get("text"), row.get("spans")
-        if not text or not isinstance(spans, list) or not all(is_span(span, len(text)) for span in spans):
+        if (
+            not isinstance(text, str)
+            or not text
+            or not isinstance(spans, list)
+            or not all(is_span(span, len(text)) for span in spans)
+        ):
             shown = json.dumps(spans, ensure_ascii=False)[:80]
             raise SystemExit(
                 f"row {number} of {path} has the fields {sorted(row)} and the spans {shown}, expected `text`, not empty, and "
                 '`spans`: a list of [start, end, "label"], in characters of the text'
             )
     if not any(row["spans"] for row in rows):
-        raise SystemExit(f"no row of {path} has a span, of which the model could learn a label")
+        raise SystemExit(f"no row of {path} has a span")
     return rows
 
 

@@ -51,7 +51,9 @@ def parse_arguments() -> argparse.Namespace:
     card.add_argument("--licence", help="of the weights, as the Hub spells it; default: that of the base model")
     card.add_argument("--language", help="of the texts, as the Hub spells it; default: that of the base model")
     card.add_argument(
-        "--data", type=text_file, help="Markdown about the texts you trained on and their licences; default: nothing"
+        "--data",
+        type=text_file,
+        help="Markdown about the texts you trained on and their licences; without it the card says that they are not described",
     )
     args = parser.parse_args()
     has_card, has_results = ((args.checkpoint / name).is_file() for name in ("README.md", "results.json"))

@@ -91,7 +91,7 @@ class STLMClassifier(STLMPreTrainedModel):
     def encode(self, input_ids, attention_mask, position_ids, inputs_embeds, kwargs):
         """Hidden states of every byte, and the mask used. `num_items_in_batch` is for the loss; a head needs no cache."""
         self._warn_of_rounding()  # of the head, where the model is frozen
-        if input_ids is not None and input_ids.shape[1:] == (0,):  # empty texts
+        if inputs_embeds is None and self.model.is_empty(input_ids):
             states = self.model.no_states(len(input_ids))
             return STLMModelOutput(last_hidden_state=states), states.new_zeros(states.shape[:2])
         kwargs = {name: value for name, value in kwargs.items() if name != "num_items_in_batch"} | {"use_cache": False}

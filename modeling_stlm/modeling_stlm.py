@@ -231,12 +231,12 @@ class STLMModel(STLMPreTrainedModel):
                 Instead of `input_ids`. Vectors that equal a byte's embedding count as that byte for patching,
                 n-grams and matches, all others as a byte that is not there.
 
-        An encoder (`is_causal=False`) has no states for rows of no bytes, and a causal model refuses them.
+        Ids of no bytes (B, 0) have no states in an encoder (`is_causal=False`) that is not training; all else refuses them.
 
         Raises:
             ValueError: if a shape does not fit, or if the cache was not made for this model.
         """
-        if not self.is_causal and input_ids is not None and input_ids.shape[1:] == (0,):
+        if not self.is_causal and inputs_embeds is None and self.is_empty(input_ids):
             return STLMModelOutput(last_hidden_state=self.no_states(len(input_ids)))
         input_ids = self._checked_ids(input_ids, inputs_embeds)
         self._warn_of_rounding()
@@ -313,8 +313,17 @@ class STLMModel(STLMPreTrainedModel):
 
     # Bytes
 
+    def is_empty(self, input_ids: torch.Tensor | None) -> bool:
+        """Whether these are empty texts, which a tokenizer makes tensors of shape (B, 0); there is nothing to train on them."""
+        return (
+            not self.training
+            and input_ids is not None
+            and input_ids.ndim == 2
+            and input_ids.shape[1] == 0 < len(input_ids)
+        )
+
     def no_states(self, num_rows: int) -> torch.Tensor:
-        """Those of empty texts (B, 0, D), which a tokenizer makes tensors of shape (B, 0)."""
+        """Those of empty texts (B, 0, D)."""
         return self.embed_tokens.weight.new_zeros(num_rows, 0, self.config.hidden_size)
 
     def _checked_ids(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:

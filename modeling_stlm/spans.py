@@ -11,16 +11,22 @@ tagger = pipeline("token-classification", "runs/spans", pipeline_class=SpanPipel
 
 import re
 import warnings
+from unicodedata import category
 
 import numpy as np
 from transformers import TokenClassificationPipeline
 from transformers.pipelines.token_classification import AggregationStrategy
 
 
-NO_SPACES = (  # between the words of Thai, Lao, Burmese, Khmer, Chinese, Japanese
-    r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2e80-\ua4cf\uf900-\ufaff\U0001b000-\U0001b2ff\U00020000-\U0003ffff"
+NO_SPACES = re.compile(  # between the words of Thai, Lao, Burmese, Khmer, Chinese, Japanese
+    r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2e80-\ua4cf\uf900-\ufaff\U0001b000-\U0001b2ff\U00020000-\U0003ffff]"
 )
-IN_WORD = re.compile(rf"[^\W{NO_SPACES}]|[\u0300-\u036f]")  # letters, digits, and marks on them
+JOINERS = "_\u200c\u200d"
+
+
+def is_in_word(character: str) -> bool:
+    """Whether it stands in a word beside others: a letter, a digit, a mark on them, or what joins them."""
+    return (category(character)[0] in "LMN" or character in JOINERS) and not NO_SPACES.match(character)
 
 
 class SpanPipeline(TokenClassificationPipeline):
@@ -36,6 +42,13 @@ class SpanPipeline(TokenClassificationPipeline):
     `"average"` and 0.64 with `"first"` of this class (`examples/research/LOG.md`).
     """
 
+    def _sanitize_parameters(self, stride: int | None = None, **kwargs):
+        if stride is not None:
+            raise ValueError(
+                f"got stride={stride}, but pieces of a text cut words: a model of this package reads it whole"
+            )
+        return super()._sanitize_parameters(**kwargs)
+
     def gather_pre_entities(self, sentence: str, *args, **kwargs) -> list[dict]:
         """One for each byte, with whether it goes on with the word of the byte before."""
         with warnings.catch_warnings():
@@ -44,8 +57,8 @@ class SpanPipeline(TokenClassificationPipeline):
         before = -2  # where the character of the byte before is
         for entity in found:
             at = entity["start"]
-            is_next = at == before + 1 and IN_WORD.match(sentence[before]) and IN_WORD.match(sentence[at])
-            entity["is_subword"] = at == before or bool(is_next)
+            is_next = at == before + 1 and is_in_word(sentence[before]) and is_in_word(sentence[at])
+            entity["is_subword"] = at == before or is_next
             before = at
         return found
 

@@ -110,6 +110,8 @@ def test_a_text_in_a_batch_has_the_logits_of_the_text_alone(model):
 def test_an_empty_line_has_no_language(model):
     assert [language for language, _ in identify.identify(model, TEXTS)][-2:] == ["und", "und"]
     assert identify.identify(model, []) == []
+    assert identify.identify(model, ["123 + 4", "\U0001f642"]) == [("und", 0.0)] * 2
+    assert identify.spans(model, ["123 + 4", "\U0001f642", " "]) == [[], [], []]
 
 
 def test_pipelines_load_the_same_checkpoint(trained, model):

@@ -22,7 +22,7 @@ none. A `README.md` that somebody wrote or edited is never replaced.
 import json
 import re
 from hashlib import sha256
-from importlib.metadata import requires
+from importlib.metadata import PackageNotFoundError, requires
 from pathlib import Path
 from typing import NamedTuple
 
@@ -85,9 +85,13 @@ CARD = """\
 ```python
 {snippet}```
 
-It needs {requirements}.
+{requirements}{sections}"""
 
-{sections}"""
+SPANS = """\
+Spans of whole words: `pipeline("token-classification", ..., pipeline_class=SpanPipeline, aggregation_strategy="first")`, with
+`SpanPipeline` of `modeling_stlm.spans`, which is in the package and not among the files here.
+
+"""
 
 MADE_WITH = {"commit", "device", "torch", "transformers"}
 NEEDED = MADE_WITH | {"arguments", "budget", "bytes_seen", "steps"}
@@ -107,7 +111,7 @@ def describe_base(checkpoint: str | Path) -> dict:
     """What a model that is fine-tuned from `checkpoint` inherits, for `"base_model"` in its `results.json`.
 
     Of a folder: its name, and `license`, `language`, `datasets`, `base_model` (ids on the Hub) and `data` (Markdown) as its
-    card says; without one, what it inherited itself and `data` as a card would say. Of an id on the Hub: that; its card is
+    card says; where it says nothing, what the folder inherited itself, and `data` as a generated card would say. Of an id on the Hub: that; its card is
     read when the model is published.
     """
     folder = Path(checkpoint)
@@ -115,7 +119,11 @@ def describe_base(checkpoint: str | Path) -> dict:
         return {"base_model": str(checkpoint)}
     card, results = folder / "README.md", _read_results(folder)
     base = results.get("base_model", {})
-    base |= _inherited(ModelCard.load(card)) if card.is_file() else {"data": _data(_undescribed(results), base)}
+    base = (
+        base
+        | {"data": _data(_undescribed(results), base)}
+        | (_inherited(ModelCard.load(card)) if card.is_file() else {})
+    )
     return base | {"name": folder.resolve().name}
 
 
@@ -223,16 +231,20 @@ def build_model_card(
         name=name,
         description=description,
         snippet=snippet,
-        requirements=_requirements(),
+        requirements=_requirements(task),
         sections="\n".join(f"## {title}\n\n{text}\n" for title, text in sections.items() if text),
     )
     return ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n{body}")
 
 
-def _requirements() -> str:
-    """What the installed package requires: `setup.py` says it once."""
-    found = [requirement for line in requires("stlm") if (requirement := Requirement(line)).marker is None]
-    return ", ".join(f"`{r.name}{','.join(sorted(map(str, r.specifier), reverse=True))}`" for r in found)
+def _requirements(task: Task) -> str:
+    """What the installed package requires: `setup.py` says it once; nothing where it is not installed but on the path."""
+    try:
+        found = [requirement for line in requires("stlm") or [] if (requirement := Requirement(line)).marker is None]
+    except PackageNotFoundError:
+        found = []
+    names = ", ".join(f"`{r.name}{','.join(sorted(map(str, r.specifier), reverse=True))}`" for r in found)
+    return (f"It needs {names}.\n\n" if names else "") + (SPANS if task.tag == "token-classification" else "")
 
 
 def _licence(licence: str | None, base: dict) -> str | None:
