@@ -148,7 +148,7 @@ def main(args: argparse.Namespace, text: bytes):
 
     model = AutoModelForCausalLM.from_pretrained(args.output).eval()
     print("\nA sample from the saved checkpoint:\n")
-    prompt = text[cut : cut + 40].decode(errors="ignore") if args.prompt is None else args.prompt
+    prompt = opening(text[cut:]) if args.prompt is None else args.prompt
     inputs = tokenizer(prompt, return_tensors="pt")
     streamer = TextStreamer(tokenizer, skip_special_tokens=True)
     model.generate(**inputs, streamer=streamer, max_new_tokens=300, do_sample=True, temperature=0.7, top_p=0.9)
@@ -158,6 +158,12 @@ def main(args: argparse.Namespace, text: bytes):
     print(
         f"publish it: python examples/push_to_hub.py --checkpoint {args.output} --repo_id YOUR_NAME/{args.text.stem}"
     )
+
+
+def opening(text: bytes, num_bytes: int = 40) -> str:
+    """The start of the first whole line; of a single line, its start."""
+    _, _, rest = text.partition(b"\n")
+    return (rest.lstrip() or text)[:num_bytes].decode(errors="ignore")
 
 
 if __name__ == "__main__":

@@ -201,6 +201,9 @@ def test_finetuning_lowers_bits_per_byte_and_saves_a_model(small_text, tmp_path,
         float(word) for word in output.split("bits per byte on")[1].split() if word.replace(".", "").isdigit()
     )
     assert after < before
+    held_out = small_text.read_bytes()[-len(small_text.read_bytes()) // 10 :].decode(errors="ignore")
+    sample = output.split("A sample from the saved checkpoint:\n\n")[1]
+    assert sample[:30] in held_out and f"\n{sample[:30]}" in held_out  # from the start of a line
     assert output.count("eval_bits_per_byte") == 5  # before, after steps 2, 4, 6, and of the weights that are saved
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert "python examples/push_to_hub.py" in output and str(tmp_path) not in json.dumps(results)
