@@ -109,7 +109,7 @@ from transformers import (
     set_seed,
 )
 
-from modeling_stlm.spans import SpanPipeline  # modeling_stlm registers the Auto classes
+from modeling_stlm.inference.spans import SpanPipeline  # modeling_stlm registers the Auto classes
 
 
 def tagged(row: dict, tokenizer, label2id: dict[str, int], max_bytes: int) -> dict[str, list[int]]:
@@ -196,7 +196,7 @@ def main(args: argparse.Namespace, train: list[dict], test: list[dict]):
     print(f"\nexact F1 of spans: {score:.3f}    looked up: {baseline:.3f}")
     options = 'pipeline_class=SpanPipeline, aggregation_strategy="first"'
     print(
-        "next, in Python:\n\n    from transformers import pipeline\n    from modeling_stlm.spans import SpanPipeline"
+        "next, in Python:\n\n    from transformers import pipeline\n    from modeling_stlm.inference.spans import SpanPipeline"
     )
     print(f'    tagger = pipeline("token-classification", "{args.output}", {options})')
     print(f"    tagger({test[0]['text']!r})")

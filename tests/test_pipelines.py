@@ -14,7 +14,7 @@ from modeling_stlm import (
     STLMModel,
     STLMTokenizer,
 )
-from modeling_stlm.spans import SpanPipeline
+from modeling_stlm.inference.spans import SpanPipeline
 
 from . import reference
 from .tiny import assert_equal, ids_of, randomize, tiny_config, tiny_model

@@ -89,7 +89,7 @@ CARD = """\
 
 SPANS = """\
 Spans of whole words: `pipeline("token-classification", ..., pipeline_class=SpanPipeline, aggregation_strategy="first")`, with
-`SpanPipeline` of `modeling_stlm.spans`, which is in the package and not among the files here.
+`SpanPipeline` of `modeling_stlm.inference.spans`, which is in the package and not among the files here.
 
 """
 

@@ -3,7 +3,7 @@
 
 ```python
 from transformers import pipeline
-from modeling_stlm.spans import SpanPipeline
+from modeling_stlm.inference.spans import SpanPipeline
 
 tagger = pipeline("token-classification", "runs/spans", pipeline_class=SpanPipeline, aggregation_strategy="first")
 ```
