@@ -118,15 +118,19 @@ def naming(split: str, patterns: list[str], remedy: str) -> Iterator[None]:
         raise SystemExit(f"--{split} {' '.join(files[:3])}{more}: {error}. {remedy}") from None
 
 
-def read_bytes(path: Path) -> bytes:
-    """What a file holds, packed if its name ends in `.gz`; one that cannot be unpacked ends the program."""
-    data = path.read_bytes()
-    if path.suffix != ".gz":
-        return data
+@contextmanager
+def unpacking(path: Path) -> Iterator[None]:
+    """A packed file that cannot be unpacked ends the program."""
     try:
-        return gzip.decompress(data)
+        yield
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise SystemExit(f"{path} cannot be unpacked ({error}): expected a whole file that gzip has written") from None
+
+
+def read_bytes(path: Path) -> bytes:
+    """What a file holds, unpacked if its name ends in `.gz`."""
+    with unpacking(path):
+        return gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
 
 
 def read_utf8(path: Path) -> str:

@@ -17,7 +17,7 @@ from collections.abc import Iterable
 from glob import glob
 from pathlib import Path
 
-from inputs import HelpFormatter, causal_checkpoint, file_pattern, quiet_exit, read_bytes
+from inputs import HelpFormatter, causal_checkpoint, file_pattern, quiet_exit, read_bytes, unpacking
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -64,7 +64,8 @@ def documents(patterns: list[str]) -> Iterable[str | bytes]:
                 print(f"{file} is not UTF-8 ({offset}): taken byte by byte as it is", file=sys.stderr)
             yield data
         else:
-            rows = load_dataset(kind, data_files=file, split="train")
+            with unpacking(Path(file)):
+                rows = load_dataset(kind, data_files=file, split="train")
             if "text" not in rows.column_names:
                 raise SystemExit(f"{file} has the columns {rows.column_names}, expected one of the name text")
             yield from rows["text"]

@@ -210,9 +210,8 @@ def test_scores_are_the_log_probabilities_of_forward(tiny):
 @pytest.mark.parametrize("letters", [b"ab", b"abcdefgh"])
 def test_text_of_few_letters_is_matched_as_in_the_model(tiny, letters):
     model, engine = tiny
-    text = bytes(
-        np.random.default_rng(0).choice(list(letters), 2000).tolist()
-    )  # more grams than the first table has room for
+    # More grams than the first table has room for.
+    text = bytes(np.random.default_rng(0).choice(list(letters), 2000).tolist())
     with torch.no_grad():
         expected = model(torch.tensor([list(text)])).logits[0]
     rows = Rows(engine, 1)

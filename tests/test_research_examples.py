@@ -324,6 +324,17 @@ def test_a_text_to_train_on_comes_with_one_to_validate_on(small_text, script):
     assert refused.returncode == 2 and "give --train and --validation" in refused.stderr
 
 
+@pytest.mark.parametrize("name", ["text.jsonl.gz", "text.txt.gz"])
+def test_packed_documents_that_cannot_be_unpacked_are_named(name, tmp_path):
+    packed = gzip.compress(b'{"text": "one"}\n' * 99)
+    (tmp_path / name).write_bytes(packed)
+    assert list(score.documents([str(tmp_path / name)]))
+    for data in (b"plain", packed[:-9]):
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(SystemExit, match=f"{name} cannot be unpacked"):
+            list(score.documents([str(tmp_path / name)]))
+
+
 def test_repetition_is_told_from_text_that_goes_on():
     class Writes(torch.nn.Module):
         """Writes the bytes of `text`, whatever it reads."""

@@ -373,20 +373,15 @@ class Engine:
         Raises:
             ValueError: for an option that is out of its range.
         """
-        for name, value, is_allowed, range in (
-            (
-                "temperature",
-                temperature,
-                temperature > 0,
-                "above 0 to sample",
-            ),  # for the likeliest bytes: do_sample=False
+        for name, value, is_allowed, expected in (
+            ("temperature", temperature, temperature > 0, "above 0 to sample"),  # the likeliest bytes: do_sample=False
             ("top_k", top_k, index(top_k) >= 0, "at least 0"),
             ("top_p", top_p, 0 < top_p <= 1, "above 0 and at most 1"),
             ("min_p", min_p, 0 <= min_p <= 1, "from 0 to 1"),
             ("repetition_penalty", repetition_penalty, repetition_penalty > 0, "above 0"),
         ):
             if not is_allowed:
-                raise ValueError(f"{name}={value} is out of its range: expected a number {range}")
+                raise ValueError(f"{name}={value} is out of its range: expected a number {expected}")
         temperature, top_k = temperature if do_sample else 0.0, min(index(top_k), self.vocab_size)
         return _Sampling(temperature, top_p, min_p, repetition_penalty, top_k, len(self._ends), self._ends)
 

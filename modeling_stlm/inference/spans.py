@@ -73,9 +73,9 @@ class SpanPipeline(TokenClassificationPipeline):
         sentence, found = all_outputs[0]["sentence"], []
         for entity in super().postprocess(all_outputs, *args, **kwargs):
             if "entity_group" in entity:
-                text = sentence[entity["start"] : entity["end"]]
-                start = entity["start"] + len(text) - len(text.lstrip())
-                entity |= {"word": text.strip(), "start": start, "end": start + len(text.strip())}
+                text = sentence[entity["start"] : entity["end"]].rstrip()
+                word, end = text.lstrip(), entity["start"] + len(text)
+                entity |= {"word": word, "start": end - len(word), "end": end}
             if entity["word"]:
                 found.append(entity)
         return found

@@ -111,19 +111,17 @@ def describe_base(checkpoint: str | Path) -> dict:
     """What a model that is fine-tuned from `checkpoint` inherits, for `"base_model"` in its `results.json`.
 
     Of a folder: its name, and `license`, `language`, `datasets`, `base_model` (ids on the Hub) and `data` (Markdown) as its
-    card says; where it says nothing, what the folder inherited itself, and `data` as a generated card would say. Of an id on the Hub: that; its card is
-    read when the model is published.
+    card says; where it says nothing, what the folder inherited itself, and `data` as a generated card would say. Of an id
+    on the Hub: that; its card is read when the model is published.
     """
     folder = Path(checkpoint)
     if not folder.is_dir():
         return {"base_model": str(checkpoint)}
     card, results = folder / "README.md", _read_results(folder)
     base = results.get("base_model", {})
-    base = (
-        base
-        | {"data": _data(_undescribed(results), base)}
-        | (_inherited(ModelCard.load(card)) if card.is_file() else {})
-    )
+    base = base | {"data": _data(_undescribed(results), base)}
+    if card.is_file():
+        base |= _inherited(ModelCard.load(card))
     return base | {"name": folder.resolve().name}
 
 
