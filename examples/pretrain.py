@@ -112,23 +112,28 @@ def altered(texts: Iterable[str | bytes], noise: float, repeat: float) -> Iterat
 
 def write_corpora(args: argparse.Namespace, tokenizer, folder: Path) -> dict[str, Path]:
     """The tokenized texts by split; those already in `folder` are kept."""
-    corpora = {split: folder / f"{split}.bin" for split in SPLITS if getattr(args, split)}
-    alterations = {name: getattr(args, name) for name in ("noise", "repeat") if getattr(args, name)}
-    for split, path in corpora.items():
-        patterns, sources = getattr(args, split), path.with_suffix(".json")
-        is_altered = split == "train" and bool(alterations)
-        made_from = [*patterns, *([alterations] if is_altered else [])]
-        if not path.is_file():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            sources.write_text(json.dumps(made_from))
-            texts = documents(patterns)
-            with naming(split, patterns, "Take other texts"):
-                write_corpus(path, altered(texts, args.noise, args.repeat) if is_altered else texts, tokenizer)
-        elif json.loads(sources.read_text()) != made_from:
-            raise SystemExit(
-                f"{path} was made from {sources.read_text()}, not {json.dumps(made_from)}: use another folder"
-            )
+    corpora = {}
+    for split in SPLITS:
+        if patterns := getattr(args, split):
+            alterations = (args.noise, args.repeat) if split == "train" else (0.0, 0.0)
+            corpora[split] = write_once(folder / f"{split}.bin", patterns, tokenizer, *alterations)
     return corpora
+
+
+def write_once(path: Path, patterns: list[str], tokenizer, noise: float = 0.0, repeat: float = 0.0) -> Path:
+    """The tokenized texts of a split, which the file is named after; a file that was made of the same is kept."""
+    made_from, sources = list(patterns), path.with_suffix(".json")
+    if alterations := {name: value for name, value in (("noise", noise), ("repeat", repeat)) if value}:
+        made_from.append(alterations)
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        sources.write_text(json.dumps(made_from))
+        texts = documents(patterns)
+        with naming(path.stem, patterns, "Take other texts"):
+            write_corpus(path, altered(texts, noise, repeat) if alterations else texts, tokenizer)
+    elif json.loads(sources.read_text()) != made_from:
+        raise SystemExit(f"{path} was made from {sources.read_text()}, not {json.dumps(made_from)}: use another folder")
+    return path
 
 
 def field_value(value: str):

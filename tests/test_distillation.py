@@ -638,3 +638,10 @@ def test_the_question_of_distillation_is_asked_at_equal_time(tmp_path):
     again = run_example("research/distillation.py", *options, cwd=tmp_path)
     assert again.splitlines()[-6:] == printed.splitlines()[-6:] and '"seed"' not in again
     assert len(StoredTeacher(tmp_path / "out" / "teacher.bin").index) == 3 and str(tmp_path) not in json.dumps(results)
+    # Nothing that was made of other texts or other windows is taken for these.
+    (tmp_path / "other.txt").write_text(TEXT * 12)
+    for option, value, problem in (("--train", "other.txt", "train.bin was made from"), ("--windows", 4, "made with")):
+        changed = [value if options[i - 1] == option else word for i, word in enumerate(options)]
+        command = [sys.executable, str(ROOT / "examples" / "research" / "distillation.py"), *map(str, changed)]
+        result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+        assert result.returncode == 1 and problem in result.stderr and "use another folder" in result.stderr

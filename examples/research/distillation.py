@@ -63,8 +63,9 @@ if __name__ == "__main__":
 
 import distill
 import torch
+from pretrain import write_once
 from provenance import run_info
-from score import documents
+from run_folder import check_same
 from stopwatch import Stopwatch
 from tables import markdown_table
 from torch.utils.data import Subset
@@ -72,7 +73,7 @@ from transformers import PrinterCallback, TrainingArguments, logging, set_seed
 
 from modeling_stlm import STLMConfig, STLMForCausalLM, STLMTokenizer
 from modeling_stlm.training.bits_per_byte import BitsPerByteEvaluator, bits_per_byte
-from modeling_stlm.training.corpus import PackedWindows, write_corpus
+from modeling_stlm.training.corpus import PackedWindows
 from modeling_stlm.training.distillation import (
     DistillationTrainer,
     StoredTeacher,
@@ -87,9 +88,7 @@ def prepare(args: argparse.Namespace) -> dict[str, Subset]:
     """Windows in random order, those that the teacher reads and all after them; and for validation."""
     tokenizer, windows = STLMTokenizer(), {}
     for split in ("train", "validation"):
-        path = args.output / "data" / f"{split}.bin"
-        if not path.is_file():
-            write_corpus(path, documents(getattr(args, split)), tokenizer)
+        path = write_once(args.output / "data" / f"{split}.bin", getattr(args, split), tokenizer)
         windows[split] = PackedWindows(path, tokenizer, args.block_bytes)
     # Not those that start inside a character.
     order = [
@@ -109,7 +108,11 @@ def prepare(args: argparse.Namespace) -> dict[str, Subset]:
 def store(args: argparse.Namespace, windows: Subset) -> tuple[StoredTeacher, float]:
     """The outputs of the teacher, and the CPU time in seconds that they took, without loading it."""
     path = args.output / f"{args.name}.bin"
-    clock = path.with_suffix(".seconds.json")
+    clock, begun = path.with_suffix(".seconds.json"), path.with_suffix(".begun.json")
+    settings = {name: getattr(args, name) for name in ("teacher", "gguf_file", "windows", "block_bytes")}
+    if path.is_file() or begun.is_file():
+        check_same(begun, settings)
+    begun.write_text(json.dumps(settings) + "\n")
     if not path.is_file():
         teacher = distill.load_teacher(args.teacher, args.gguf_file, args.bf16)
         spent = json.loads(clock.read_text()) if clock.is_file() else 0.0
