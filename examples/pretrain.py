@@ -10,8 +10,6 @@ folder gets the checkpoint with tokenizer and generation config, `history.json`,
 
 import argparse
 import json
-import random
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from inputs import (
@@ -32,7 +30,6 @@ from inputs import (
 
 
 SPLITS = ("train", "validation", "test")
-PASSAGE = 300, 3000  # characters that `--repeat` repeats
 
 
 def argument_parser():
@@ -49,6 +46,9 @@ def argument_parser():
     )
     parser.add_argument(
         "--repeat", type=share, default=0.0, help="share of the training documents of which a passage is repeated"
+    )
+    parser.add_argument(
+        "--sentences", type=share, default=0.0, help="share of the training documents whose sentences stand alone"
     )
     start = parser.add_mutually_exclusive_group()
     start.add_argument("--model", default="stlm-3m", help="a preset or a folder with a config.json: random weights")
@@ -79,8 +79,8 @@ if __name__ == "__main__":
     args = argument_parser()[0].parse_args()
 
 import torch
+from alterations import ALTERATIONS, altered
 from huggingface_hub.errors import StrictDataclassError
-from noise import KINDS, add_noise
 from run_folder import ProgressLines, check_same, last_checkpoint, run_info, save
 from score import documents
 from transformers import AutoModelForCausalLM, PrinterCallback, Trainer, TrainingArguments, logging, set_seed
@@ -94,45 +94,31 @@ from modeling_stlm.training.optimizer import MuonRecipe
 from modeling_stlm.training.time_budget import TimeBudget
 
 
-def altered(texts: Iterable[str | bytes], noise: float, repeat: float) -> Iterator[str | bytes]:
-    """The documents, some of them with errors in 1 to 10% of their letters, and some after a document that is a passage of
-    them, twice. What a text holds decides, so that every tokenizer gets the same."""
-    for text in texts:
-        data = text.encode("utf-8", errors="surrogatepass") if isinstance(text, str) else bytes(text)
-        text = data.decode("utf-8", errors="surrogateescape")
-        choose = random.Random(b"repeat " + data)
-        if len(text) >= PASSAGE[0] and choose.random() < repeat:
-            start, length = choose.randint(0, len(text) - PASSAGE[0]), choose.randint(*PASSAGE)
-            yield (2 * text[start : start + length]).encode("utf-8", errors="surrogateescape")
-        choose = random.Random(b"noise " + data)
-        if choose.random() < noise:
-            text = add_noise(text, choose.choice(sorted(KINDS)), choose.uniform(0.01, 0.1), seed=choose.random())
-        yield text.encode("utf-8", errors="surrogateescape")
-
-
 def write_corpora(args: argparse.Namespace, tokenizer, folder: Path) -> dict[str, Path]:
     """The tokenized texts by split; those already in `folder` are kept."""
     corpora = {}
     for split in SPLITS:
         if patterns := getattr(args, split):
-            alterations = (args.noise, args.repeat) if split == "train" else (0.0, 0.0)
-            corpora[split] = write_once(folder / f"{split}.bin", patterns, tokenizer, *alterations)
+            shares = {name: getattr(args, name) for name in ALTERATIONS} if split == "train" else {}
+            corpora[split] = write_once(folder / f"{split}.bin", patterns, tokenizer, **shares)
     return corpora
 
 
-def write_once(path: Path, patterns: list[str], tokenizer, noise: float = 0.0, repeat: float = 0.0) -> Path:
-    """The tokenized texts of a split, which the file is named after; a file that was made of the same is kept."""
-    made_from, sources = list(patterns), path.with_suffix(".json")
-    if alterations := {name: value for name, value in (("noise", noise), ("repeat", repeat)) if value}:
-        made_from.append(alterations)
+def write_once(path: Path, patterns: list[str], tokenizer, **shares: float) -> Path:
+    """The tokenized texts of a split, which the file is named after, with `shares` of the documents altered; a file that was
+    made of the same is kept."""
+    shares = {name: value for name, value in shares.items() if value}
+    made_from, sources = [*patterns, *([shares] if shares else [])], path.with_suffix(".json")
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
         sources.write_text(json.dumps(made_from))
         texts = documents(patterns)
         with naming(path.stem, patterns, "Take other texts"):
-            write_corpus(path, altered(texts, noise, repeat) if alterations else texts, tokenizer)
+            write_corpus(path, altered(texts, **shares) if shares else texts, tokenizer)
     elif json.loads(sources.read_text()) != made_from:
-        raise SystemExit(f"{path} was made from {sources.read_text()}, not {json.dumps(made_from)}: use another folder")
+        raise SystemExit(
+            f"{path} was made from {sources.read_text()}, not {json.dumps(made_from)}: use another folder"
+        )
     return path
 
 

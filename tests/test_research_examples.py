@@ -31,8 +31,8 @@ from .tiny import tiny_model
 
 RESEARCH = ROOT / "examples" / "research"
 sys.path[:0] = [str(RESEARCH), str(ROOT / "examples")]
-EXAMPLES = ("ablate", "controls", "costs", "noise", "pretrain", "report", "score")
-ablate, controls, costs, noise, pretrain_script, report, score = (importlib.import_module(name) for name in EXAMPLES)
+EXAMPLES = ("ablate", "alterations", "controls", "costs", "noise", "report", "score")
+ablate, alterations, controls, costs, noise, report, score = (importlib.import_module(name) for name in EXAMPLES)
 
 
 def train(small_text: Path, output: Path, *more) -> dict:
@@ -144,7 +144,7 @@ def test_both_sentences_of_a_pair_get_the_same_noise():
 def test_altered_documents_are_the_same_each_time_and_say_what_was_asked():
     texts = [f"Document {i}: " + "some words of a plain text. " * (12 + i % 7) for i in range(300)]
     plain, noised, repeated, both = (
-        [text.decode() if isinstance(text, bytes) else text for text in pretrain_script.altered(texts, *shares)]
+        [text.decode() if isinstance(text, bytes) else text for text in alterations.altered(texts, *shares)]
         for shares in ((0, 0), (0.2, 0), (0, 0.1), (0.2, 0.1))
     )
     assert plain == texts
@@ -154,25 +154,50 @@ def test_altered_documents_are_the_same_each_time_and_say_what_was_asked():
     passages = [text for text in repeated if text not in texts]
     assert 10 < len(passages) < 60 and len(repeated) == len(texts) + len(passages)
     assert all(text[: len(text) // 2] == text[len(text) // 2 :] for text in passages)
-    assert all(2 * pretrain_script.PASSAGE[0] <= len(text) for text in passages)
+    assert all(2 * alterations.PASSAGE[0] <= len(text) for text in passages)
     assert [text for text in both if text not in passages] == noised
-    assert both == [t.decode() if isinstance(t, bytes) else t for t in pretrain_script.altered(texts, 0.2, 0.1)]
+    assert both == [t.decode() if isinstance(t, bytes) else t for t in alterations.altered(texts, 0.2, 0.1)]
 
 
 @pytest.mark.parametrize("text", [b"caf\xe9 " * 99, "a lone \ud800 surrogate " * 20, "", b""])
 def test_documents_that_are_no_utf8_are_altered_too(text):
     data = text if isinstance(text, bytes) else text.encode("utf-8", errors="surrogatepass")
-    *passage, same = pretrain_script.altered([text], 0, 1)
+    *passage, same = alterations.altered([text], 0, 1)
     assert same == data and len(passage) == (len(data) > 0)
-    (noised,) = pretrain_script.altered([text], 1, 0)
+    (noised,) = alterations.altered([text], 1, 0)
     assert (noised != data) == (len(data) > 0)
+    assert list(alterations.altered([text], sentences=1)) == [data]  # without sentences it stays
+
+
+def test_sentences_stand_alone_in_random_order():
+    lines = [
+        "Title",
+        "A first one here. Is this a second? no capital letter.",
+        "- A list item",
+        "“Quoted text stays out.”",
+    ]
+    lines += [f"Sentence number {i} of a long text." for i in range(40)] + [
+        "Too short.",
+        "Too long, " + "so " * 99 + "long.",
+    ]
+    document, other = "\n".join(lines), "Another one without any end"
+    *alone, kept = (data.decode() for data in alterations.altered([document, other], sentences=1))
+    assert kept == other
+    wanted = ["A first one here.", "Is this a second?", *(f"Sentence number {i} of a long text." for i in range(40))]
+    assert sorted(alone) == sorted(wanted) and alone != wanted
+    assert alone == [data.decode() for data in alterations.altered([document], sentences=1)]
+    texts = [f"{document} {i}" for i in range(200)]
+    whole = [data for data in alterations.altered(texts, sentences=0.2) if b"Title" in data]
+    assert 130 < len(whole) < 190
+    noised = list(alterations.altered([document], noise=1, sentences=1))
+    assert len(noised) == len(alone) and sum(a.encode() != b for a, b in zip(alone, noised)) > 10
 
 
 def test_corpora_say_how_they_were_altered(small_text, tmp_path):
-    options = ["--noise", "0.5", "--repeat", "0.5", "--max_steps", "1"]
+    options = ["--noise", "0.5", "--repeat", "0.5", "--sentences", "0.2", "--max_steps", "1"]
     train(small_text, tmp_path / "run", *options)
     made_from = json.loads((tmp_path / "run" / "data" / "bytes" / "train.json").read_text())
-    assert made_from[-1] == {"noise": 0.5, "repeat": 0.5}
+    assert made_from[-1] == {"noise": 0.5, "repeat": 0.5, "sentences": 0.2}
     assert json.loads((tmp_path / "run" / "data" / "bytes" / "validation.json").read_text()) == made_from[:-1]
     with pytest.raises(AssertionError, match="use another folder"):
         train(small_text, tmp_path / "run", "--max_steps", "1")

@@ -27,6 +27,7 @@ import matplotlib
 
 sys.path.append(str(Path(__file__).parents[1]))  # the examples
 
+from alterations import ALTERATIONS
 from inputs import at_least_one
 
 
@@ -75,7 +76,7 @@ def expand(path: Path, only: list[str] | None = None) -> dict[str, dict]:
 
 def data_folder(arguments: dict, args: argparse.Namespace) -> Path:
     """Of the corpora of a run, which all runs share that read the same texts altered in the same way."""
-    alterations = [f"{name}-{arguments[name]}" for name in ("noise", "repeat") if arguments.get(name)]
+    alterations = [f"{name}-{arguments[name]}" for name in ALTERATIONS if arguments.get(name)]
     return args.output / "-".join(["data", *alterations])
 
 

@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What `pretrain.py` does to a share of the documents that it trains on. What a text holds decides, so that every tokenizer
+gets the same."""
+
+import random
+import re
+from collections.abc import Iterable, Iterator
+
+from noise import KINDS, add_noise
+
+
+ALTERATIONS = ("noise", "repeat", "sentences")  # the keywords of `altered`
+PASSAGE = 300, 3000  # characters that are repeated
+SENTENCE = 15, 200  # characters of a sentence that may stand alone
+
+
+def sentences_of(text: str) -> list[str]:
+    """The sentences of each line that begin with a capital letter, end with a full stop, question or exclamation mark and are
+    15 to 200 characters long."""
+    found = (sentence for line in text.splitlines() for sentence in re.split(r"(?<=[.!?])\s+", line.strip()))
+    shortest, longest = SENTENCE
+    return [s for s in found if shortest <= len(s) <= longest and s[0].isupper() and s[-1] in ".!?"]
+
+
+def altered(
+    texts: Iterable[str | bytes], noise: float = 0.0, repeat: float = 0.0, sentences: float = 0.0
+) -> Iterator[str | bytes]:
+    """The documents, shares of which are altered.
+
+    Args:
+        noise: of the documents that get errors in 1 to 10% of their letters.
+        repeat: of those before which a document stands that is a passage of them, twice.
+        sentences: of those that are replaced by their sentences, each a document of its own, in random order. A model that
+            has read nothing but windows of long texts does not know what a text of one sentence is.
+    """
+    for text in texts:
+        data = text.encode("utf-8", errors="surrogatepass") if isinstance(text, str) else bytes(text)
+        text = data.decode("utf-8", errors="surrogateescape")
+        choose = random.Random(b"repeat " + data)
+        if len(text) >= PASSAGE[0] and choose.random() < repeat:
+            start, length = choose.randint(0, len(text) - PASSAGE[0]), choose.randint(*PASSAGE)
+            yield (2 * text[start : start + length]).encode("utf-8", errors="surrogateescape")
+        choose, pieces = random.Random(b"sentences " + data), [text]
+        if choose.random() < sentences and (alone := sentences_of(text)):
+            pieces = choose.sample(alone, len(alone))
+        for piece in pieces:
+            data = piece.encode("utf-8", errors="surrogateescape")
+            choose = random.Random(b"noise " + data)
+            if choose.random() < noise:
+                kind, rate = choose.choice(sorted(KINDS)), choose.uniform(0.01, 0.1)
+                data = add_noise(piece, kind, rate, seed=choose.random()).encode("utf-8", errors="surrogateescape")
+            yield data
