@@ -121,14 +121,19 @@ def test_the_card_tells_what_was_trained_afterwards(checkpoint):
     }
     after = {"steps": 122, "bytes_seen": 1_998_848, "arguments": arguments | {"decay": "0.9", "repeat": "0.03"}}
     after |= {"commit": "def5678", "device": "another", "torch": "2.13.0", "transformers": "5.24.0"}
-    (checkpoint / "results.json").write_text(json.dumps(RESULTS | {"afterwards": after}))
+    (checkpoint / "results.json").write_text(json.dumps(RESULTS | {"afterwards": [after]}))
     card = str(build_model_card(checkpoint, **OPTIONS))
     assert "9,830,400 bytes seen in 1,200 steps" in card and "abc1234" in card
     assert "- then 1,998,848 bytes in 122 steps of 4 windows of 4096 bytes; texts: some.txt\n" in card
     assert "- only match_embedding was trained\n- a passage repeated in 3% of the documents\n- another; torch" in card
+    second = {**after, "bytes_seen": 3_000_000, "arguments": arguments | {"decay": "0.9", "sentences": "0.3"}}
+    (checkpoint / "results.json").write_text(json.dumps(RESULTS | {"afterwards": [after, second]}))
+    card = str(build_model_card(checkpoint, **OPTIONS))
+    assert card.index("- then 1,998,848 bytes") < card.index("- then 3,000,000 bytes")
+    assert "- the sentences of 30% of the documents stand alone\n- another; torch" in card
     for name in ("only", "repeat"):
         del after["arguments"][name]
-    (checkpoint / "results.json").write_text(json.dumps(RESULTS | {"afterwards": after}))
+    (checkpoint / "results.json").write_text(json.dumps(RESULTS | {"afterwards": [after]}))
     assert "linear decay over the last 90%\n- another; torch" in str(build_model_card(checkpoint, **OPTIONS))
 
 

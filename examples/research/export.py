@@ -33,7 +33,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, required=True, help="output folder of train.py")
     parser.add_argument(
-        "--after", type=Path, help="output folder of a run that went on from --run: its weights are taken"
+        "--after", type=Path, help="output folder of a run that went on from the weights of --run: its own are taken"
     )
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--data", type=Path, required=True, help="Markdown about the training texts")
@@ -51,7 +51,7 @@ def main():
     if args.after is not None:
         after = json.loads((args.after / "results.json").read_text())
         kept = ("steps", "bytes_seen", "arguments", "commit", "device", "torch", "transformers")
-        results |= {"afterwards": {name: after[name] for name in kept}}
+        results["afterwards"] = [*results.get("afterwards", []), {name: after[name] for name in kept}]
         results |= {name: after[name] for name in ("bits_per_byte", "config", "stored_parameters")}
     tokenizer = STLMTokenizer()
     model = AutoModelForCausalLM.from_pretrained(args.after or args.run, dtype=torch.bfloat16)

@@ -405,28 +405,34 @@ def _made_with(results: dict) -> str:
 
 
 def _afterwards(results: dict) -> list[str]:
-    """Of a run that went on from these weights (`research/export.py --after`)."""
-    if "afterwards" not in results:
-        return []
-    after = results["afterwards"]
-    arguments = after["arguments"]
-    lines = [
-        f"- then {after['bytes_seen']:,} bytes in {after['steps']:,} steps of {arguments['batch_size']} windows of "
-        f"{arguments['block_bytes']} bytes; texts: {arguments['train']}",
-        f"- their rates: Muon {arguments['muon_lr']}, AdamW {arguments['adamw_lr']}, linear decay over the last "
-        f"{float(arguments['decay']):.0%}",
-    ]
-    return [*lines, *_special(arguments), _made_with(after)]
+    """Of the runs that went on from these weights, one after the other (`research/export.py --after`)."""
+    lines = []
+    for after in results.get("afterwards", []):
+        arguments = after["arguments"]
+        lines += [
+            f"- then {after['bytes_seen']:,} bytes in {after['steps']:,} steps of {arguments['batch_size']} windows of "
+            f"{arguments['block_bytes']} bytes; texts: {arguments['train']}",
+            f"- their rates: Muon {arguments['muon_lr']}, AdamW {arguments['adamw_lr']}, linear decay over the last "
+            f"{float(arguments['decay']):.0%}",
+            *_special(arguments),
+            _made_with(after),
+        ]
+    return lines
 
 
 def _special(arguments: dict[str, str]) -> list[str]:
-    """What `--only`, `--repeat` and `--noise` of `examples/pretrain.py` changed, where they were given."""
+    """What `--only` and the alterations of `examples/pretrain.py` changed, where they were given."""
     lines = []
     if (only := arguments.get("only", "None")) != "None":
         lines.append(f"- only {only} was trained")
-    for name, what in (("repeat", "a passage repeated"), ("noise", "errors of letters")):
+    alterations = {
+        "repeat": "a passage repeated in {} of the documents",
+        "noise": "errors of letters in {} of the documents",
+        "sentences": "the sentences of {} of the documents stand alone",
+    }
+    for name, what in alterations.items():
         if share := float(arguments.get(name, 0)):
-            lines.append(f"- {what} in {share:.0%} of the documents")
+            lines.append(f"- {what.format(f'{share:.0%}')}")
     return lines
 
 
