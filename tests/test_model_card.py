@@ -127,10 +127,14 @@ def test_the_card_tells_what_was_trained_afterwards(checkpoint):
     assert "- then 1,998,848 bytes in 122 steps of 4 windows of 4096 bytes; texts: some.txt\n" in card
     assert "- only match_embedding was trained\n- a passage repeated in 3% of the documents\n- another; torch" in card
     second = {**after, "bytes_seen": 3_000_000, "arguments": arguments | {"decay": "0.9", "sentences": "0.3"}}
+    second["share_of_weights"] = 0.4
     (checkpoint / "results.json").write_text(json.dumps(RESULTS | {"afterwards": [after, second]}))
     card = str(build_model_card(checkpoint, **OPTIONS))
     assert card.index("- then 1,998,848 bytes") < card.index("- then 3,000,000 bytes")
-    assert "- the sentences of 30% of the documents stand alone\n- another; torch" in card
+    assert (
+        "- the sentences of 30% of the documents stand alone\n- the weights are 40% those after it and 60% those before it\n"
+        in card
+    )
     for name in ("only", "repeat"):
         del after["arguments"][name]
     (checkpoint / "results.json").write_text(json.dumps(RESULTS | {"afterwards": [after]}))

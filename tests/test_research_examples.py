@@ -522,3 +522,28 @@ def test_export_publishes_what_the_rounded_weights_score(small_text, tmp_path):
     assert "kept" in run("research/export.py", *arguments, cwd=tmp_path)
     assert (tmp_path / "out" / "README.md").read_text() == "# Mine\n"
     assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+def test_export_takes_the_mean_of_weights_before_and_after(small_text, tmp_path):
+    train(small_text, tmp_path / "before", "--max_steps", 2)
+    options = ["--checkpoint", tmp_path / "before", "--max_steps", 3, "--sentences", 0.5]
+    train(small_text, tmp_path / "after", *options)
+    (tmp_path / "data.md").write_text("A play.\n")
+    arguments = ["--run", tmp_path / "before", "--after", tmp_path / "after", "--share", 0.25]
+    arguments += ["--data", tmp_path / "data.md", "--validation", small_text, "--test", small_text]
+    run("research/export.py", *arguments, "--output", tmp_path / "out", cwd=tmp_path)
+    before, after, out = (
+        AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("before", "after", "out")
+    )
+    for name, value in out.items():
+        torch.testing.assert_close(value, 0.75 * before[name] + 0.25 * after[name], atol=2e-3, rtol=2**-8)
+    assert any((before[name] - after[name]).abs().max() > 0.01 for name in out)
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    (entry,) = results["afterwards"]
+    assert entry["share_of_weights"] == 0.25 and entry["steps"] == 3 and results["steps"] == 2
+    scores = {split: score["bits_per_byte"] for split, score in results["exported"]["scores"].items()}
+    assert results["bits_per_byte"] == scores
+    # Once more, over the weights it began with, would be another mean.
+    command = [sys.executable, RESEARCH / "export.py", *arguments, "--output", tmp_path / "before"]
+    refused = subprocess.run([str(word) for word in command], capture_output=True, text=True)
+    assert refused.returncode == 2 and "give another folder" in refused.stderr

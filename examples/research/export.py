@@ -7,7 +7,8 @@
 `--data` is a Markdown file that names the training texts and their licences; it is copied into the card. The
 rounded weights are evaluated again, so the card has the scores of the files, not of the run. The folder gets no code
 (`push_to_hub.py` adds it), and a `config.json` with dtype float32, in which the weights are loaded. With `--after`,
-the weights are those of a run that started from `--run`, and `results.json` keeps what is known of both.
+the weights are those of a run that started from `--run`, and `results.json` keeps what is known of both. `--share 0.5` takes
+the mean of both weights: what a short training on other text taught for half of what it cost (WiSE-FT, arXiv:2109.01903).
 """
 
 import argparse
@@ -18,11 +19,12 @@ from pathlib import Path
 
 import torch
 from provenance import run_info
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 
 sys.path.append(str(Path(__file__).parents[1]))  # the examples
 
+from inputs import share
 from score import bits_of_documents, documents
 
 from modeling_stlm import STLMTokenizer
@@ -35,13 +37,30 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--after", type=Path, help="output folder of a run that went on from the weights of --run: its own are taken"
     )
+    parser.add_argument("--share", type=share, default=1.0, help="of the weights of --after; the rest are of --run")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--data", type=Path, required=True, help="Markdown about the training texts")
     parser.add_argument("--licence", default="cc-by-sa-4.0", help="licence of the weights, as the Hub spells it")
     parser.add_argument("--language", default="en", help="of the texts, as the Hub spells it")
     parser.add_argument("--validation", nargs="+", required=True, help="files or patterns")
     parser.add_argument("--test", nargs="+", required=True, help="files or patterns")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.after is None and args.share != 1:
+        parser.error("--share is that of --after: give both")
+    if args.after is not None and args.output.resolve() == args.run.resolve():
+        parser.error("--output is --run, which --after started from: give another folder")
+    return args
+
+
+def weights(args: argparse.Namespace) -> PreTrainedModel:
+    """The model to publish, in bfloat16."""
+    model = AutoModelForCausalLM.from_pretrained(args.after or args.run, dtype=torch.float32)
+    if args.share < 1:
+        before = AutoModelForCausalLM.from_pretrained(args.run, dtype=torch.float32).state_dict()
+        model.load_state_dict(
+            {name: before[name].lerp(value, args.share) for name, value in model.state_dict().items()}
+        )
+    return model.to(torch.bfloat16)
 
 
 def main():
@@ -51,10 +70,11 @@ def main():
     if args.after is not None:
         after = json.loads((args.after / "results.json").read_text())
         kept = ("steps", "bytes_seen", "arguments", "commit", "device", "torch", "transformers")
-        results["afterwards"] = [*results.get("afterwards", []), {name: after[name] for name in kept}]
-        results |= {name: after[name] for name in ("bits_per_byte", "config", "stored_parameters")}
+        entry = {name: after[name] for name in kept} | {"share_of_weights": args.share}
+        results["afterwards"] = [*results.get("afterwards", []), entry]
+        results |= {name: after[name] for name in ("config", "stored_parameters")}
     tokenizer = STLMTokenizer()
-    model = AutoModelForCausalLM.from_pretrained(args.after or args.run, dtype=torch.bfloat16)
+    model = weights(args)
     model.config.use_cache = True
     args.output.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(args.output)
@@ -73,6 +93,7 @@ def main():
         split: bits_of_documents(model, tokenizer, documents(getattr(args, split)), block_bytes)
         for split in ("validation", "test")
     }
+    results["bits_per_byte"] = {split: score["bits_per_byte"] for split, score in scores.items()}
     if args.run.resolve() != args.output.resolve():
         shutil.copy(args.run / "loss.png", args.output / "loss.png")
     exported = {"dtype": "bfloat16", "scores": scores} | run_info()

@@ -415,8 +415,10 @@ def _afterwards(results: dict) -> list[str]:
             f"- their rates: Muon {arguments['muon_lr']}, AdamW {arguments['adamw_lr']}, linear decay over the last "
             f"{float(arguments['decay']):.0%}",
             *_special(arguments),
-            _made_with(after),
         ]
+        if (share := after.get("share_of_weights", 1)) != 1:
+            lines.append(f"- the weights are {share:.0%} those after it and {1 - share:.0%} those before it")
+        lines.append(_made_with(after))
     return lines
 
 
