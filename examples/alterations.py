@@ -12,12 +12,14 @@ from noise import KINDS, add_noise
 ALTERATIONS = ("noise", "repeat", "sentences")  # the keywords of `altered`
 PASSAGE = 300, 3000  # characters that are repeated
 SENTENCE = 15, 200  # characters of a sentence that may stand alone
+# Not after a number, a letter, or a capitalised word of two or three letters, which may be a title: Mr., St., Oct.
+BOUNDARY = re.compile(r"(?<=[.!?])(?<!\d\.)(?<!\b\w\.)(?<!\b[A-Z][a-z]\.)(?<!\b[A-Z][a-z]{2}\.)\s+")
 
 
 def sentences_of(text: str) -> list[str]:
     """The sentences of each line that begin with a capital letter, end with a full stop, question or exclamation mark and are
-    15 to 200 characters long."""
-    found = (sentence for line in text.splitlines() for sentence in re.split(r"(?<=[.!?])\s+", line.strip()))
+    15 to 200 characters long. For texts whose lines are paragraphs: a line of verse or of wrapped text may be a fragment."""
+    found = (sentence for line in text.splitlines() for sentence in BOUNDARY.split(line.strip()))
     shortest, longest = SENTENCE
     return [s for s in found if shortest <= len(s) <= longest and s[0].isupper() and s[-1] in ".!?"]
 
@@ -28,10 +30,10 @@ def altered(
     """The documents, shares of which are altered.
 
     Args:
-        noise: of the documents that get errors in 1 to 10% of their letters.
-        repeat: of those before which a document stands that is a passage of them, twice.
-        sentences: of those that are replaced by their sentences, each a document of its own, in random order. A model that
-            has read nothing but windows of long texts does not know what a text of one sentence is.
+        noise: share of the documents with errors in 1 to 10% of their letters; drawn after the cut into sentences.
+        repeat: share of the documents that a document with one of their passages, written twice, precedes.
+        sentences: share of the documents that are replaced by their sentences (`sentences_of`), each a document of its own,
+            in random order; the rest of their text is left out. A document without such a sentence stays.
     """
     for text in texts:
         data = text.encode("utf-8", errors="surrogatepass") if isinstance(text, str) else bytes(text)

@@ -48,7 +48,10 @@ def argument_parser():
         "--repeat", type=share, default=0.0, help="share of the training documents of which a passage is repeated"
     )
     parser.add_argument(
-        "--sentences", type=share, default=0.0, help="share of the training documents whose sentences stand alone"
+        "--sentences",
+        type=share,
+        default=0.0,
+        help="share of the training documents that are replaced by documents of one of their sentences",
     )
     start = parser.add_mutually_exclusive_group()
     start.add_argument("--model", default="stlm-3m", help="a preset or a folder with a config.json: random weights")
@@ -105,8 +108,8 @@ def write_corpora(args: argparse.Namespace, tokenizer, folder: Path) -> dict[str
 
 
 def write_once(path: Path, patterns: list[str], tokenizer, **shares: float) -> Path:
-    """The tokenized texts of a split, which the file is named after, with `shares` of the documents altered; a file that was
-    made of the same is kept."""
+    """The tokenized texts of a split, which the file is named after, with `shares` of the documents altered; kept if made from
+    the same files and shares."""
     shares = {name: value for name, value in shares.items() if value}
     made_from, sources = [*patterns, *([shares] if shares else [])], path.with_suffix(".json")
     if not path.is_file():
@@ -115,6 +118,8 @@ def write_once(path: Path, patterns: list[str], tokenizer, **shares: float) -> P
         texts = documents(patterns)
         with naming(path.stem, patterns, "Take other texts"):
             write_corpus(path, altered(texts, **shares) if shares else texts, tokenizer)
+    elif not sources.is_file():
+        raise SystemExit(f"nothing says what {path} was made from: use another folder")
     elif json.loads(sources.read_text()) != made_from:
         raise SystemExit(
             f"{path} was made from {sources.read_text()}, not {json.dumps(made_from)}: use another folder"

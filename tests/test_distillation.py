@@ -638,10 +638,22 @@ def test_the_question_of_distillation_is_asked_at_equal_time(tmp_path):
     again = run_example("research/distillation.py", *options, cwd=tmp_path)
     assert again.splitlines()[-6:] == printed.splitlines()[-6:] and '"seed"' not in again
     assert len(StoredTeacher(tmp_path / "out" / "teacher.bin").index) == 3 and str(tmp_path) not in json.dumps(results)
-    # Nothing that was made of other texts or other windows is taken for these.
+    # Nothing that other texts, windows, teachers or settings made is taken for these.
     (tmp_path / "other.txt").write_text(TEXT * 12)
-    for option, value, problem in (("--train", "other.txt", "train.bin was made from"), ("--windows", 4, "made with")):
-        changed = [value if options[i - 1] == option else word for i, word in enumerate(options)]
-        command = [sys.executable, str(ROOT / "examples" / "research" / "distillation.py"), *map(str, changed)]
-        result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-        assert result.returncode == 1 and problem in result.stderr and "use another folder" in result.stderr
+    command = [sys.executable, str(ROOT / "examples" / "research" / "distillation.py"), *map(str, options)]
+
+    def refused(*words) -> str:
+        result = subprocess.run([*command, *words], capture_output=True, text=True, cwd=tmp_path)
+        assert result.returncode == 1 and "Traceback" not in result.stderr
+        return result.stderr
+
+    assert "train.bin was made from" in refused("--train", "other.txt")
+    for words in (
+        ["--windows", "4"],
+        ["--teacher", "elsewhere", "--name", "teacher"],
+        ["--block_bytes", "32"],
+        ["--no-bf16" if results["arguments"]["bf16"] == "True" else "--bf16"],
+    ):
+        assert "begun.json was made with" in refused(*words)
+    (tmp_path / "out" / "begun.json").unlink()
+    assert "does not say what it was made with" in refused()

@@ -105,14 +105,26 @@ def prepare(args: argparse.Namespace) -> dict[str, Subset]:
     }
 
 
+def settings(args: argparse.Namespace, *names: str) -> dict:
+    return {name: getattr(args, name) for name in names}
+
+
+def same_as_before(record: Path, found: dict, kept: Path) -> None:
+    """Ends the program if `kept` is there and `record` does not say that these settings made it."""
+    if record.is_file() or kept.exists():
+        check_same(record, found)
+    record.parent.mkdir(parents=True, exist_ok=True)
+    record.write_text(json.dumps(found) + "\n")
+
+
 def store(args: argparse.Namespace, windows: Subset) -> tuple[StoredTeacher, float]:
     """The outputs of the teacher, and the CPU time in seconds that they took, without loading it."""
     path = args.output / f"{args.name}.bin"
-    clock, begun = path.with_suffix(".seconds.json"), path.with_suffix(".begun.json")
-    settings = {name: getattr(args, name) for name in ("teacher", "gguf_file", "windows", "block_bytes")}
-    if path.is_file() or begun.is_file():
-        check_same(begun, settings)
-    begun.write_text(json.dumps(settings) + "\n")
+    clock = path.with_suffix(".seconds.json")
+    teachers = [str(Path(name)) for name in args.teacher]
+    same_as_before(
+        path.with_suffix(".begun.json"), {"teacher": teachers, **settings(args, "gguf_file", "windows")}, path
+    )
     if not path.is_file():
         teacher = distill.load_teacher(args.teacher, args.gguf_file, args.bf16)
         spent = json.loads(clock.read_text()) if clock.is_file() else 0.0
@@ -213,6 +225,8 @@ def spread(values: list[float], sign: str = "") -> str:
 def main(args: argparse.Namespace):
     logging.disable_progress_bar()
     choose_precision(args)
+    shared = settings(args, "student", "block_bytes", "batch_size", "validation_windows", "bf16")
+    same_as_before(args.output / "begun.json", shared, args.output / "students")
     sets = prepare(args)
     teacher, seconds = store(args, sets["same"])
     kinds = [("distilled", 1.0), ("same", 1.0), ("fresh", 1.0), *(("fresh", longer) for longer in args.longer)]

@@ -8,7 +8,7 @@
 rounded weights are evaluated again, so the card has the scores of the files, not of the run. The folder gets no code
 (`push_to_hub.py` adds it), and a `config.json` with dtype float32, in which the weights are loaded. With `--after`,
 the weights are those of a run that started from `--run`, and `results.json` keeps what is known of both. `--share 0.5` takes
-the mean of both weights: what a short training on other text taught for half of what it cost (WiSE-FT, arXiv:2109.01903).
+the mean of the weights before and after it (WiSE-FT, arXiv:2109.01903).
 """
 
 import argparse
@@ -34,10 +34,8 @@ from modeling_stlm.training.model_card import build_model_card, write_model_card
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, required=True, help="output folder of train.py")
-    parser.add_argument(
-        "--after", type=Path, help="output folder of a run that went on from the weights of --run: its own are taken"
-    )
-    parser.add_argument("--share", type=share, default=1.0, help="of the weights of --after; the rest are of --run")
+    parser.add_argument("--after", type=Path, help="output folder of a run that went on from the weights of --run")
+    parser.add_argument("--share", type=share, default=1.0, help="of the weights after, in a mean with those before")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--data", type=Path, required=True, help="Markdown about the training texts")
     parser.add_argument("--licence", default="cc-by-sa-4.0", help="licence of the weights, as the Hub spells it")
@@ -46,13 +44,13 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--test", nargs="+", required=True, help="files or patterns")
     args = parser.parse_args()
     if args.after is None and args.share != 1:
-        parser.error("--share is that of --after: give both")
-    if args.after is not None and args.output.resolve() == args.run.resolve():
-        parser.error("--output is --run, which --after started from: give another folder")
+        parser.error("--share needs --after")
+    if args.after is not None and args.output.resolve() in (args.run.resolve(), args.after.resolve()):
+        parser.error("--output must be neither --run nor --after: a second call would average twice")
     return args
 
 
-def weights(args: argparse.Namespace) -> PreTrainedModel:
+def interpolated(args: argparse.Namespace) -> PreTrainedModel:
     """The model to publish, in bfloat16."""
     model = AutoModelForCausalLM.from_pretrained(args.after or args.run, dtype=torch.float32)
     if args.share < 1:
@@ -70,11 +68,15 @@ def main():
     if args.after is not None:
         after = json.loads((args.after / "results.json").read_text())
         kept = ("steps", "bytes_seen", "arguments", "commit", "device", "torch", "transformers")
+        if "base_model" not in after:
+            raise SystemExit(f"{args.after} started from random weights, not from those of {args.run}")
         entry = {name: after[name] for name in kept} | {"share_of_weights": args.share}
         results["afterwards"] = [*results.get("afterwards", []), entry]
-        results |= {name: after[name] for name in ("config", "stored_parameters")}
+        results["bits_per_byte"] = after["bits_per_byte"]
+    if args.share < 1:  # nothing but the scores of the exported weights
+        del results["bits_per_byte"]
     tokenizer = STLMTokenizer()
-    model = weights(args)
+    model = interpolated(args)
     model.config.use_cache = True
     args.output.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(args.output)
@@ -83,7 +85,6 @@ def main():
         code.unlink()
     path = args.output / "config.json"
     config = json.loads(path.read_text()) | {"dtype": "float32"}
-    results["config"].pop("use_cache", None)  # off while training
     config.pop("auto_map", None)
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
@@ -93,7 +94,8 @@ def main():
         split: bits_of_documents(model, tokenizer, documents(getattr(args, split)), block_bytes)
         for split in ("validation", "test")
     }
-    results["bits_per_byte"] = {split: score["bits_per_byte"] for split, score in scores.items()}
+    results["stored_parameters"] = model.num_parameters()
+    results["config"] = {name: value for name, value in model.config.to_diff_dict().items() if name != "auto_map"}
     if args.run.resolve() != args.output.resolve():
         shutil.copy(args.run / "loss.png", args.output / "loss.png")
     exported = {"dtype": "bfloat16", "scores": scores} | run_info()

@@ -417,7 +417,7 @@ def _afterwards(results: dict) -> list[str]:
             *_special(arguments),
         ]
         if (share := after.get("share_of_weights", 1)) != 1:
-            lines.append(f"- the weights are {share:.0%} those after it and {1 - share:.0%} those before it")
+            lines.append(f"- weights: {100 * share:g}% of those after this run, {100 * (1 - share):g}% of those before")
         lines.append(_made_with(after))
     return lines
 
@@ -430,11 +430,11 @@ def _special(arguments: dict[str, str]) -> list[str]:
     alterations = {
         "repeat": "a passage repeated in {} of the documents",
         "noise": "errors of letters in {} of the documents",
-        "sentences": "the sentences of {} of the documents stand alone",
+        "sentences": "{} of the documents replaced by documents of one of their sentences",
     }
     for name, what in alterations.items():
         if share := float(arguments.get(name, 0)):
-            lines.append(f"- {what.format(f'{share:.0%}')}")
+            lines.append(f"- {what.format(f'{100 * share:g}%')}")
     return lines
 
 
