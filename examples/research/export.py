@@ -7,8 +7,8 @@
 `--data` is a Markdown file that names the training texts and their licences; it is copied into the card. The
 rounded weights are evaluated again, so the card has the scores of the files, not of the run. The folder gets no code
 (`push_to_hub.py` adds it), and a `config.json` with dtype float32, in which the weights are loaded. With `--after`,
-the weights are those of a run that started from `--run`, and `results.json` keeps what is known of both. `--share 0.5` takes
-the mean of the weights before and after it (WiSE-FT, arXiv:2109.01903).
+the weights are those of a run that started from `--run`, or the mean of several (arXiv:2203.05482), and `results.json` keeps what
+is known of all. `--share 0.5` takes the mean of the weights before and after (WiSE-FT, arXiv:2109.01903).
 """
 
 import argparse
@@ -34,7 +34,13 @@ from modeling_stlm.training.model_card import build_model_card, write_model_card
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, required=True, help="output folder of train.py")
-    parser.add_argument("--after", type=Path, help="output folder of a run that went on from the weights of --run")
+    parser.add_argument(
+        "--after",
+        type=Path,
+        nargs="+",
+        default=[],
+        help="output folders of runs that went on from the weights of --run",
+    )
     parser.add_argument("--share", type=share, default=1.0, help="of the weights after, in a mean with those before")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--data", type=Path, required=True, help="Markdown about the training texts")
@@ -43,37 +49,37 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--validation", nargs="+", required=True, help="files or patterns")
     parser.add_argument("--test", nargs="+", required=True, help="files or patterns")
     args = parser.parse_args()
-    if args.after is None and args.share != 1:
+    if not args.after and args.share != 1:
         parser.error("--share needs --after")
-    if args.after is not None and args.output.resolve() in (args.run.resolve(), args.after.resolve()):
+    if args.after and args.output.resolve() in (folder.resolve() for folder in (args.run, *args.after)):
         parser.error("--output must be neither --run nor --after: a second call would average twice")
     return args
 
 
 def interpolated(args: argparse.Namespace) -> PreTrainedModel:
     """The model to publish, in bfloat16."""
-    model = AutoModelForCausalLM.from_pretrained(args.after or args.run, dtype=torch.float32)
-    if args.share < 1:
-        before = AutoModelForCausalLM.from_pretrained(args.run, dtype=torch.float32).state_dict()
-        model.load_state_dict(
-            {name: before[name].lerp(value, args.share) for name, value in model.state_dict().items()}
-        )
-    return model.to(torch.bfloat16)
+    shares = dict.fromkeys(args.after, args.share / max(1, len(args.after))) | {args.run: 1 - args.share}
+    shares = {folder: share for folder, share in shares.items() if share} if args.after else {args.run: 1.0}
+    models = [AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32) for folder in shares]
+    weights = [model.state_dict() for model in models]
+    mean = {name: sum(s * w[name] for s, w in zip(shares.values(), weights)) for name in weights[0]}
+    models[0].load_state_dict(mean)
+    return models[0].to(torch.bfloat16)
 
 
 def main():
     args = parse_arguments()
     results = json.loads((args.run / "results.json").read_text())
     block_bytes = int(results["arguments"]["block_bytes"])
-    if args.after is not None:
-        after = json.loads((args.after / "results.json").read_text())
-        kept = ("steps", "bytes_seen", "arguments", "commit", "device", "torch", "transformers")
+    for folder in args.after:
+        after = json.loads((folder / "results.json").read_text())
         if "base_model" not in after:
-            raise SystemExit(f"{args.after} started from random weights, not from those of {args.run}")
-        entry = {name: after[name] for name in kept} | {"share_of_weights": args.share}
+            raise SystemExit(f"{folder} started from random weights, not from those of {args.run}")
+        kept = ("steps", "bytes_seen", "arguments", "commit", "device", "torch", "transformers")
+        entry = {name: after[name] for name in kept} | {"share_of_weights": args.share / len(args.after)}
         results["afterwards"] = [*results.get("afterwards", []), entry]
         results["bits_per_byte"] = after["bits_per_byte"]
-    if args.share < 1:  # nothing but the scores of the exported weights
+    if args.share < 1 or len(args.after) > 1:  # nothing but the scores of the exported weights
         del results["bits_per_byte"]
     tokenizer = STLMTokenizer()
     model = interpolated(args)

@@ -417,7 +417,7 @@ def _afterwards(results: dict) -> list[str]:
             *_special(arguments),
         ]
         if (share := after.get("share_of_weights", 1)) != 1:
-            lines.append(f"- weights: {100 * share:g}% of those after this run, {100 * (1 - share):g}% of those before")
+            lines.append(f"- share of the weights after this run in the mean that is published: {100 * share:g}%")
         lines.append(_made_with(after))
     return lines
 
