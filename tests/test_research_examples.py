@@ -571,14 +571,7 @@ def test_export_takes_the_mean_of_weights_before_and_after(small_text, tmp_path)
 
     for name in ("before", "other"):
         assert "would average twice" in refused(*arguments, "--output", tmp_path / name)
-    assert "--share needs --after" in refused(*arguments[:2], *arguments[4:], "--output", tmp_path / "another")
-    swapped = [
-        "--run",
-        tmp_path / "after",
-        "--after",
-        tmp_path / "before",
-        *arguments[4:],
-        "--output",
-        tmp_path / "another",
-    ]
+    rest = [*arguments[5:], "--output", tmp_path / "another"]
+    assert "--share needs --after" in refused(*arguments[:2], *rest)
+    swapped = ["--run", tmp_path / "after", "--after", tmp_path / "before", *rest]
     assert "started from random weights" in refused(*swapped)
