@@ -131,10 +131,8 @@ def test_the_card_tells_what_was_trained_afterwards(checkpoint):
     (checkpoint / "results.json").write_text(json.dumps(RESULTS | {"afterwards": [after, second]}))
     card = str(build_model_card(checkpoint, **OPTIONS))
     assert card.index("- then 1,998,848 bytes") < card.index("- then 3,000,000 bytes")
-    assert (
-        "- the sentences of 30% of the documents stand alone\n- the weights are 40% those after it and 60% those before it\n"
-        in card
-    )
+    assert "- 30% of the documents replaced by documents of one of their sentences\n" in card
+    assert "- share of the weights after this run in the mean that is published: 40%\n- another; torch" in card
     for name in ("only", "repeat"):
         del after["arguments"][name]
     (checkpoint / "results.json").write_text(json.dumps(RESULTS | {"afterwards": [after]}))
