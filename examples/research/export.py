@@ -15,6 +15,7 @@ import argparse
 import json
 import shutil
 import sys
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -58,8 +59,10 @@ def parse_arguments() -> argparse.Namespace:
 
 def interpolated(args: argparse.Namespace) -> PreTrainedModel:
     """The model to publish, in bfloat16."""
-    shares = dict.fromkeys(args.after, args.share / max(1, len(args.after))) | {args.run: 1 - args.share}
-    shares = {folder: share for folder, share in shares.items() if share} if args.after else {args.run: 1.0}
+    shares = Counter({args.run: 1 - args.share if args.after else 1.0})
+    for folder in args.after:
+        shares[folder] += args.share / len(args.after)
+    shares = {folder: share for folder, share in shares.items() if share}
     models = [AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32) for folder in shares]
     weights = [model.state_dict() for model in models]
     mean = {name: sum(s * w[name] for s, w in zip(shares.values(), weights)) for name in weights[0]}

@@ -405,20 +405,19 @@ def _made_with(results: dict) -> str:
 
 
 def _afterwards(results: dict) -> list[str]:
-    """Of the runs that went on from these weights, one after the other (`research/export.py --after`)."""
+    """Of the runs that went on from these weights (`research/export.py --after`)."""
     lines = []
     for after in results.get("afterwards", []):
-        arguments = after["arguments"]
+        arguments, share = after["arguments"], after.get("share_of_weights", 1)
+        weights = "" if share == 1 else f", for {100 * share:g}% of the mean of weights that is published,"
         lines += [
-            f"- then {after['bytes_seen']:,} bytes in {after['steps']:,} steps of {arguments['batch_size']} windows of "
-            f"{arguments['block_bytes']} bytes; texts: {arguments['train']}",
+            f"- then{weights} {after['bytes_seen']:,} bytes in {after['steps']:,} steps of {arguments['batch_size']} windows "
+            f"of {arguments['block_bytes']} bytes; texts: {arguments['train']}",
             f"- their rates: Muon {arguments['muon_lr']}, AdamW {arguments['adamw_lr']}, linear decay over the last "
             f"{float(arguments['decay']):.0%}",
             *_special(arguments),
+            _made_with(after),
         ]
-        if (share := after.get("share_of_weights", 1)) != 1:
-            lines.append(f"- share of the weights after this run in the mean that is published: {100 * share:g}%")
-        lines.append(_made_with(after))
     return lines
 
 
