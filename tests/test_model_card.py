@@ -130,7 +130,7 @@ def test_the_card_tells_what_was_trained_afterwards(checkpoint):
     second["share_of_weights"] = 0.4
     (checkpoint / "results.json").write_text(json.dumps(RESULTS | {"afterwards": [after, second]}))
     card = str(build_model_card(checkpoint, **OPTIONS))
-    mean = "- then, for 40% of the mean of weights that is published, 3,000,000 bytes"
+    mean = "- from there, for 40% of the mean of weights that is published, 3,000,000 bytes"
     assert card.index("- then 1,998,848 bytes") < card.index(mean)
     assert "- 30% of the documents replaced by documents of one of their sentences\n- another; torch" in card
     for name in ("only", "repeat"):

@@ -575,3 +575,6 @@ def test_export_takes_the_mean_of_weights_before_and_after(small_text, tmp_path)
     assert "--share needs --after" in refused(*arguments[:2], *rest)
     swapped = ["--run", tmp_path / "after", "--after", tmp_path / "before", *rest]
     assert "started from random weights" in refused(*swapped)
+    config = tmp_path / "other" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"match_doublings": 0}))
+    assert "differ in ['match_doublings']" in refused(*arguments, "--output", tmp_path / "another")

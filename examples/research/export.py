@@ -64,6 +64,11 @@ def interpolated(args: argparse.Namespace) -> PreTrainedModel:
         shares[folder] += args.share / len(args.after)
     shares = {folder: share for folder, share in shares.items() if share}
     models = [AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32) for folder in shares]
+    first, *others = (model.config.to_diff_dict() for model in models)
+    for config in others:
+        names = (first.keys() | config.keys()) - {"auto_map", "use_cache"}
+        if other := sorted(name for name in names if first.get(name) != config.get(name)):
+            raise SystemExit(f"{args.after} and {args.run} differ in {other}: such weights have no mean")
     weights = [model.state_dict() for model in models]
     mean = {name: sum(s * w[name] for s, w in zip(shares.values(), weights)) for name in weights[0]}
     models[0].load_state_dict(mean)

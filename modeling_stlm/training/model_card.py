@@ -409,9 +409,9 @@ def _afterwards(results: dict) -> list[str]:
     lines = []
     for after in results.get("afterwards", []):
         arguments, share = after["arguments"], after.get("share_of_weights", 1)
-        weights = "" if share == 1 else f", for {100 * share:g}% of the mean of weights that is published,"
+        start = "then" if share == 1 else f"from there, for {100 * share:g}% of the mean of weights that is published,"
         lines += [
-            f"- then{weights} {after['bytes_seen']:,} bytes in {after['steps']:,} steps of {arguments['batch_size']} windows "
+            f"- {start} {after['bytes_seen']:,} bytes in {after['steps']:,} steps of {arguments['batch_size']} windows "
             f"of {arguments['block_bytes']} bytes; texts: {arguments['train']}",
             f"- their rates: Muon {arguments['muon_lr']}, AdamW {arguments['adamw_lr']}, linear decay over the last "
             f"{float(arguments['decay']):.0%}",
