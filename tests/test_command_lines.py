@@ -14,7 +14,7 @@ import pytest
 
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-MODULES = ("inputs", "noise", "rows", "run_folder")  # what the scripts share
+MODULES = ("alterations", "inputs", "noise", "rows", "run_folder")  # what the scripts share
 SCRIPTS = sorted(path.name for path in EXAMPLES.glob("*.py") if path.stem not in MODULES)
 assert len(SCRIPTS) >= 14
 SHIPPED = EXAMPLES / "checkpoints" / "stlm-3m"
