@@ -91,7 +91,8 @@ def trainer_of(train: tuple[list, list], args: argparse.Namespace) -> Trainer:
     set_seed(args.seed)
     names = sorted(set(train[1]))
     label2id = {name: i for i, name in enumerate(names)}
-    tokenizer = AutoTokenizer.from_pretrained(args.checkpoint)
+    # The library's pipelines cannot pad an empty text on the left.
+    tokenizer = AutoTokenizer.from_pretrained(args.checkpoint, padding_side="right")
     model = AutoModelForSequenceClassification.from_pretrained(
         args.checkpoint, dtype=torch.float32, id2label=dict(enumerate(names)), label2id=label2id
     )

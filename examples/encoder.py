@@ -115,7 +115,8 @@ def noisy(text: str, generator: random.Random) -> str:
 def main(args: argparse.Namespace):
     set_seed(args.seed)
     choose_precision(args)
-    tokenizer = AutoTokenizer.from_pretrained(args.checkpoint)
+    # The library's pipelines cannot pad an empty text on the left.
+    tokenizer = AutoTokenizer.from_pretrained(args.checkpoint, padding_side="right")
     # Eager attention: in bfloat16 on a CPU, a step with rows this short takes 0.84 of the time (research/LOG.md).
     options = {"is_causal": False, "dtype": torch.float32, "attn_implementation": "eager"}
     model = AutoModelForMaskedLM.from_pretrained(args.checkpoint, **options)

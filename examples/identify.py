@@ -289,7 +289,7 @@ def train(args: argparse.Namespace) -> None:
 
     set_seed(args.seed)
     choose_precision(args)
-    tokenizer = STLMTokenizer()
+    tokenizer = STLMTokenizer(padding_side="right")  # the library's pipelines cannot pad an empty text on the left
     model = STLMForTokenClassification(
         STLMConfig(**CONFIG, label2id=label2id, id2label={i: language for language, i in label2id.items()})
     )

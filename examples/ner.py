@@ -142,7 +142,8 @@ def main(args: argparse.Namespace, train: list[dict], test: list[dict]):
     kinds = sorted({label for row in train for _, _, label in row["spans"]})
     names = [OUTSIDE, *(f"{place}-{kind}" for kind in kinds for place in "BI")]
     label2id = {name: i for i, name in enumerate(names)}
-    tokenizer = AutoTokenizer.from_pretrained(args.checkpoint)
+    # The library's pipelines cannot pad an empty text on the left.
+    tokenizer = AutoTokenizer.from_pretrained(args.checkpoint, padding_side="right")
     model = AutoModelForTokenClassification.from_pretrained(
         args.checkpoint, is_causal=False, dtype=torch.float32, id2label=dict(enumerate(names)), label2id=label2id
     )

@@ -187,6 +187,21 @@ def test_an_empty_text_has_no_evidence_for_any_class(options):
         model.train()(torch.zeros(1, 0, dtype=torch.long), labels=torch.tensor([0]))
 
 
+def test_an_empty_text_in_a_batch():
+    # On the left the library's pipelines pad it with the whole row: the examples save tokenizers that pad on the right.
+    texts, tokenizer = ["One. Two", "", "x"], STLMTokenizer(padding_side="right")
+    model = randomize(STLMForSequenceClassification(tiny_config(num_labels=3, is_causal=False)))
+    classify = pipeline("text-classification", model=model, tokenizer=tokenizer, device="cpu", top_k=None)
+    for alone, batched in zip(classify(texts), classify(texts, batch_size=3), strict=True):
+        assert [entry["score"] for entry in batched] == pytest.approx([entry["score"] for entry in alone], rel=1e-4)
+    tagger = randomize(STLMForTokenClassification(tiny_config(num_labels=3, is_causal=False)))
+    options = {"tokenizer": tokenizer, "device": "cpu", "pipeline_class": SpanPipeline}
+    tag = pipeline("token-classification", model=tagger, aggregation_strategy="first", **options)
+    alone, batched = tag(texts), tag(texts, batch_size=3)
+    assert alone[1] == batched[1] == [] and alone[0]
+    assert [[entry["word"] for entry in row] for row in batched] == [[entry["word"] for entry in row] for row in alone]
+
+
 def test_an_encoder_has_no_states_of_no_bytes():
     empty = STLMTokenizer()([""], return_tensors="pt")
     assert STLMModel(tiny_config(is_causal=False)).eval()(**empty).last_hidden_state.shape == (1, 0, 16)
