@@ -48,7 +48,7 @@ if __name__ == "__main__":
 import numpy as np
 import torch
 from datasets import Dataset
-from run_folder import write_label_results
+from run_folder import train_runs, write_label_results
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import Pipeline, make_pipeline
@@ -150,7 +150,7 @@ def main(args: argparse.Namespace, train: tuple[list, list], test: tuple[list, l
     print(f"{args.checkpoint}: {model.num_parameters():,} parameters, {model.device}, {model.dtype}")
     print(f"{len(train[0]):,} rows to train on, {len(test[0]):,} to test on, {model.config.num_labels} labels")
     head_alone, _ = accuracy(trainer, test, args.max_bytes)
-    trainer.train()
+    train_runs(trainer, args.runs)
     share, milliseconds = accuracy(trainer, test, args.max_bytes)
     model.config.use_cache = True  # Trainer turns it off, and would save it so
     trainer.save_model()

@@ -229,6 +229,9 @@ def add_label_training(parser: argparse.ArgumentParser, output: str, learning_ra
     )
     parser.add_argument("--output", type=output_folder, default=Path(output), help="folder of the trained model")
     parser.add_argument("--epochs", type=positive, default=3, help="over the rows")
+    parser.add_argument(
+        "--runs", type=at_least_one, default=1, help="in other orders of the rows; keeps the mean of their weights"
+    )
     parser.add_argument("--learning_rate", type=positive, default=learning_rate, help="of AdamW")
     parser.add_argument("--batch_size", type=at_least_one, default=batch_size, help="rows")
     parser.add_argument("--max_bytes", type=at_least_one, default=512, help="read of each text")

@@ -98,7 +98,7 @@ if __name__ == "__main__":
         train, test = read_sets(args)  # before the slow imports: a mistake is told at once
 
 import torch
-from run_folder import write_label_results
+from run_folder import train_runs, write_label_results
 from transformers import (
     AutoModelForTokenClassification,
     AutoTokenizer,
@@ -169,7 +169,7 @@ def main(args: argparse.Namespace, train: list[dict], test: list[dict]):
         data_collator=DataCollatorForTokenClassification(tokenizer),
         processing_class=tokenizer,
     )
-    trainer.train()
+    train_runs(trainer, args.runs)
     model.config.use_cache = True  # Trainer turns it off, and would save it so
     trainer.save_model()
 

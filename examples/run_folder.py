@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 import transformers
 from matplotlib.figure import Figure
-from transformers import GenerationConfig, Trainer, TrainerCallback, TrainerState
+from transformers import GenerationConfig, Trainer, TrainerCallback, TrainerState, set_seed
 
 from modeling_stlm.training.model_card import describe_base
 
@@ -80,6 +80,24 @@ def run_info(device: torch.device) -> dict[str, str]:
     }
 
 
+def train_runs(trainer: Trainer, runs: int) -> None:
+    """Train `runs` times from the same start, which differ in the order of the rows, and keep the mean of the weights.
+
+    It costs no more to use than one (model soups, arXiv:2203.05482).
+    """
+    model = trainer.model
+    start = {name: value.clone() for name, value in model.state_dict().items()}
+    total = {name: torch.zeros_like(value, dtype=torch.float32) for name, value in start.items()}
+    for run in range(runs):
+        set_seed(trainer.args.seed + run)
+        model.load_state_dict(start)
+        trainer.optimizer = None  # `Trainer.train` would go on with that of the run before
+        trainer.train()
+        for name, value in model.state_dict().items():
+            total[name] += value / runs
+    model.load_state_dict(total)
+
+
 def write_results(folder: Path, checkpoint: str, **results) -> None:
     """`results.json` of what was fine-tuned from `checkpoint`; `modeling_stlm/training/model_card.py` says what it may hold."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -90,8 +108,9 @@ def write_results(folder: Path, checkpoint: str, **results) -> None:
 def write_label_results(trainer: Trainer, args: argparse.Namespace, files: dict[str, str], **results) -> None:
     """[`write_results`] of `classify.py` and `ner.py`, whose arguments are those of `inputs.add_label_training`."""
     names = ("learning_rate", "batch_size", "max_bytes", "bf16", "seed")
-    arguments = files | {"epochs": f"{args.epochs:g}"} | {name: getattr(args, name) for name in names}
-    results |= {"steps": trainer.state.global_step, "arguments": arguments}
+    arguments = files | {"runs": args.runs, "epochs": f"{args.epochs:g}"}
+    arguments |= {name: getattr(args, name) for name in names}
+    results |= {"steps": args.runs * trainer.state.global_step, "arguments": arguments}
     write_results(args.output, args.checkpoint, **results)
 
 

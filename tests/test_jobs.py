@@ -20,6 +20,8 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     AutoTokenizer,
+    Trainer,
+    TrainerCallback,
     TrainingArguments,
     set_seed,
 )
@@ -44,7 +46,7 @@ from .tiny import assert_equal, batch, ids_of, randomize, tiny_config, tiny_mode
 
 
 sys.path.append(str(ROOT / "examples"))
-classify, ner, rows = (importlib.import_module(name) for name in ("classify", "ner", "rows"))
+classify, ner, rows, run_folder = (importlib.import_module(name) for name in ("classify", "ner", "rows", "run_folder"))
 
 TOKENIZER = STLMTokenizer()
 ANIMALS = [f"The {animal} {verb}." for animal in ("cat", "dog", "cow", "hen") for verb in ("eats", "runs", "sleeps")]
@@ -240,7 +242,7 @@ def animals_and_tools(tmp_path) -> tuple[str, str]:
 
 def test_classify_goes_from_rows_to_a_pipeline(encoder_folder, animals_and_tools, tmp_path):
     train, test = animals_and_tools
-    options = ["--epochs", 4, "--learning_rate", 1e-2, "--batch_size", 8, "--output", tmp_path / "out"]
+    options = ["--runs", 2, "--epochs", 4, "--learning_rate", 1e-2, "--batch_size", 8, "--output", tmp_path / "out"]
     printed = run(
         "classify.py", "--checkpoint", encoder_folder, "--train", train, "--test", test, *options, cwd=tmp_path
     )
@@ -256,13 +258,43 @@ def test_classify_goes_from_rows_to_a_pipeline(encoder_folder, animals_and_tools
         "| split | accuracy |\n|---|---|\n| test | 1.0000 |\n| test, head alone | ",
         "\n| test, TF-IDF with logistic regression | 1.0000 |\n",
         "- head: 2 classes of a text: `animal`, `tool`\n",
-        "- fine-tuned from `base`\n- 24 steps\n- train: train.csv, 48 rows\n- test: test.csv, 8 rows\n- epochs: 4\n"
+        "- fine-tuned from `base`\n- 48 steps\n- train: train.csv, 48 rows\n- test: test.csv, 8 rows\n- runs: 2\n- epochs: 4\n"
         "- learning_rate: 0.01\n- batch_size: 8\n- max_bytes: 512\n- bf16: ",
         "- seed: 1\n",
         "## Data\n\nThe texts of this training (train.csv, 48 rows) are not described here. ",
         "### Before that: the texts of `base`\n\nSome.\n",
     ):
         assert sentence in card
+
+
+class Recorder(TrainerCallback):
+    def __init__(self):
+        self.starts, self.ends, self.optimizers = [], [], []
+
+    def on_train_begin(self, args, state, control, model, optimizer, **kwargs):
+        self.starts.append({name: value.clone() for name, value in model.state_dict().items()})
+        self.optimizers.append(optimizer)
+
+    def on_train_end(self, args, state, control, model, **kwargs):
+        self.ends.append({name: value.clone() for name, value in model.state_dict().items()})
+
+
+def test_runs_share_their_start_and_end_in_the_mean_of_their_weights(tmp_path):
+    model = AutoModelForSequenceClassification.from_config(tiny_config(is_causal=False, num_labels=2))
+    data = [{"input_ids": ids_of(text), "labels": i % 2} for i, text in enumerate(ANIMALS + TOOLS)]
+    before, recorder = {name: value.clone() for name, value in model.state_dict().items()}, Recorder()
+    arguments = TrainingArguments(
+        str(tmp_path), max_steps=3, learning_rate=1e-2, report_to="none", save_strategy="no", use_cpu=True
+    )
+    trainer = Trainer(model, arguments, train_dataset=data, processing_class=TOKENIZER, callbacks=[recorder])
+    run_folder.train_runs(trainer, 3)
+    assert len({id(optimizer) for optimizer in recorder.optimizers}) == 3
+    for name, value in model.state_dict().items():
+        ends = torch.stack([end[name] for end in recorder.ends])
+        assert all(torch.equal(start[name], before[name]) for start in recorder.starts)
+        torch.testing.assert_close(value, ends.mean(0))
+    weight = torch.stack([end["score.weight"] for end in recorder.ends])
+    assert not torch.equal(weight[0], weight[1]) and not torch.equal(weight[1], weight[2])  # orders differ
 
 
 def test_what_the_card_calls_rows():
@@ -386,7 +418,7 @@ def test_spans_go_from_rows_to_a_pipeline(encoder_folder, tmp_path):
         "F1 of spans whose start, end and label are right, as `SpanPipeline` reads them:\n\n| split | f1 |\n|---|---|\n| test | 1.0000 |\n"
         "| test, spans of the training rows looked up | 1.0000 |\n",
         "- head: 3 classes of a byte: `O`, `B-NAME`, `I-NAME`\n",
-        "- train: rows.jsonl, 36 rows\n- test: rows.jsonl, 36 rows\n- epochs: 8\n",
+        "- train: rows.jsonl, 36 rows\n- test: rows.jsonl, 36 rows\n- runs: 1\n- epochs: 8\n",
     ):
         assert sentence in card
 

@@ -47,6 +47,7 @@ from embed import neighbours
 from inputs import at_least_one, positive
 from noise import KINDS, add_noise
 from rows import read_labelled
+from run_folder import train_runs
 
 
 JOBS = {  # data, rows to train on, kind
@@ -71,6 +72,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--test_rows", type=at_least_one, default=1500)
     parser.add_argument("--seeds", type=at_least_one, default=3)
     parser.add_argument("--epochs", type=positive, default=3)
+    parser.add_argument("--runs", type=at_least_one, default=1, help="of classify.py; the mean of their weights")
     parser.add_argument("--learning_rate", type=positive, default=2e-3)
     parser.add_argument("--batch_size", type=at_least_one, default=32)
     parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast while training; also of the teacher")
@@ -95,7 +97,7 @@ def classes_of_stlm(args, sets, seed):
     options = argparse.Namespace(**options, **{name: getattr(args, name) for name in names})
     trainer = classify.trainer_of(sets["train"], options)
     head_alone, _ = classify.accuracy(trainer, sets["test"], 512)
-    trainer.train()
+    train_runs(trainer, args.runs)
     trainer.args.per_device_eval_batch_size = 1
     start = time.process_time()
     share, _ = classify.accuracy(trainer, sets["test"], 512)
