@@ -538,7 +538,8 @@ class STLMForCausalLM(STLMPreTrainedModel, STLMGenerationMixin):
         Inputs as in [`STLMModel.forward`], and:
 
         Args:
-            labels (`torch.LongTensor` of shape `(B, T)`, *optional*): ids, shifted here; -100 is left out of the loss.
+            labels (`torch.LongTensor` of shape `(B, T)`, *optional*):
+                Ids, shifted here; -100 is left out of the loss, and so is the first byte of each row.
             logits_to_keep (`int` or `torch.Tensor`, defaults to 0): logits of the last so many bytes only; 0 for all.
         """
         outputs = self.model(
@@ -553,6 +554,7 @@ class STLMForCausalLM(STLMPreTrainedModel, STLMGenerationMixin):
         logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
         loss = None
         if labels is not None:
+            labels = without_first_bytes(labels, attention_mask)
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
             if outputs.ratio_loss is not None:
                 ratio_loss = share_of_batch(outputs.ratio_loss, labels[:, 1:] != -100, logits, **kwargs)
@@ -581,6 +583,19 @@ def allow_tied_head(model: PreTrainedModel, incompatible_keys) -> None:
     if model.lm_head.weight is model.model.embed_tokens.weight:
         missing = incompatible_keys.missing_keys  # named with the prefix of a wrapper, if there is one
         missing[:] = [name for name in missing if not f".{name}".endswith(".lm_head.weight")]
+
+
+def without_first_bytes(labels: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+    """`labels (B, T)` without those of the first byte of each row, which no byte predicts: on the left stands padding.
+
+    Shifting drops the first label of a row as it is, so a padded row has the loss of the row alone. `attention_mask` is that
+    of `labels`, or longer by the bytes in the cache.
+    """
+    if attention_mask is None:
+        return labels
+    is_byte = (attention_mask != 0).long()
+    has_before = (is_byte.cumsum(1) - is_byte)[:, -labels.shape[1] :] > 0
+    return labels.masked_fill(~has_before, -100)
 
 
 def share_of_batch(

@@ -7,6 +7,7 @@ import torch
 from transformers import DataCollatorForLanguageModeling, DataCollatorWithFlattening, Trainer, set_seed
 
 from modeling_stlm import STLMForCausalLM, STLMTokenizer
+from modeling_stlm.training.bits_per_byte import BitsPerByteEvaluator
 from modeling_stlm.training.optimizer import MuonRecipe
 
 from .tiny import SHARING, batch, tiny_config, tiny_model
@@ -15,7 +16,7 @@ from .trainers import RAGGED, arguments, assert_same_training, losses, weights
 
 ROWS = [{"input_ids": ids} for ids in RAGGED * 2]
 NUM_TARGETS = [len(ids) - 1 for ids in RAGGED]
-# On the right: on the left, the library also counts the first byte of a row, which padding would have to predict.
+# On the right: on the left, `num_items_in_batch` of the library counts the first byte of a row, which nothing predicts.
 PAD = DataCollatorForLanguageModeling(STLMTokenizer(padding_side="right"), mlm=False)
 
 
@@ -56,16 +57,36 @@ def test_the_loss_of_padded_rows_is_that_of_the_rows_alone(side):
     inputs = DataCollatorForLanguageModeling(STLMTokenizer(padding_side=side), mlm=False)(ROWS[: len(RAGGED)])
     assert inputs["input_ids"].tolist() == batch(RAGGED, side)["input_ids"].tolist()
     assert torch.equal(inputs["labels"] != -100, inputs["attention_mask"] == 1)
+    counts = [count for count in NUM_TARGETS if count]
     with torch.no_grad():
         alone = [model(torch.tensor([ids]), labels=torch.tensor([ids])).loss.item() for ids in RAGGED if len(ids) > 1]
-        counts = [count for count in NUM_TARGETS if count]
-        # A row padded on the left has one target more, its first byte: the library shifts labels over padding too.
-        logits = model(**{name: inputs[name] for name in ("input_ids", "attention_mask")}).logits
-        first = (inputs["labels"][:, :-1] == -100) & (inputs["labels"][:, 1:] != -100)
-        nats = -logits[:, :-1].log_softmax(-1).gather(-1, inputs["input_ids"][:, 1:, None])[..., 0][first]
-        total = sum(loss * count for loss, count in zip(alone, counts, strict=True)) + nats.sum().item()
-        assert first.sum() == (len(RAGGED) - 1 if side == "left" else 0)
-        assert model(**inputs).loss.item() == pytest.approx(total / (sum(counts) + len(nats)), rel=1e-5)
+        expected = sum(loss * count for loss, count in zip(alone, counts, strict=True)) / sum(counts)
+        assert model(**inputs).loss.item() == pytest.approx(expected, rel=1e-5)
+        gap = torch.cat([inputs["input_ids"], inputs["input_ids"][:, :1]], 1)  # of one byte, between two that are seen
+        mask = torch.ones_like(gap)
+        mask[:, 5] = 0
+        ids = [row[keep] for row, keep in zip(gap, mask.bool())]
+        whole = torch.stack(ids)
+        assert model(gap, mask, labels=gap.masked_fill(mask == 0, -100)).loss.item() == pytest.approx(
+            model(whole, labels=whole).loss.item(), rel=1e-5
+        )
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_bits_per_byte_of_padded_rows_are_those_of_the_rows_alone(side, tmp_path):
+    def evaluate(data_collator, batch_size):
+        evaluator = BitsPerByteEvaluator()
+        options = {"batch_eval_metrics": True, "per_device_eval_batch_size": batch_size}
+        hooks = {"preprocess_logits_for_metrics": evaluator.nats, "compute_metrics": evaluator}
+        trainer = Trainer(tiny_model(), arguments(tmp_path, **options), data_collator=data_collator, **hooks)
+        found = trainer.evaluate(ROWS)
+        return found["eval_bits_per_byte"], found["eval_bytes"]
+
+    pad = DataCollatorForLanguageModeling(STLMTokenizer(padding_side=side), mlm=False)
+    alone, num_bytes = evaluate(pad, 1)
+    bits, seen = evaluate(pad, len(ROWS))
+    assert seen == num_bytes == sum(sum(i < 256 for i in ids[1:]) for ids in RAGGED * 2)
+    assert bits == pytest.approx(alone, rel=1e-5)
 
 
 def test_checkpointed_gradients_are_the_same_also_with_dropout(tmp_path):

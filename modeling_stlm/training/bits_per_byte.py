@@ -88,15 +88,20 @@ class BitsPerByteEvaluator:
 
     @staticmethod
     def nats(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Nats of each label (B, T), 0 where there is none: what is left of `logits (B, T, V)`."""
+        """Nats of each label (B, T), 0 where there is none, -1 where nothing predicts it: what is left of `logits (B, T, V)`.
+
+        Nothing predicts the first byte of a row after padding on the left: a model of this package has no logits but zeros there.
+        """
         if isinstance(logits, tuple):
             logits = logits[0]
         nats = F.cross_entropy(logits[:, :-1].float().transpose(1, 2), labels[:, 1:], reduction="none")
-        return F.pad(nats, (1, 0))
+        is_first = ((labels != -100).cumsum(1)[:, :-1] == 0) & (logits[:, :-1] == 0).all(-1)
+        return F.pad(nats.masked_fill(is_first, -1), (1, 0))
 
     def __call__(self, prediction, compute_result: bool = True) -> dict[str, float]:
         nats, labels = torch.as_tensor(prediction.predictions), torch.as_tensor(prediction.label_ids)
         labels = F.pad(labels[:, 1:], (1, 0), value=-100)  # the first id of a window has no prediction
+        labels = labels.masked_fill(nats < 0, -100)
         if self.token_bytes is None:
             if (largest := int(labels.max())) >= VOCABULARY:
                 raise ValueError(

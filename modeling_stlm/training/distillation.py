@@ -23,6 +23,8 @@ from torch import nn
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase, Trainer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from modeling_stlm.modeling_stlm import without_first_bytes
+
 
 NUM_BYTES = 256
 CHUNK_BYTES = 128  # of a text that a SubwordTeacher reads at once
@@ -556,7 +558,7 @@ class DistillationTrainer(Trainer):
         options = {"return_outputs": True, "num_items_in_batch": num_items_in_batch}
         loss, outputs = super().compute_loss(model, inputs, **options)
         if model.training and self.teacher_weight:
-            labels = labels[:, 1:]
+            labels = without_first_bytes(labels, inputs.get("attention_mask"))[:, 1:]
             counted = (labels >= 0) & (labels < NUM_BYTES)
             log_probs = teacher_log_probs(self.teacher, inputs)[:, :-1][counted]
             divergences = divergence(log_probs, outputs.logits[:, :-1][counted], self.temperature)

@@ -31,7 +31,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import can_return_tuple
 
 from modeling_stlm.batching_stlm import STLMBatch
-from modeling_stlm.modeling_stlm import STLMCausalLMOutput, STLMForCausalLM, STLMModel
+from modeling_stlm.modeling_stlm import STLMCausalLMOutput, STLMForCausalLM, STLMModel, without_first_bytes
 
 
 IGNORED = -100
@@ -434,7 +434,7 @@ class STLMForCausalLMWithObjectives(STLMForCausalLM):
         step = self._step(input_ids, attention_mask, position_ids, labels, outputs)
         count = kwargs.get("num_items_in_batch")
         if count is None:
-            count = (labels[:, 1:] != IGNORED).sum()
+            count = (without_first_bytes(labels, attention_mask)[:, 1:] != IGNORED).sum()
         outputs.loss = outputs.loss + self.objectives(step) / count
         return outputs
 

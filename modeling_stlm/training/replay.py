@@ -16,6 +16,8 @@ from torch.utils.data import Dataset
 from transformers import TrainerCallback, TrainerState
 from transformers.trainer_callback import ExportableState
 
+from modeling_stlm.modeling_stlm import without_first_bytes
+
 
 class ReplayWindows(Dataset):
     """The windows of one epoch, out of all `windows`, as [`ReplayRounds`] orders them.
@@ -160,7 +162,8 @@ class ReplayRounds(TrainerCallback, ExportableState):
             return
         if kwargs.get("labels") is None:
             raise ValueError("the model got no labels: label smoothing and compute_loss_func keep them from it")
-        self._recorded.append((self._windows, window_losses(outputs["logits"], kwargs["labels"])))
+        labels = without_first_bytes(kwargs["labels"], kwargs.get("attention_mask"))
+        self._recorded.append((self._windows, window_losses(outputs["logits"], labels)))
 
 
 def window_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
