@@ -100,6 +100,7 @@ if __name__ == "__main__":
 import torch
 from run_folder import train_runs, write_label_results
 from transformers import (
+    AutoConfig,
     AutoModelForTokenClassification,
     AutoTokenizer,
     DataCollatorForTokenClassification,
@@ -110,6 +111,7 @@ from transformers import (
 )
 
 from modeling_stlm.inference.spans import SpanPipeline  # modeling_stlm registers the Auto classes
+from modeling_stlm.training.sentence_embeddings import look_both_ways
 
 
 def tagged(row: dict, tokenizer, label2id: dict[str, int], max_bytes: int) -> dict[str, list[int]]:
@@ -147,6 +149,8 @@ def main(args: argparse.Namespace, train: list[dict], test: list[dict]):
     model = AutoModelForTokenClassification.from_pretrained(
         args.checkpoint, is_causal=False, dtype=torch.float32, id2label=dict(enumerate(names)), label2id=label2id
     )
+    if AutoConfig.from_pretrained(args.checkpoint).is_causal:
+        look_both_ways(model)
     print(f"{args.checkpoint}: {model.num_parameters():,} parameters, {model.device}, {model.dtype}")
     print(f"{len(train):,} rows to train on, {len(test):,} to test on, spans of {kinds}")
     trainer = Trainer(

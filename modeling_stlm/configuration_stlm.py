@@ -23,7 +23,8 @@ HEADS = ("MaskedLM", "SequenceClassification", "TokenClassification", "QuestionA
 @strict
 class STLMConfig(PreTrainedConfig):
     r"""
-    Configuration of an [`STLMModel`]. The defaults are the sizes of the preset `stlm-10m`, without layer sharing.
+    Configuration of an [`STLMModel`]. The defaults are the sizes of the preset `stlm-10m`, without layer sharing
+    and match embeddings.
 
     Args:
         vocab_size (`int`, defaults to 320): 256 bytes, then special tokens, with room for added ones.
@@ -205,8 +206,14 @@ class STLMConfig(PreTrainedConfig):
     def validate_sizes(self):
         for name in ("patch_bytes", "max_patch_bytes", "max_patch_characters", "ngram_rows", "conv_kernel_size") + (
             *("num_local_encoder_layers", "num_local_decoder_layers", "attention_window_bytes", "hidden_size"),
-            *("num_attention_heads", "num_key_value_heads", "trunk_hidden_size", "ngram_embedding_size"),
-            *("trunk_num_attention_heads", "trunk_num_key_value_heads", "num_unique_trunk_layers"),
+            *("intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "ngram_embedding_size"),
+            *(
+                "trunk_hidden_size",
+                "trunk_intermediate_size",
+                "trunk_num_attention_heads",
+                "trunk_num_key_value_heads",
+            ),
+            *("trunk_head_dim", "num_trunk_layers", "num_unique_trunk_layers", "vocab_size"),
         ):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")

@@ -103,12 +103,15 @@ def refuse_empty_rows(attention_mask: torch.Tensor | None, copies: int) -> None:
 
 
 # transformers 5.24 reads the whole text again after a cache that is not empty when bytes are drafted, and silently writes
-# other bytes. Set to the release that mends it, as (5, 25); `tests/test_private_api.py` tells.
-DRAFTS_AFTER_A_CACHE_MENDED_IN: tuple[int, int] | None = None
+# other bytes. Set to the release that fixes it, as (5, 25); `tests/test_private_api.py` tells.
+DRAFTS_AFTER_A_CACHE_FIXED_IN: tuple[int, int] | None = None
 
 
 class STLMGenerationMixin(GenerationMixin):
     """`generate` with one more option, `valid_utf8`, in its arguments or in the generation config.
+
+    It never writes ids of tokens added to a tokenizer, which the model does not know: for those pass
+    `logits_processor=LogitsProcessorList([UTF8LogitsProcessor(token_ids=ids)])` in its place.
 
     The library has no public way to add an option or to check one, so this extends four of its private methods. They
     stand here together, and `tests/test_private_api.py` says what changed when one of them does.
@@ -131,8 +134,8 @@ class STLMGenerationMixin(GenerationMixin):
         return extracted
 
     def _get_candidate_generator(self, *args, model_kwargs, **kwargs):
-        mended, release = DRAFTS_AFTER_A_CACHE_MENDED_IN, tuple(map(int, transformers.__version__.split(".")[:2]))
-        is_broken = mended is None or release < mended
+        fixed, release = DRAFTS_AFTER_A_CACHE_FIXED_IN, tuple(map(int, transformers.__version__.split(".")[:2]))
+        is_broken = fixed is None or release < fixed
         if is_broken and (num_past := model_kwargs["cache"].get_seq_length()):
             raise ValueError(
                 f"the cache holds {num_past} bytes, after which transformers {transformers.__version__} would read the whole "

@@ -40,7 +40,8 @@ class STLMForMaskedLM(STLMPreTrainedModel):
         if config.is_causal:
             raise ValueError(
                 "STLMForMaskedLM needs a config with is_causal=False: a causal model cannot see what follows a mask. "
-                "To start from the weights of a causal checkpoint, pass is_causal=False to from_pretrained"
+                "To start from the weights of a causal checkpoint, pass is_causal=False to from_pretrained, and call look_both_ways of "
+                "modeling_stlm.training.sentence_embeddings, which keeps each tap of a convolution at its byte"
             )
         self.model = STLMModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)

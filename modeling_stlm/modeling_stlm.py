@@ -87,7 +87,8 @@ class STLMModelOutput(STLMOutput):
         patch_hidden_states (`tuple(torch.FloatTensor)`, *optional*): `(R, P, trunk_hidden_size)` after each pass of the
             trunk; with `output_patch_hidden_states=True`. All rows without a cache, else those that completed a patch.
         patch_attentions (`tuple(torch.FloatTensor)`, *optional*): `(B, trunk_num_attention_heads, P, P)` for each pass;
-            with `output_patch_attentions=True`.
+            with `output_patch_attentions=True`. With a cache `(R, trunk_num_attention_heads, P, S)`: the R rows that completed a
+            patch in this call, and the S patches of a row so far.
         boundaries (`torch.BoolTensor` of shape `(B, T)`, *optional*): where patches end; with `output_boundaries=True`.
         ratio_loss (`torch.FloatTensor` of shape `()`, *optional*):
             With `patching="learned"`, in training: see [`LearnedRule`].
@@ -250,10 +251,11 @@ class STLMModel(STLMPreTrainedModel):
             raise ValueError(
                 "a cache cannot hold packed documents (position_ids that restart): pass one document per row"
             )
-        wants_cache = self.is_causal and not self.training and batch.positions is None
-        if cache is None and wants_cache and (self.config.use_cache if use_cache is None else use_cache):
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training
+        if cache is None and use_cache and self.is_causal and batch.positions is None:
             cache = DynamicCache(config=self.config)
-        state = self._state_of(cache, input_ids.shape[0])
+        state = self._state_of(cache, input_ids)
         compact_embeds = None if inputs_embeds is None else batch.compact(inputs_embeds)
         is_done = False
         try:
@@ -293,7 +295,9 @@ class STLMModel(STLMPreTrainedModel):
         for layer in self.local_encoder:
             hidden_states = layer(hidden_states, rows, cache)
 
-        seen, found, new_state = self.patcher(self.trunk, hidden_states, context, batch, state, cache)
+        if cache is not None and cache.is_compileable:
+            self.trunk.make_room(cache, hidden_states)
+        seen, found, new_state = self.patcher(self.trunk.__call__, hidden_states, context, batch, state, cache)
         decoded = hidden_states + seen
         for layer in self.local_decoder:
             decoded = layer(decoded, rows, cache)
@@ -436,14 +440,15 @@ class STLMModel(STLMPreTrainedModel):
                 "prompt tuning or LoRA"
             )
 
-    def _state_of(self, cache: Cache | None, num_rows: int) -> PatchState:
+    def _state_of(self, cache: Cache | None, input_ids: torch.Tensor) -> PatchState:
         """The state of the rows before this call."""
+        num_rows, device = input_ids.shape[0], input_ids.device
         if cache is None:
-            return self.patcher.fresh_state(num_rows)
+            return self.patcher.fresh_state(num_rows, device)
         slot = self._patch_slot(cache)
         if slot.is_cropped:
             self._recover(cache)
-        state = self.patcher.fresh_state(num_rows) if slot.state is None else PatchState(*slot.state)
+        state = self.patcher.fresh_state(num_rows, device) if slot.state is None else PatchState(*slot.state)
         if not slot.is_initialized:
             slot.lazy_initialization(state.visible)
         return state

@@ -6,6 +6,7 @@ R rows that completed a patch, S patches of a row so far.
 """
 
 from collections import Counter
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -246,10 +247,11 @@ class STLMPatcher(nn.Module):
         self.is_causal, self.mask_token_id = config.is_causal, None if config.is_causal else config.mask_token_id
         longest = max([*config.ngram_orders, config.ngram_word_bytes, config.match_bytes])
         self.context_bytes = max(longest, self.rule.context_bytes)
+        self.first_trunk_slot = config.num_byte_layers + 1
 
-    def fresh_state(self, num_rows: int) -> PatchState:
-        """The state of rows without a past."""
-        start = self.start(num_rows)  # (B, D)
+    def fresh_state(self, num_rows: int, device: torch.device) -> PatchState:
+        """The state of rows without a past, on the device of their ids."""
+        start = self.start(num_rows).to(device)  # (B, D)
         counts = torch.zeros(num_rows, dtype=torch.long, device=start.device)
         return PatchState(
             last_ids=counts.new_full((num_rows, self.context_bytes), -1),
@@ -264,7 +266,7 @@ class STLMPatcher(nn.Module):
 
     def forward(
         self,
-        trunk: STLMTrunk,
+        trunk: Callable[..., torch.Tensor],
         hidden_states: torch.Tensor,
         context: torch.Tensor,
         batch: STLMBatch,
@@ -274,6 +276,8 @@ class STLMPatcher(nn.Module):
         """What each byte sees of the trunk (B, T, D), where patches end, and the next state but for `last_output`.
 
         Args:
+            trunk (`Callable[..., torch.Tensor]`): the call of the trunk and not the module, which hooks of accelerate would move
+                to the device of this one.
             hidden_states (`torch.Tensor` of shape `(B, T, D)`): local encoder outputs of compact rows.
             context (`torch.LongTensor` of shape `(B, C + T)`): ids, preceded by those of `state.last_ids`.
         """
@@ -339,7 +343,7 @@ class STLMPatcher(nn.Module):
 
     def run_trunk(
         self,
-        trunk: STLMTrunk,
+        trunk: Callable[..., torch.Tensor],
         patches: Patches,
         found: PatchEnds,
         batch: STLMBatch,
@@ -352,8 +356,6 @@ class STLMPatcher(nn.Module):
             new = trunk(self.patch_proj(patches.pooled), self._allowed_patches(patches, batch))
             return self.smooth(self.byte_proj(new), found, patches, batch, state)
         if num_new == 0:
-            if cache.is_compileable:
-                trunk.make_room(cache, patches.pooled)
             return patches.pooled.new_zeros(*patches.pooled.shape[:2], patches.pooled.shape[2] // 2)
         num_rows, static = patches.counts.shape[0], is_static(cache)
         rows = None if static else patches.counts.nonzero()[:, 0]
@@ -364,7 +366,7 @@ class STLMPatcher(nn.Module):
             pooled, start = pooled.index_select(0, rows), start.index_select(0, rows)
         index = start[:, None] + torch.arange(num_new, device=start.device)  # (R, P)
         if static:
-            at, end, needs_mask = index, cache.layers[trunk.first_slot].room(num_new), True
+            at, end, needs_mask = index, cache.layers[self.first_trunk_slot].room(num_new), True
         else:
             first, last = int(start.min()), int(start.max())
             end, needs_mask = last + num_new, last > 0 and (num_new > 1 or first != last)

@@ -85,7 +85,9 @@ def test_every_module_with_weights_is_called_on_every_path(options):
         assert not missing, f"{way}: {sorted(missing)}"
 
 
-@pytest.mark.parametrize("kind", ["cpu", "disk", "device map"])
+@pytest.mark.parametrize(
+    "kind", ["cpu", "disk", "device map", "device map, trunk on disk", "device map, half the trunk on disk"]
+)
 @torch.no_grad()
 def test_offloaded_weights_write_the_same_bytes(kind, tmp_path):
     expected, model = tiny_model(use_cache=True, **MIXERS["both"]), tiny_model(use_cache=True, **MIXERS["both"])
@@ -96,8 +98,13 @@ def test_offloaded_weights_write_the_same_bytes(kind, tmp_path):
         model = disk_offload(model, str(tmp_path), execution_device=device)
     else:
         device_map = {"model.embed_tokens": "cpu", "model.ngram_embedding": "disk", "model.local_encoder": "disk"}
-        device_map |= {"model.patcher": "disk", "model.trunk": "cpu", "model.local_decoder": "disk"}
+        device_map |= {"model.patcher": "disk", "model.local_decoder": "disk"}
         device_map |= {"model.match_embedding": "disk", "model.final_norm": "disk", "lm_head": "cpu"}
+        if "half" in kind:
+            device_map |= {"model.trunk.attention_blocks": "cpu", "model.trunk.feed_forward_blocks": "disk"}
+            device_map["model.trunk.final_norm"] = "disk"
+        else:
+            device_map["model.trunk"] = "disk" if "trunk" in kind else "cpu"
         model = dispatch_model(model, device_map, main_device="cpu", offload_dir=str(tmp_path), force_hooks=True)
     assert any(parameter.device.type == "meta" for parameter in model.parameters())
     for text in (TEXT, "x", "ab cd"):

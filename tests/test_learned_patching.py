@@ -41,7 +41,7 @@ def test_a_share_of_one_lets_nothing_through():
 def test_a_fresh_router_compares_bytes_as_they_are():
     model = STLMForCausalLM(tiny_config(patching="learned"))
     states = torch.randn(1, 6, 16)
-    batch, state = STLMBatch(6, None, None, None, None), model.model.patcher.fresh_state(1)
+    batch, state = STLMBatch(6, None, None, None, None), model.model.patcher.fresh_state(1, torch.device("cpu"))
     context = torch.cat([state.last_ids, torch.full((1, 6), 97)], 1)
     probability = model.model.patcher.rule.advance(states, context, batch, state).confidence[0]
     assert probability[0] == 0.5

@@ -47,7 +47,7 @@ class Piecewise:
     def __init__(self, config, num_rows: int = 1):
         self.patcher = STLMPatcher(config)
         torch.nn.init.normal_(self.patcher.start.weight)
-        self.state = self.patcher.fresh_state(num_rows)
+        self.state = self.patcher.fresh_state(num_rows, torch.device("cpu"))
         self.ends, self.pooled = [], []
 
     def feed(self, ids: list[list[int]], hidden_states=None, lengths=None, position_ids=None) -> "Piecewise":
@@ -170,7 +170,7 @@ def test_unpooling_gives_each_byte_its_last_complete_patch_or_the_start(packed):
         rows = [ids]
     fed = Piecewise(config).feed([ids], position_ids=positions_of(rows))
     batch = STLMBatch.of(torch.tensor([ids]), position_ids=positions_of(rows))
-    fresh = fed.patcher.fresh_state(1)
+    fresh = fed.patcher.fresh_state(1, torch.device("cpu"))
     new = torch.randn(1, fed.patches.pooled.shape[1], WIDTH)
     seen, visible = unpool_patches(new, fed.ends[0], batch, fresh)
     expected, number, start = [], -1, 0

@@ -9,7 +9,7 @@ from transformers import DynamicCache, GenerationMixin, cache_utils
 from transformers.models.auto import modeling_auto
 
 from modeling_stlm import STLMConfig
-from modeling_stlm.generation_stlm import DRAFTS_AFTER_A_CACHE_MENDED_IN, STLMGenerationMixin
+from modeling_stlm.generation_stlm import DRAFTS_AFTER_A_CACHE_FIXED_IN, STLMGenerationMixin
 
 from .tiny import TEXT, ids_of, tiny_model
 
@@ -69,7 +69,7 @@ def test_drafts_after_a_filled_cache_are_refused_while_the_library_gets_them_wro
     ids = model.generate(PROMPT, cache=cache, **OPTIONS | {"max_new_tokens": 8})
     ids = torch.cat([ids, torch.tensor([ids_of(" and go on")])], 1)
     expected = model.generate(ids, **OPTIONS)
-    if DRAFTS_AFTER_A_CACHE_MENDED_IN is None:
+    if DRAFTS_AFTER_A_CACHE_FIXED_IN is None:
         with pytest.raises(ValueError, match="start with an empty cache"):
             model.generate(ids, cache=cache, prompt_lookup_num_tokens=4, **OPTIONS)
 
@@ -79,6 +79,6 @@ def test_drafts_after_a_filled_cache_are_refused_while_the_library_gets_them_wro
     model.__class__ = Unchecked
     got = model.generate(ids, cache=cache, prompt_lookup_num_tokens=4, **OPTIONS)
     is_right = torch.equal(got, expected)
-    assert is_right == (DRAFTS_AFTER_A_CACHE_MENDED_IN is not None), (
-        "transformers has mended drafts after a filled cache: set DRAFTS_AFTER_A_CACHE_MENDED_IN in generation_stlm.py"
+    assert is_right == (DRAFTS_AFTER_A_CACHE_FIXED_IN is not None), (
+        "transformers has fixed drafts after a filled cache: set DRAFTS_AFTER_A_CACHE_FIXED_IN in generation_stlm.py"
     )

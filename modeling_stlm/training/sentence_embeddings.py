@@ -29,6 +29,7 @@ from transformers import PreTrainedTokenizerBase, Trainer
 
 from modeling_stlm.heads_stlm import STLMForMaskedLM
 from modeling_stlm.layers_stlm import STLMShortConv
+from modeling_stlm.modeling_stlm import STLMPreTrainedModel
 from modeling_stlm.training.objectives import NUM_BYTES, random_spans
 
 
@@ -156,7 +157,7 @@ class EmbeddingTrainer(Trainer):
 
 
 @torch.no_grad()
-def look_both_ways(model: STLMForMaskedLM) -> STLMForMaskedLM:
+def look_both_ways(model: STLMPreTrainedModel) -> STLMPreTrainedModel:
     """Weights of a causal checkpoint, loaded with `is_causal=False`, with each tap of a convolution at its old place.
 
     A convolution over the last N bytes becomes one over bytes before and after: its oldest taps make room for new ones
