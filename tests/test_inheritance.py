@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -200,6 +201,27 @@ def test_the_same_sizes_are_the_same_function(options, tmp_path):
     assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path).eval()(IDS).logits, model(IDS).logits)
 
 
+@pytest.mark.parametrize("head", [STLMForCausalLM, STLMForMaskedLM])
+def test_a_head_of_its_own_is_inherited(head):
+    options = {"tie_word_embeddings": False, "is_causal": head is STLMForCausalLM}
+    model = randomize(head(tiny_config(**options)))
+    for make in (inherit, grow):
+        assert torch.equal(make(model, model.config)(IDS).logits, model(IDS).logits)
+    small, large = (head(tiny_config(**(sizes | options))) for sizes in (SMALL, LARGE))
+    randomize(small)
+    width, _ = hide(small.model, large.model)
+    place(large.lm_head, small.lm_head, None, width)
+    assert_same_weights(inherit(large, small.config), small)
+
+
+@pytest.mark.parametrize("make", [inherit, grow])
+@pytest.mark.parametrize("target", ["q_proj", "following"])
+def test_a_model_with_adapters_is_refused(make, target):
+    model = inject_adapter_in_model(LoraConfig(target_modules=[target], init_lora_weights=False), tiny_model())
+    with pytest.raises(ValueError, match=rf"no parameter \S*{target}\.weight: merge adapters first"):
+        make(model, tiny_config())
+
+
 @pytest.mark.parametrize("make", [inherit, grow])
 def test_match_embeddings_may_be_added(make):
     model = tiny_model(match_bytes=0)
@@ -347,12 +369,18 @@ def test_ngrams_of_the_data_take_their_rows_along():
         ({"byte_mixers": ["attention"] * 3}, "the same mixer"),
         ({"num_labels": 3}, "num_labels=2, got 3"),
         ({"sharing_lora_rank": 2}, "sharing_lora_rank=0, got 2"),
+        ({"tie_word_embeddings": False}, "tie_word_embeddings=True, got False"),
         ({"rope_theta": 10.0}, r"rope_theta=10000\.0, got 10\.0"),
     ],
 )
 def test_a_config_that_cannot_inherit_is_refused_by_field(changes, message):
     with pytest.raises(ValueError, match=message):
         inherit(tiny_model(), tiny_config(**changes))
+
+
+def test_a_head_of_its_own_does_not_become_the_embedding():
+    with pytest.raises(ValueError, match="tie_word_embeddings=False, got True"):
+        inherit(tiny_model(tie_word_embeddings=False), tiny_config())
 
 
 def test_data_that_says_nothing_of_importance_is_refused():

@@ -38,6 +38,7 @@ SAME = (
     "num_labels",
     "rope_theta",
     "norm_eps",
+    "tie_word_embeddings",
 )
 AT_MOST = (
     "hidden_size",
@@ -80,29 +81,29 @@ def inherit(
     Stored blocks of the trunk, and layers of the local encoder and decoder, are sampled evenly; the first and the last
     one are kept. Feed-forward neurons, channels of convolutions and heads (key/value heads with their best queries) are
     chosen in each layer; `hidden_size`, `trunk_hidden_size` and `ngram_embedding_size` once for all matrices that share
-    them. With a config of the same sizes and lengths of patches the function stays the same. Match embeddings that `model` does not have start
-    at zero.
+    them. With a config of the same sizes and lengths of patches the function stays the same. Match embeddings that
+    `model` does not have start at zero.
 
     N-gram tables of another number of rows: see [`merge_rows`] and, given `data`, [`rehash`].
 
     Args:
         config (`STLMConfig`): not larger than that of `model` in any size; of the same vocabulary, patching, n-grams and
-            widths of heads.
+            widths of heads; tied where `model` is.
         importance (`str`, defaults to `"l2"`):
             Of a slice: the sum of its squared weights, or the sum of `|weight * gradient|` over its weights, the
             first-order Taylor estimate of what the loss on `data` would change without them.
         data (iterable of `dict`, *optional*): batches with `labels`, read once. With `"l2"` for n-gram tables only.
 
     Raises:
-        ValueError: if a field of `config` does not allow it (it is named), or if `"taylor"` comes without data.
+        ValueError: if a field of `config` does not allow it (it is named), if `model` has adapters that are not merged,
+            or if `"taylor"` comes without data.
     """
     check_sizes(model.config, config)
     if importance not in ("l2", "taylor"):
         raise ValueError(f"importance={importance!r} must be 'l2' or 'taylor'")
     smaller = type(model)(copy.deepcopy(config)).to(device=model.device, dtype=model.dtype)
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    sources = {name: source_of(name, model, smaller) for name, _ in smaller.named_parameters()}
-    sources = {name: source for name, source in sources.items() if source in weights}
+    sources = present({name: source_of(name, model, smaller) for name, _ in smaller.named_parameters()}, model)
     scores = {name: weight.float().square() for name, weight in weights.items()}
     gradients, rows = {}, None
     if data is not None:
@@ -171,6 +172,16 @@ def sizes_of(config: STLMConfig, has_attention: bool) -> dict[str, int]:
     return sizes
 
 
+def present(sources: dict[str, str], model: STLMPreTrainedModel) -> dict[str, str]:
+    """`sources` without those of match embeddings that are new; raise a `ValueError` if `model` lacks any other."""
+    weights = dict(model.named_parameters())
+    missing = {name: source for name, source in sources.items() if source not in weights}
+    for name, source in missing.items():
+        if "match_embedding." not in name or model.config.match_bytes:
+            raise ValueError(f"the model has no parameter {source}: merge adapters first")
+    return {name: source for name, source in sources.items() if name not in missing}
+
+
 # Layers
 
 
@@ -231,6 +242,7 @@ def axes_of(name: str, config: STLMConfig) -> tuple[Axis | None, ...]:
         return width, width
     axes = {
         "embed_tokens": (None, width),
+        "lm_head": (None, width),
         "following": (None, width),
         "length": (None, width),
         "ngram_tables": (None, narrow if config.ngram_embedding_size else width),
@@ -399,7 +411,8 @@ def grow(model: STLMPreTrainedModel, config: STLMConfig) -> STLMPreTrainedModel:
             added where there are none.
 
     Raises:
-        ValueError: if another field differs, or if no choice of new blocks leaves the function as it is.
+        ValueError: if another field differs, if no choice of new blocks leaves the function as it is, or if `model` has
+            adapters that are not merged.
     """
     check_own_matrices(model.config, config)
     free = FREE_TO_GROW if model.config.match_bytes else FREE_TO_GROW | {"match_bytes", "match_doublings"}
@@ -409,16 +422,19 @@ def grow(model: STLMPreTrainedModel, config: STLMConfig) -> STLMPreTrainedModel:
             raise ValueError(f"cannot grow: expected {name}={expected!r}, got {got!r}; only depth may change")
     deeper = type(model)(copy.deepcopy(config)).to(device=model.device, dtype=model.dtype)
     copies, new = plan_growth(model.config, config)
-    weights = dict(model.named_parameters())
+    blocks = {name: block_of(name) for name, _ in deeper.named_parameters()}
+    sources = {name: name for name, block in blocks.items() if block is None}
+    sources |= {n: LAYER.sub("{}.{}".format(*copies[block]), n) for n, block in blocks.items() if block in copies}
+    sources = present(sources, model)
     with torch.no_grad():
         for name, parameter in deeper.named_parameters():
-            block = block_of(name)
-            if block is None:
-                parameter.copy_(weights.get(name, torch.zeros_like(parameter)))
-            elif block in new and isinstance(deeper.get_submodule(name.rpartition(".")[0]), OutputProjection):
+            block = blocks[name]
+            if block in new and isinstance(deeper.get_submodule(name.rpartition(".")[0]), OutputProjection):
                 parameter.zero_()
-            elif block in copies:
-                parameter.copy_(weights[LAYER.sub("{}.{}".format(*copies[block]), name)])
+            elif name in sources:
+                parameter.copy_(model.get_parameter(sources[name]))
+            elif block is None:
+                parameter.zero_()
     return finish(deeper, model)
 
 
