@@ -30,7 +30,7 @@ from transformers import (
     set_seed,
 )
 
-from modeling_stlm import STLMForCausalLM
+from modeling_stlm import STLMForCausalLM, STLMTokenizer
 from modeling_stlm.training import bits_per_byte as metric
 from modeling_stlm.training.corpus import PackedWindows, ids_are_bytes, write_corpus
 from modeling_stlm.training.long_runs import SaveByTime, StopOnSignal
@@ -75,7 +75,7 @@ def test_any_file_of_bytes_is_a_corpus(tmp_path):
     with pytest.raises(ValueError, match="fewer than one window of 1000"):
         PackedWindows(tmp_path / "text", TOKENIZER, block_size=1000)
     (tmp_path / "nothing").touch()
-    with pytest.raises(ValueError, match="got 0 ids and 0 bytes: it is empty"):
+    with pytest.raises(ValueError, match=r"has 0 bytes.*: it is empty"):
         PackedWindows(tmp_path / "nothing", TOKENIZER, block_size=1)
     with pytest.raises(ValueError, match="every document is empty"):
         write_corpus(tmp_path / "empty.bin", ["", ""], TOKENIZER)
@@ -94,14 +94,45 @@ def test_a_corpus_of_another_tokenizer_holds_its_ids(tmp_path, bpe):
     row = [i for text in DOCUMENTS if text for i in (bpe.bos_token_id, *bpe(text)["input_ids"], bpe.eos_token_id)]
     windows = PackedWindows(path, bpe, block_size=7)
     assert torch.cat([windows[i]["input_ids"] for i in range(len(windows))]).tolist() == row[: len(row) // 7 * 7]
-    for num_bytes in (4, 5):
-        text = write_corpus(tmp_path / "text.bin", ["a"] * num_bytes, TOKENIZER)
-        error = f"of type uint16 .* starting at id {num_bytes - 1}, got 2 ids and {num_bytes % 2} bytes"
-        with pytest.raises(ValueError, match=error):
+    with pytest.raises(ValueError, match="ids of type uint16, expected uint8: it was written with another tokenizer"):
+        PackedWindows(path, TOKENIZER, block_size=1)
+    (tmp_path / "plain").write_bytes(b"text")
+    for text in (write_corpus(tmp_path / "text.bin", ["text"], TOKENIZER), tmp_path / "plain"):
+        with pytest.raises(
+            ValueError, match="ids of type uint8, expected uint16: it was written with another tokenizer"
+        ):
             PackedWindows(text, bpe, block_size=1)
-    (tmp_path / "odd").write_bytes(b"abc")
-    with pytest.raises(ValueError, match="got 1 ids and 1 bytes: it is empty or was written with another tokenizer"):
-        PackedWindows(tmp_path / "odd", bpe, block_size=1)
+
+
+def test_the_starts_of_another_file_are_noticed(tmp_path):
+    path = write_corpus(tmp_path / "corpus.bin", ["a text", "another"], TOKENIZER)
+    for text in (b"a text", b"a text and anothers"):
+        path.write_bytes(text)
+        with pytest.raises(ValueError, match=f"has {len(text)} bytes, but its documents end at byte 13"):
+            PackedWindows(path, TOKENIZER, block_size=1)
+
+
+def test_corpora_of_earlier_versions_are_read_where_their_type_is_sure(tmp_path, bpe):
+    path, starts = tmp_path / "corpus.bin", tmp_path / "corpus.bin.starts.npy"
+    path.write_bytes(b"a textanother")
+    np.save(starts, np.array([0, 7]))
+    assert PackedWindows(path, TOKENIZER, block_size=1).starts.tolist() == [0, 7, 13]
+    with pytest.raises(ValueError, match="ids of type uint8, expected uint16"):
+        PackedWindows(path, bpe, block_size=1)
+    np.save(starts, np.array([0, 6]))  # of 6 ids of 16 bits, or of 13 bytes
+    for tokenizer in (TOKENIZER, bpe):
+        with pytest.raises(ValueError, match=r"does not say of which type .*: write the corpus again"):
+            PackedWindows(path, tokenizer, block_size=1)
+
+
+def test_the_end_of_a_text_is_trained_where_the_same_token_begins_it(tmp_path):
+    tokenizer = STLMTokenizer(bos_token="<eos>")
+    assert tokenizer.bos_token_id == tokenizer.eos_token_id == 258
+    path = write_corpus(tmp_path / "corpus.bin", ["ab", "c"], tokenizer)
+    assert PackedWindows(path, tokenizer, block_size=7)[0]["labels"].tolist() == [-100, 97, 98, 258, -100, 99, 258]
+    for name in ("bos_token", "eos_token"):
+        with pytest.raises(ValueError, match=f"the tokenizer has no {name}"):
+            PackedWindows(path, STLMTokenizer(**{name: None}), block_size=1)
 
 
 def test_corpora_ask_what_the_ids_are_and_not_for_a_class(tmp_path, bpe):
