@@ -39,6 +39,7 @@ from .heads_stlm import (
     STLMForQuestionAnswering,
     STLMForSequenceClassification,
     STLMForTokenClassification,
+    loss_of_rows,
 )
 from .modeling_stlm import STLMForCausalLM, STLMPreTrainedModel, share_of_batch
 
@@ -172,6 +173,14 @@ class STLMCommittee(PreTrainedModel):
                 MEMBER_CLASSES[self.head](STLMConfig.from_dict(member, attn_implementation=attention))
                 for member in config.members
             ]
+        for i, member in enumerate(members):
+            for field in ("vocab_size", "num_labels", "pad_token_id", "mask_token_id"):
+                expected, found = getattr(config, field), getattr(member.config, field)
+                if found != expected:
+                    raise ValueError(
+                        f"member {i} has {field}={found!r}, expected {expected!r} as the committee: change the members and "
+                        "make a committee of them with STLMCommittee.from_members"
+                    )
         self.members = nn.ModuleList(members)
         self.post_init()
         # The library looks for the ties of direct children only.
@@ -179,6 +188,12 @@ class STLMCommittee(PreTrainedModel):
 
     def get_input_embeddings(self) -> nn.Module:
         return self.members[0].get_input_embeddings()
+
+    def resize_token_embeddings(self, *args, **kwargs):
+        raise ValueError(
+            "a committee has an embedding for each member: resize those of its members, and make a committee of them with "
+            "STLMCommittee.from_members"
+        )
 
     @staticmethod
     def from_members(members: list[STLMPreTrainedModel]) -> "STLMCommittee":
@@ -295,9 +310,7 @@ class STLMCommitteeForSequenceClassification(STLMCommittee):
         return super().mean(logits)
 
     def loss_of(self, logits, labels, **kwargs):
-        loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
-        counted = torch.ones_like(labels, dtype=torch.bool) if labels.is_floating_point() else labels != -100
-        return share_of_batch(loss, counted, logits, **kwargs)
+        return loss_of_rows(self, logits, labels, **kwargs)
 
 
 class STLMCommitteeForTokenClassification(STLMCommittee):

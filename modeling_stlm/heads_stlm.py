@@ -4,6 +4,7 @@
 import torch
 from torch import nn
 from torch.nn import functional as F
+from transformers import PreTrainedModel
 from transformers.modeling_outputs import (
     MaskedLMOutput,
     MultipleChoiceModelOutput,
@@ -109,9 +110,25 @@ class STLMClassifier(STLMPreTrainedModel):
             time = torch.arange(hidden_states.shape[1], device=hidden_states.device)
             last = (time * (attention_mask != 0)).argmax(-1)
             return hidden_states.take_along_dim(last[:, None, None], 1)[:, 0]
-        weight = (attention_mask != 0).float()[..., None]
-        mean = (hidden_states.float() * weight).sum(1) / weight.sum(1).clamp(min=1)  # a sum of bytes overflows float16
-        return mean.to(hidden_states.dtype)
+        return mean_over_bytes(hidden_states, attention_mask).to(hidden_states.dtype)
+
+
+def mean_over_bytes(hidden_states: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    """Mean of `hidden_states (B, T, D)` where `attention_mask (B, T)` is not zero: (B, D), zero without bytes.
+
+    In float32: a sum of bytes overflows float16.
+    """
+    weight = (attention_mask != 0).float()[..., None]
+    return (hidden_states.float() * weight).sum(1) / weight.sum(1).clamp(min=1)
+
+
+def loss_of_rows(model: PreTrainedModel, logits: torch.Tensor, labels: torch.Tensor, **kwargs) -> torch.Tensor:
+    """Loss of `logits (B, num_labels)` by the `problem_type` of the model, as the share of this call in its batch."""
+    loss = model.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=model.config)
+    # -100 is a value like any other where labels are values.
+    has_values = labels.is_floating_point() or model.config.problem_type == "regression"
+    counted = torch.ones_like(labels, dtype=torch.bool) if has_values else labels != -100
+    return share_of_batch(loss, counted, logits, **kwargs)
 
 
 class STLMForSequenceClassification(STLMClassifier):
@@ -142,13 +159,7 @@ class STLMForSequenceClassification(STLMClassifier):
         outputs, attention_mask = self.encode(input_ids, attention_mask, position_ids, inputs_embeds, kwargs)
         pooled = self.pool(outputs.last_hidden_state, attention_mask)
         logits = self.score(self.dropout(pooled))
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=self.config)
-            # -100 is a value like any other where labels are values.
-            has_values = labels.is_floating_point() or self.config.problem_type == "regression"
-            counted = torch.ones_like(labels, dtype=torch.bool) if has_values else labels != -100
-            loss = share_of_batch(loss, counted, logits, **kwargs)
+        loss = None if labels is None else loss_of_rows(self, logits, labels, **kwargs)
         return SequenceClassifierOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )

@@ -139,6 +139,16 @@ def test_the_loss_of_a_committee_of_one_is_that_of_its_member(head):
         torch.testing.assert_close(committee(**inputs, **labels, **options).loss, expected)
 
 
+def test_every_value_is_a_target_of_a_regression():
+    model = randomize(STLMForSequenceClassification(tiny_config(num_labels=1)))
+    committee = STLMCommittee.from_members([model])
+    labels = torch.tensor([-100, 3, 4])
+    for number in (None, 3):
+        expected = model(**ROWS, labels=labels, num_items_in_batch=number).loss
+        assert expected > 1000
+        torch.testing.assert_close(committee(**ROWS, labels=labels, num_items_in_batch=number).loss, expected)
+
+
 def test_members_keep_their_weights_and_may_be_used_alone(tmp_path):
     first, second = member(STLMForCausalLM), member(STLMForCausalLM, 1)
     second.save_pretrained(tmp_path / "second")
@@ -371,6 +381,11 @@ def test_what_a_committee_cannot_do_is_refused(tmp_path):
     committee.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="STLMCommitteeForCausalLM needs members with the head 'CausalLM'"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
+    for field, value in {"num_labels": 5, "vocab_size": 384, "pad_token_id": 0}.items():
+        with pytest.raises(ValueError, match=rf"member 0 has {field}=\d+, expected {value} as the committee"):
+            STLMCommittee.from_pretrained(tmp_path, **{field: value})
+    with pytest.raises(ValueError, match="resize those of its members"):
+        committee.resize_token_embeddings(400)
     assert not hasattr(committee, "generate")
     learned = STLMCommittee.from_members([member(STLMForCausalLM, **PATCHING["learned"])])
     assert learned(torch.tensor([ids_of(TEXT)])).logits.isfinite().all()

@@ -28,6 +28,7 @@ from transformers import (
 
 from modeling_stlm import STLMForMaskedLM, STLMTokenizer
 from modeling_stlm.batching_stlm import STLMBatch
+from modeling_stlm.heads_stlm import mean_over_bytes
 from modeling_stlm.layers_stlm import ByteRows, STLMShortConv
 from modeling_stlm.training.model_card import build_model_card
 from modeling_stlm.training.sentence_embeddings import (
@@ -35,7 +36,6 @@ from modeling_stlm.training.sentence_embeddings import (
     EmbeddingTrainer,
     compress,
     look_both_ways,
-    mean_over_bytes,
     passages_of,
     save_sentence_transformer,
 )
@@ -160,6 +160,16 @@ def test_rows_without_masks_have_no_loss_of_bytes(tmp_path):
     inputs["labels"].fill_(-100)
     loss = EmbeddingTrainer(model, arguments(tmp_path), embedding_weight=0.0).compute_loss(model, inputs)
     assert loss == 0
+
+
+def test_an_empty_passage_keeps_the_loss_finite(tmp_path):
+    model, data = tiny_encoder(), embedded()
+    inputs = data.collate(
+        [data[0], {name: value[:0] for name, value in data[1].items()} | {"embeddings": data[1]["embeddings"]}]
+    )
+    loss = EmbeddingTrainer(model, arguments(tmp_path)).compute_loss(model, inputs)
+    loss.backward()
+    assert loss.isfinite() and all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
 
 
 def test_embeddings_are_learned_and_a_resumed_training_is_the_same(tmp_path):

@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase, Trainer
 
-from modeling_stlm.heads_stlm import STLMForMaskedLM
+from modeling_stlm.heads_stlm import STLMForMaskedLM, mean_over_bytes
 from modeling_stlm.layers_stlm import STLMShortConv
 from modeling_stlm.modeling_stlm import STLMPreTrainedModel
 from modeling_stlm.training.objectives import NUM_BYTES, random_spans
@@ -125,12 +125,6 @@ class EmbeddedPassages(Dataset):
             "labels": padded("labels", -100),
             "embeddings": torch.stack([row["embeddings"] for row in rows]),
         }
-
-
-def mean_over_bytes(hidden_states: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-    """Mean pooling of `hidden_states (B, T, D)` where `attention_mask (B, T)`: float32 (B, D)."""
-    weight = attention_mask[..., None].float()
-    return (hidden_states.float() * weight).sum(1) / weight.sum(1)
 
 
 class EmbeddingTrainer(Trainer):
