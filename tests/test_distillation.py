@@ -285,7 +285,7 @@ def test_stored_outputs_are_the_sixteen_likeliest_bytes_and_the_rest(tmp_path):
         assert mass.min() < 0.9
 
 
-def test_where_a_teacher_says_nothing_nothing_is_stored(tmp_path):
+def test_where_a_teacher_gives_no_probabilities_none_are_stored(tmp_path):
     rows = [[*b"abc", 258, 257, *b"de", 258], [*b"xyz"]]
     stored = StoredTeacher(store_teacher(tmp_path / "teacher.bin", Digits(), [{"input_ids": row} for row in rows]))
     inputs = batch(rows, "left")
@@ -378,6 +378,9 @@ def test_divergence_is_that_of_the_library_and_lumps_what_is_unknown(temperature
     # d KL / d logit = (q - p) / T
     wanted = torch.nn.functional.pad((student.exp() - target.exp()) / temperature, (0, 64))
     torch.testing.assert_close(gradient, wanted.detach(), atol=1e-5, rtol=0)
+    found = divergence(torch.full((7, 256), -torch.inf), logits, temperature)  # a teacher without probabilities
+    torch.testing.assert_close(found, torch.zeros(7), atol=1e-5, rtol=0)
+    assert torch.autograd.grad(found.sum(), logits)[0].abs().max() < 1e-5
     if temperature == 1:
         log_probs = teacher.log_softmax(-1)
         known = torch.zeros_like(log_probs, dtype=torch.bool).scatter(1, log_probs.topk(16)[1], True)

@@ -126,7 +126,7 @@ class STLMTokenizer(TokenizersBackend):
 
     @classmethod
     def convert_to_native_format(cls, trust_remote_code: bool = False, **kwargs) -> dict:
-        """The library would take the JSON apart and build anew for a class with an `__init__`; ours takes it whole."""
+        """The library would take the JSON apart and rebuild it for a class with an `__init__`; ours takes it whole."""
         return kwargs
 
     def train_new_from_iterator(self, *args, **kwargs) -> PreTrainedTokenizerFast:

@@ -337,7 +337,7 @@ def rows_of(inputs: dict[str, torch.Tensor]) -> list[Row]:
 
 @torch.no_grad()
 def teacher_log_probs(teacher, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Log-probabilities `(B, T, 256)` of the byte after each position, `-inf` where the teacher says nothing.
+    """Log-probabilities `(B, T, 256)` of the byte after each position, `-inf` where the teacher gives no probabilities.
 
     Args:
         teacher: as of [`DistillationTrainer`].
@@ -362,7 +362,7 @@ def teacher_log_probs(teacher, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 def store_teacher(path: str | Path, teacher, dataset: Iterable[dict]) -> Path:
-    """Write what `teacher` says about every row of `dataset`, for [`StoredTeacher`].
+    """Write the probabilities that `teacher` gives for every row of `dataset`, for [`StoredTeacher`].
 
     Of each position the 16 most probable bytes, their log-probabilities and the mass of all others: 50 bytes. The file
     appears under its name only when it is complete. Until then each row stands in a file of its own in the folder
@@ -460,7 +460,7 @@ def index_path(path: Path) -> Path:
 
 
 class StoredTeacher:
-    """What a teacher said, from a file of [`store_teacher`]. Rows are found by their ids, however they are padded.
+    """Probabilities of a teacher, from a file of [`store_teacher`]. Rows are found by their ids, however they are padded.
 
     Raises:
         ValueError: if the file is empty or was not written by `store_teacher`; when asked about a row that is not in it.
@@ -492,7 +492,7 @@ class StoredTeacher:
         top = torch.from_numpy(records["log_probs"].astype(np.float32))
         rest = torch.from_numpy(records["rest"].astype(np.float32))
         top = top.log_softmax(-1) + torch.log1p(-rest)[:, None]  # undo the rounding
-        top = torch.where(rest[:, None] < 1, top, -torch.inf)  # nothing was said at all
+        top = torch.where(rest[:, None] < 1, top, -torch.inf)  # the teacher gave no probabilities
         log_probs = torch.full((length, NUM_BYTES), -torch.inf)
         return log_probs.scatter(1, torch.from_numpy(records["bytes"].astype(np.int64)), top)
 
@@ -501,12 +501,12 @@ def divergence(log_probs: torch.Tensor, logits: torch.Tensor, temperature: float
     """Kullback-Leibler divergence (n,) in nats, of the bytes of `logits (n, V)` from a teacher's `log_probs (n, 256)`.
 
     Both are divided by `temperature` and renormalised over the 256 bytes. Bytes with `-inf` count as one: their mass is
-    what is missing to one.
+    what is missing to one. A position where all are `-inf` has a divergence of zero.
     """
     student = (logits[:, :NUM_BYTES].float() / temperature).log_softmax(-1)
-    if temperature != 1:
-        log_probs = (log_probs / temperature).log_softmax(-1)
     is_known = log_probs > -torch.inf
+    if temperature != 1:
+        log_probs = (log_probs / temperature).log_softmax(-1).where(is_known, -torch.inf)  # nan where none is known
     probs = log_probs.exp()
     known = torch.where(is_known, probs * (log_probs - student), 0).sum(-1)
     rest = (1 - probs.sum(-1)).clamp(min=0)
