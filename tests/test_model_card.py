@@ -173,6 +173,21 @@ def test_a_card_that_somebody_wrote_or_edited_stays(checkpoint):
         assert path.read_text() == edited
 
 
+def test_a_card_is_written_whole_or_not_at_all(checkpoint, monkeypatch):
+    def cut(path, text, **kwargs):
+        write_text(path, text[: len(text) // 2], **kwargs)
+        raise OSError("no space left")
+
+    path, card, write_text = checkpoint / "README.md", build_model_card(checkpoint), Path.write_text
+    path.unlink(missing_ok=True)
+    assert write_model_card(checkpoint, card)
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "write_text", cut)
+        with pytest.raises(OSError, match="no space"):
+            write_model_card(checkpoint, card)
+    assert write_model_card(checkpoint, card) and path.read_text().startswith(str(card))
+
+
 def test_only_models_of_this_package_with_one_text_get_a_card(tmp_path):
     LlamaConfig().save_pretrained(tmp_path / "llama")
     STLMForMultipleChoice(tiny_config()).save_pretrained(tmp_path / "choices")

@@ -3,13 +3,14 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from transformers import TrainerCallback, set_seed
+from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback, set_seed
 
 from modeling_stlm import STLMForCausalLM
 from modeling_stlm.training.self_play import SelfPlayConfig, SelfPlayTrainer, continuations
@@ -180,6 +181,28 @@ def test_continuations_follow_their_prompts():
     assert together == alone and len(set(together)) > 1
     drawn = {continuations(model, TOKENIZER, ["x"], 12, 1)[0] for _ in range(4)}
     assert len(drawn) == 4
+
+
+def test_any_causal_model_continues_prompts():
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    llama = LlamaForCausalLM(LlamaConfig(vocab_size=320, bos_token_id=257, eos_token_id=258, **sizes))
+    assert len(continuations(llama, TOKENIZER, ["one ", "and two "], 5, 2)) == 2
+
+
+def test_a_record_of_rounds_is_whole_or_the_one_before(tmp_path, monkeypatch):
+    def cut(path, text, *args, **kwargs):
+        write_text(path, text[: len(text) // 2] if ready else text, *args, **kwargs)
+        if ready:
+            raise OSError("no space left")
+
+    game, write_text, ready = self_play(tmp_path, 0), Path.write_text, []
+    game.train()
+    ready.append(True)
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "write_text", cut)
+        with pytest.raises(OSError, match="no space"):
+            game._finish(1)
+    assert len(self_play(tmp_path, 0).train(resume_from_checkpoint=True)) == 1
 
 
 SCRIPT = """

@@ -262,7 +262,9 @@ def write_model_card(folder: str | Path, card: ModelCard) -> bool:
         if last_line != _mark(present):
             return False
     text = f"{card}\n"
-    path.write_text(text + _mark(text), encoding="utf-8")
+    partial = path.with_suffix(".partial")  # a card that is cut would no longer match its mark, and stay so
+    partial.write_text(text + _mark(text), encoding="utf-8")
+    partial.replace(path)
     return True
 
 

@@ -145,9 +145,7 @@ class SelfPlayTrainer:
                 {"prompt": row["prompt"], "chosen": row["completion"], "rejected": text}
                 for row, text in zip(self.rows, texts, strict=True)
             ]
-            partial = path.with_suffix(".partial")
-            partial.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
-            partial.replace(path)
+            write_whole(path, "".join(json.dumps(pair) + "\n" for pair in pairs))
         state.wait_for_everyone()
 
     def _finish(self, index: int) -> None:
@@ -159,8 +157,15 @@ class SelfPlayTrainer:
         if PartialState().is_main_process:
             model.save_pretrained(self.folder(index))
             self.processing_class.save_pretrained(self.folder(index))
-            (Path(self.args.output_dir) / "rounds.json").write_text(json.dumps(self.history, indent=1) + "\n")
+            write_whole(Path(self.args.output_dir) / "rounds.json", json.dumps(self.history, indent=1) + "\n")
         PartialState().wait_for_everyone()
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file that is all there or, if the process is stopped, as it was."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(text)
+    partial.replace(path)
 
 
 @torch.no_grad()
@@ -172,17 +177,18 @@ def continuations(
     batch_size: int,
     do_sample: bool = True,
 ) -> list[str]:
-    """What `model` writes after each of `prompts`: drawn from its distribution, or the greedy text."""
-    sampling = {"temperature": 1.0, "top_k": 0, "top_p": 1.0} if do_sample else {}
+    """What `model` writes after each of `prompts`: drawn from its distribution, or the greedy text. That of an STLM is
+    well-formed UTF-8."""
+    options = {"temperature": 1.0, "top_k": 0, "top_p": 1.0} if do_sample else {}
+    if model.config.model_type in ("stlm", "stlm_committee"):
+        options["valid_utf8"] = True
     model, texts = model.eval(), [""] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # rows of one length need no padding
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
         inputs = tokenizer([prompts[i] for i in rows], padding=True, padding_side="left", return_tensors="pt")
         inputs = inputs.to(model.device)
-        ids = model.generate(
-            **inputs, do_sample=do_sample, max_new_tokens=max_new_tokens, use_cache=True, valid_utf8=True, **sampling
-        )
+        ids = model.generate(**inputs, do_sample=do_sample, max_new_tokens=max_new_tokens, use_cache=True, **options)
         new = tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         for i, text in zip(rows, new):
             texts[i] = text
