@@ -30,7 +30,7 @@ from transformers import (
     set_seed,
 )
 
-from modeling_stlm import STLMForCausalLM, STLMTokenizer
+from modeling_stlm import STLMForCausalLM, STLMForSequenceClassification, STLMTokenizer
 from modeling_stlm.training import bits_per_byte as metric
 from modeling_stlm.training.corpus import PackedWindows, ids_are_bytes, write_corpus
 from modeling_stlm.training.long_runs import SaveByTime, StopOnSignal
@@ -247,6 +247,10 @@ def test_muon_gets_the_matrices_and_adamw_the_rest():
         "model.ngram_embedding.ngram_tables.weight",
         "model.patcher.start.weight",
     } <= others
+    classifier = STLMForSequenceClassification(tiny_config())
+    assert any(
+        parameter is classifier.score.weight for parameter in MuonRecipe()(classifier).param_groups[0]["params"]
+    )
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (5, 20), (20, 5)])
@@ -557,6 +561,24 @@ def test_signals_are_what_they_were_after_a_training_that_raised(tmp_path, windo
         Trainer(model=tiny_model(), args=args, train_dataset=windows, callbacks=[stop, Fault()]).train()
     Trainer(model=tiny_model(), args=args, train_dataset=windows, callbacks=[stop]).train()
     assert signal.getsignal(signal.SIGINT) is handler and stop.received is None
+
+
+def test_the_first_signal_after_a_training_that_raised_acts_at_once(tmp_path, windows, interruptible):
+    class Fault(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            raise RuntimeError("fault")
+
+    def interrupt():
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(10)
+
+    handler, stop = signal.getsignal(signal.SIGINT), StopOnSignal()
+    args = arguments(tmp_path, max_steps=2)
+    with pytest.raises(RuntimeError, match="fault"):
+        Trainer(model=tiny_model(), args=args, train_dataset=windows, callbacks=[stop, Fault()]).train()
+    with pytest.raises(KeyboardInterrupt):
+        interrupt()
+    assert signal.getsignal(signal.SIGINT) is handler
 
 
 def test_children_of_a_training_can_be_ended(tmp_path, windows):

@@ -4,10 +4,11 @@
 import os
 import signal
 import time
+from types import FrameType
 
 import torch
 from accelerate.utils import gather
-from transformers import TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 
 def largest(number: int, args: TrainingArguments) -> int:
@@ -17,8 +18,16 @@ def largest(number: int, args: TrainingArguments) -> int:
     return int(gather(torch.tensor([number], device=args.device)).max())
 
 
+def is_training(frame: FrameType | None) -> bool:
+    """Whether `frame` runs inside of `Trainer.train`."""
+    while frame is not None and frame.f_code is not Trainer.train.__code__:
+        frame = frame.f_back
+    return frame is not None
+
+
 class StopOnSignal(TrainerCallback):
-    """On Ctrl-C or SIGTERM, finishes the step, writes a checkpoint and stops; a second signal acts at once.
+    """On Ctrl-C or SIGTERM, finishes the step, writes a checkpoint and stops; a second signal acts at once, and so does
+    the first after a training that raised.
 
     `received` is the signal then, in all processes, and `None` before. An evaluation that runs is finished first. For
     training in the main thread; processes that load data die of a signal to the whole group, and the training with them:
@@ -32,9 +41,9 @@ class StopOnSignal(TrainerCallback):
 
     def _receive(self, number, frame):
         self._restore()
-        if os.getpid() == self._process:
+        if os.getpid() == self._process and is_training(frame):
             self._number = number
-        else:  # a forked child has inherited this handler
+        else:  # a forked child has inherited this handler, or a training that raised left it
             os.kill(os.getpid(), number)
 
     def _restore(self):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Muon for the matrices of the hidden layers, AdamW for everything else (embeddings, norms, convolutions, vectors)."""
+"""Muon for matrices, AdamW for everything else (embeddings and the head over their ids, norms, convolutions, vectors)."""
 
 import collections
 import functools
@@ -77,7 +77,8 @@ def orthogonalize(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
 class MuonRecipe:
     """Optimizer factory for `Trainer(optimizer_cls_and_kwargs=(MuonRecipe, {...}))`.
 
-    Every two-dimensional parameter outside embeddings and heads goes to Muon. Keywords:
+    Every two-dimensional parameter goes to Muon, those of classification heads (`score`, `qa_outputs`) included, except
+    for embeddings and the head over their ids (`get_output_embeddings`). Keywords:
         muon_lr (`float`): learning rate of the matrices; adamw_lr (`float`): of all others.
         weight_decay (`float`): of the matrices; the others have none.
     """
