@@ -41,7 +41,7 @@ from .heads_stlm import (
     STLMForTokenClassification,
     loss_of_rows,
 )
-from .modeling_stlm import STLMForCausalLM, STLMPreTrainedModel, share_of_batch
+from .modeling_stlm import STLMForCausalLM, STLMPreTrainedModel, share_of_batch, without_first_bytes
 
 
 MEMBER_CLASSES = {
@@ -281,7 +281,9 @@ class STLMCommitteeForCausalLM(STLMCommittee, STLMGenerationMixin):
             cache = DynamicCache()
             cache.layers.extend(layer for output in outputs for layer in output.cache.layers)
         logits = self.mean([output.logits for output in outputs])
-        loss = None if labels is None else self.loss_of(logits, labels, **kwargs)
+        loss = None
+        if labels is not None:
+            loss = self.loss_of(logits, without_first_bytes(labels, attention_mask), **kwargs)
         return type(outputs[0])(loss=loss, logits=logits, cache=cache)
 
     def divide(self, cache: Cache) -> list[Cache]:
