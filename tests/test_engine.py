@@ -30,6 +30,7 @@ from modeling_stlm import STLMTokenizer
 from modeling_stlm.inference import engine as engine_module
 from modeling_stlm.inference.engine import Engine, Rows
 from modeling_stlm.inference.export import CHECKSUM, SIZES, TYPES, export_gguf, folder_or_hub_id, load_gguf
+from modeling_stlm.training.objectives import MultiByte, with_objectives
 
 from .tiny import MIXERS, PATCHING, SHARING, TEXT, assert_equal, batch, ids_of, tiny_model
 
@@ -671,6 +672,47 @@ def test_damaged_foreign_and_newer_files_are_refused_in_words(tiny, tmp_path):
         Engine(tmp_path / "none.gguf")
 
 
+def test_a_file_that_cannot_be_written_leaves_the_one_before(tiny, tmp_path):
+    resource = pytest.importorskip("resource")
+    path, limits = tmp_path / "model.gguf", resource.getrlimit(resource.RLIMIT_FSIZE)
+    export_gguf(tiny[0], path, "q8")
+    before = path.read_bytes()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))  # as a disk that is full
+    try:
+        with pytest.raises(OSError, match="requested and .* written"):
+            export_gguf(tiny[0], path, "f32")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+    (tmp_path / "link.gguf").symlink_to(path)
+    export_gguf(tiny[0], tmp_path / "link.gguf", "f32")
+    assert (tmp_path / "link.gguf").is_symlink() and path.stat().st_size > len(before)
+
+
+def test_a_text_may_have_no_end(tmp_path):
+    model = tiny_model(eos_token_id=None)
+    engine = engine_of(model, tmp_path)
+    assert engine.eos_token_ids == [] and len(engine.generate("x", 9)) <= 9
+    assert load_gguf(tmp_path / "model.gguf").generation_config.eos_token_id is None
+
+
+def test_a_model_with_more_weights_than_its_configuration_says_is_refused(tmp_path):
+    peft = pytest.importorskip("peft")
+    model = tiny_model(use_cache=True)
+    wrapped = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match=r"got a PeftModel: merge adapters first \(merge_and_unload\)"):
+        export_gguf(wrapped, tmp_path / "model.gguf")
+    peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["q_proj"]), model)
+    words = r"unlike those of its configuration: model\.trunk\..*q_proj.*, and \d+ more: merge adapters first"
+    with pytest.raises(ValueError, match=words):
+        export_gguf(model, tmp_path / "model.gguf")
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(ValueError, match=r"unlike those of its configuration: objectives\."):
+        export_gguf(with_objectives(tiny_model(), [(MultiByte(2), 0.5)]), tmp_path / "model.gguf")
+    export_gguf(wrapped.merge_and_unload(), tmp_path / "model.gguf")
+    assert len(Engine(tmp_path / "model.gguf").generate("x", 3)) == 3
+
+
 def test_files_of_before_the_longest_match_are_read_as_they_were(tmp_path):
     model = tiny_model(match_doublings=0)
     export_gguf(model, tmp_path / "model.gguf", "f32")
@@ -713,12 +755,16 @@ def test_what_the_command_cannot_export_is_said_in_one_line(tmp_path):
     tiny_model(**SHARING["cycle"], sharing_lora_rank=2).save_pretrained(tmp_path / "lora")
     STLMTokenizer().save_pretrained(tmp_path / "lora")
     encoder = ROOT / "examples" / "checkpoints" / "stlm-3m-encoder"
-    for folder, words in ((encoder, "is_causal=True, got that of an encoder"), (tmp_path / "lora", "got 2")):
-        command = [sys.executable, "-m", "modeling_stlm.inference.export", folder, tmp_path / "m.gguf"]
+    for folder, output, subject, words in (
+        (encoder, "m.gguf", encoder, "is_causal=True, got that of an encoder"),
+        (tmp_path / "lora", "m.gguf", tmp_path / "lora", "got 2"),
+        (SHIPPED[-1], "no/m.gguf", tmp_path / "no" / "m.gguf cannot be written", f"no folder {tmp_path / 'no'}"),
+    ):
+        command = [sys.executable, "-m", "modeling_stlm.inference.export", folder, tmp_path / output]
         run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
         last = run.stderr.splitlines()[-1]
         assert run.returncode == 1 and run.stdout == "" and "Traceback" not in run.stderr
-        assert last.startswith(f"{folder}: ") and words in last
+        assert last.startswith(f"{subject}: ") and words in last
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,10 @@ scales in `x.scale`), the fields of the configuration under `stlm.`, and the who
 """
 
 import argparse
+import copy
 import hashlib
 import json
+import os
 import re
 import zlib
 from importlib.util import find_spec
@@ -30,6 +32,9 @@ from huggingface_hub import ModelCard
 from modeling_stlm.configuration_stlm import STLMConfig
 from modeling_stlm.modeling_stlm import STLMForCausalLM
 from modeling_stlm.patching_stlm import VocabularyRule
+
+from .archive import output
+from .cli import writable
 
 
 FORMAT_VERSION = 2  # 1 is that of files without `match_doublings`, which an engine before it would pass over
@@ -67,6 +72,7 @@ SIZES = {
 }
 MAX_PASSES, MAX_INPUTS, MAX_ORDERS, MAX_ORDER, MAX_ENDS = 1024, 32768, 15, 64, 64
 CHECKSUM = b"stlm.checksum"
+MERGE = "merge adapters first (merge_and_unload), and take objectives off (plain)"
 
 
 def fingerprint(model: STLMForCausalLM, rounded: dict[str, np.ndarray] | None = None) -> str:
@@ -97,7 +103,7 @@ def fingerprint(model: STLMForCausalLM, rounded: dict[str, np.ndarray] | None = 
 def check(model: STLMForCausalLM) -> None:
     """Raise a `ValueError` unless the engine can run `model`."""
     if not isinstance(model, STLMForCausalLM):
-        raise ValueError(f"the engine runs a STLMForCausalLM, got a {type(model).__name__}")
+        raise ValueError(f"the engine runs a STLMForCausalLM, got a {type(model).__name__}: {MERGE}")
     config = model.config
     if not config.tie_word_embeddings:
         raise ValueError("the engine needs the head to be tied to the embedding: tie_word_embeddings=True")
@@ -121,6 +127,11 @@ def check(model: STLMForCausalLM) -> None:
     for name, (size, lowest, highest) in sizes.items():
         if not lowest <= size <= highest:
             raise ValueError(f"the engine takes {name} from {lowest} to {highest}, got {size}")
+    with torch.device("meta"):
+        expected = STLMForCausalLM(copy.deepcopy(config)).state_dict().keys()
+    if others := sorted(model.state_dict().keys() ^ expected):
+        more = f", and {len(others) - 1} more" if len(others) > 1 else ""
+        raise ValueError(f"the model has weights unlike those of its configuration: {others[0]}{more}: {MERGE}")
 
 
 def ends_of(model: STLMForCausalLM) -> list[int]:
@@ -149,7 +160,7 @@ def dequantize(numbers: np.ndarray, scales: np.ndarray) -> np.ndarray:
 def export_gguf(
     model: STLMForCausalLM, path: str | Path, type: str = "f32", tokenizer=None, license: str = ""
 ) -> None:
-    """Write `model` to `path` for the engine.
+    """Write `model` to `path` for the engine; the file appears when all of it is written.
 
     Args:
         type (`str`, defaults to `"f32"`): how matrices are stored, one of `TYPES`; `"q8_0"` means `"q8"`.
@@ -166,7 +177,7 @@ def export_gguf(
     import gguf
 
     config, kinds = model.config, gguf.GGMLQuantizationType
-    writer = gguf.GGUFWriter(path, "stlm")
+    writer = gguf.GGUFWriter(None, "stlm")
     writer.add_uint32(CHECKSUM.decode(), 0)
     writer.add_uint32("stlm.format_version", FORMAT_VERSION if model.config.match_doublings else 1)
     writer.add_string("stlm.config", config.to_json_string(use_diff=False))
@@ -215,12 +226,12 @@ def export_gguf(
     stored["lm_head.weight"] = stored["model.embed_tokens.weight"]
     # The engine is accepted for both.
     writer.add_string("stlm.source", f"{fingerprint(model)} {fingerprint(model, stored)}")
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    with open(path, "r+b") as file:
-        data = file.read()
+    with output(os.path.realpath(path)) as file:
+        writer.write_header_to_file(Path(file.name))
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        data = Path(file.name).read_bytes()
         file.seek(data.index(CHECKSUM) + len(CHECKSUM) + 4)
         file.write(zlib.adler32(data).to_bytes(4, "little"))
 
@@ -246,10 +257,10 @@ def load_gguf(path: str | Path) -> STLMForCausalLM:
     import gguf
 
     reader = gguf.GGUFReader(path)
-    fields = {name: reader.fields[f"stlm.{name}"].contents() for name in ("format_version", "config", "eos_token_ids")}
-    if fields["format_version"] > FORMAT_VERSION:
-        raise ValueError(f"{path} has version {fields['format_version']} of the format: update the package")
-    model = STLMForCausalLM(STLMConfig.from_dict(json.loads(fields["config"])))
+    fields = {name: field.contents() for name, field in reader.fields.items() if name.startswith("stlm.")}
+    if fields["stlm.format_version"] > FORMAT_VERSION:
+        raise ValueError(f"{path} has version {fields['stlm.format_version']} of the format: update the package")
+    model = STLMForCausalLM(STLMConfig.from_dict(json.loads(fields["stlm.config"])))
     arrays = {
         t.name: gguf.quants.dequantize(t.data, t.tensor_type) if t.tensor_type.name != "I8" else t.data
         for t in reader.tensors
@@ -261,7 +272,7 @@ def load_gguf(path: str | Path) -> STLMForCausalLM:
             array = dequantize(array, arrays[name.removesuffix("weight") + "scale"])
         state[name.removeprefix("model.")] = torch.from_numpy(np.array(array, np.float32))
     model.model.load_state_dict(state)
-    ends = [int(end) for end in fields["eos_token_ids"]]
+    ends = [int(end) for end in fields.get("stlm.eos_token_ids", [])]  # GGUF holds no empty lists
     model.generation_config.eos_token_id = ends[0] if len(ends) == 1 else ends or None
     return model.eval()
 
@@ -313,11 +324,18 @@ def main():
     if find_spec("gguf") is None:
         raise SystemExit("files of the engine are written by the package gguf: pip install -e '.[engine]'")
     try:
+        writable(str(args.output), "a file to write, as model.gguf")
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
+    subject = args.model
+    try:
         model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(args.model)
-        export_gguf(model, args.output, args.type, tokenizer, license_of(args.model))
+        check(model)
+        tokenizer, license = AutoTokenizer.from_pretrained(args.model), license_of(args.model)
+        subject = args.output
+        export_gguf(model, args.output, args.type, tokenizer, license)
     except (OSError, ValueError) as error:
-        raise SystemExit(f"{args.model}: {error}") from None
+        raise SystemExit(f"{subject}: {error}") from None
     size = args.output.stat().st_size / 1e6
     print(f'{args.output}: {args.type}, {size:.1f} MB; next: stlm run {args.output} -p "The history of"')
 
