@@ -27,7 +27,7 @@ from modeling_stlm.inference.engine import Engine, Rows
 from modeling_stlm.inference.export import export_gguf
 from modeling_stlm.inference.server import Completion, Server, cut
 
-from .tiny import TEXT
+from .tiny import TEXT, tiny_model
 
 
 pytest.importorskip("gguf")
@@ -168,7 +168,7 @@ def test_what_is_wrong_is_said_in_one_line(stlm, engine, tmp_path):
 def test_help_shows_a_request_that_the_server_takes(stlm, url):
     code, output, _ = end_of(stlm("serve", "--help"))
     address, body = re.search(r"curl localhost:8000(\S+) --json '(.+)'", output.decode()).groups()
-    assert code == 0 and len(post(url, json.loads(body), address)["choices"][0]["text"]) > 50
+    assert code == 0 and len(post(url, json.loads(body) | {"seed": 0}, address)["choices"][0]["text"]) > 50
 
 
 @pytest.mark.parametrize(("threads", "unit"), [(1, "bytes per CPU second"), (2, "2 threads, bytes per second")])
@@ -253,6 +253,44 @@ def test_many_requests_are_written_in_one_batch(url, engine, monkeypatch):
     assert [choice["text"] for choice in answer["choices"]] == [text.decode(errors="replace") for text in expected]
 
 
+def test_a_prompt_may_be_ids(url, engine):
+    options = {"temperature": 0, "max_tokens": 20}
+    expected = [engine.generate(text, 20).decode(errors="replace") for text in ("ab", "c", b"")]
+    assert text_of(url, prompt=[97, 98], **options) == expected[0]
+    answer = post(url, {"prompt": [[97, 98], "c", []], "echo": True} | options)
+    assert [choice["text"] for choice in answer["choices"]] == ["ab" + expected[0], "c" + expected[1], expected[2]]
+    assert answer["usage"]["prompt_tokens"] == 3
+    rows = Rows(engine, 1)
+    rows.read([[257, 97, 98]])
+    ids = rows.write([engine.sampling()], [0], bytearray(b"\1"), 20)[0]
+    written = bytes(i for i in ids if i < 256).decode(errors="replace")
+    assert text_of(url, prompt=[257, 97, 98], echo=True, **options) == "ab" + written
+
+
+def test_usage_counts_special_tokens(built, tmp_path):
+    export_gguf(tiny_model(), tmp_path / "random.gguf")
+    engine = Engine(tmp_path / "random.gguf")
+    with serving(engine) as (_, url):
+        for seed in range(20):
+            body = {"prompt": "x", "max_tokens": 30, "temperature": 2.0, "seed": seed}
+            rows = Rows(engine, 1)
+            rows.read([b"x"])
+            ids = rows.write([engine.sampling(True, 2.0)], [seed], bytearray(b"\1"), 30)[0]
+            assert post(url, body)["usage"]["completion_tokens"] == len(ids)
+            if sum(i > 255 for i in ids) > 1:
+                break
+        else:
+            raise AssertionError("no text with special tokens")
+
+
+def test_a_prompt_that_the_model_has_no_ids_for_is_refused_alone(built, tmp_path):
+    export_gguf(tiny_model(vocab_size=200, bos_token_id=1, pad_token_id=0, eos_token_id=2), tmp_path / "small.gguf")
+    with serving(Engine(tmp_path / "small.gguf")) as (_, url):
+        with pytest.raises(urllib.error.HTTPError) as refusal:
+            post(url, {"prompt": "東"})
+        assert refusal.value.code == 400 and "expected 0 to 199" in refusal.value.read().decode()
+
+
 def test_a_stream_has_the_text_of_the_answer(url):
     body = {"prompt": ["Zoë saw 東", "x"], "max_tokens": 60, "seed": 3, "temperature": 1.5}
     answer, events = post(url, body), events_of(url, **body)
@@ -296,9 +334,13 @@ def test_models_and_health(url):
         (b"\xff\xfe", 400, "the body is not JSON"),
         (b"[" * 100000, 400, "the body is not JSON"),
         ([1], 400, "should be a JSON object"),
-        ({"prompt": 3}, 400, "prompt should be a string or a list of strings, got 3"),
-        ({"prompt": ["a", 3]}, 400, "prompt should be a string"),
-        ({"prompt": []}, 400, "0 prompts times n=1"),
+        ({"prompt": 3}, 400, "prompt should be a string, a list of ids, or a list of such, got 3"),
+        ({"prompt": ["a", 3]}, 400, "prompt should be a string, a list of ids, or a list of such, got 3"),
+        ({"prompt": [[97, [98]]]}, 400, "prompt should be a string, a list of ids, or a list of such, got [97, [98]]"),
+        ({"prompt": [97, True]}, 400, "prompt should be a string, a list of ids, or a list of such, got 97"),
+        ({"prompt": []}, 400, "prompt is an empty list, expected at least one text"),
+        ({"prompt": [97, 320]}, 400, "prompt has ids from 97 to 320, expected 0 to 319"),
+        ({"prompt": ["x", [-1]]}, 400, "prompt has ids from -1 to -1, expected 0 to 319"),
         ({"n": 10**6}, 400, "1 to 128 texts"),
         ({"max_tokens": 0}, 400, "max_tokens should be at least 1"),
         ({"max_tokens": 10**9}, 400, "at most 1048576 less the 0 bytes of the prompt, got 1000000000"),
@@ -308,7 +350,9 @@ def test_models_and_health(url):
         ({"temperature": 10**400}, 400, "too large"),
         ({"temperature": "hot"}, 400, 'temperature should be a number, got "hot"'),
         ({"top_k": 2.5}, 400, "top_k should be an integer"),
-        ({"stop": [""]}, 400, "stop should be"),
+        ({"stop": ["x", 3]}, 400, "stop should be a string or a list of strings, got 3"),
+        ({"stop": [""]}, 400, "stop has an empty string"),
+        ({"stop": ""}, 400, "stop has an empty string"),
         ({"stream_options": {"x": 1}}, 400, "this server knows include_usage"),
         ({"logprobs": 5}, 400, "does not know logprobs=5"),
         ({"top_q": 5}, 400, "does not know top_q=5"),
@@ -320,6 +364,7 @@ def test_bad_requests_are_refused_in_words(url, body, status, words):
         post(url, body)
     error = json.load(refusal.value)["error"]
     assert refusal.value.code == status and words in error["message"] and error["type"] == "invalid_request_error"
+    assert error["param"] in (None, "max_tokens", *body)
     assert post(url, {"prompt": "x", "logprobs": None, "best_of": 1, "seed": 2**70, "top_k": 2**40, "stop": "\ud800"})[
         "choices"
     ]
@@ -341,15 +386,89 @@ def test_a_page_of_another_site_cannot_post(url):
     answer = client.getresponse()
     error = json.load(answer)["error"]
     assert answer.status == 415 and error["type"] == "invalid_request_error"
-    assert error["message"].startswith("the Content-Type should be application/json, got none. Pages of other sites")
+    assert error["message"] == "the Content-Type should be application/json, got none: `curl --json` sends it"
     client.close()
 
 
 def test_a_length_of_many_digits_is_refused_in_words(url):
-    with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), timeout=60) as client:
-        client.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: " + b"9" * 5000 + b"\r\n\r\n")
-        answer = client.makefile("rb").read()
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: "
+    answer = answer_to(url, head + b"9" * 5000 + b"\r\n\r\n")
     assert b" 413 " in answer and b"Content-Length of at most" in answer
+
+
+def answer_to(url: str, sent: bytes, half_close: bool = False) -> bytes:
+    """All that the server answers to `sent` before it closes the connection."""
+    with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), timeout=60) as client:
+        client.sendall(sent)
+        if half_close:
+            client.shutdown(socket.SHUT_WR)
+        return client.makefile("rb").read()
+
+
+def test_a_body_of_unknown_length_is_refused_in_words(url):
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    chunked = b"Transfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n"
+    for rest in (chunked, b"Content-Length: 2\r\n" + chunked, b"\r\n", b"Content-Length: -2\r\n\r\n{}"):
+        answer = answer_to(url, head + rest)
+        assert answer.startswith(b"HTTP/1.1 411 ") and answer.count(b"HTTP/1.1") == 1
+        assert b"with its Content-Length" in answer and b"Connection: close" in answer
+
+
+def test_the_body_of_a_get_is_no_request(url):
+    inner = b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    length = b"Content-Length: %d\r\n\r\n" % len(inner)
+    chunked = b"Transfer-Encoding: chunked\r\n\r\n%x\r\n" % len(inner)
+    for kind in (length, chunked):
+        answer = answer_to(url, b"GET /health HTTP/1.1\r\nHost: localhost\r\n" + kind + inner)
+        assert answer.count(b"HTTP/1.1 200") == 1 and answer.endswith(b'{"status": "ok"}')
+
+
+@pytest.mark.parametrize("version", [b"1.0", b"1.1"])
+def test_a_client_that_ends_its_input_is_answered(version, engine):
+    body = {"prompt": "x", "max_tokens": 3000, "temperature": 0, "repetition_penalty": 1.1}
+    expected = engine.generate("x", 3000, repetition_penalty=1.1).decode(errors="replace")
+
+    def sent(body: dict) -> bytes:
+        data = json.dumps(body).encode()
+        head = b"POST /v1/completions HTTP/%s\r\nContent-Type: application/json\r\nConnection: close\r\n" % version
+        return head + b"Content-Length: %d\r\n\r\n" % len(data) + data
+
+    with serving(engine) as (_, url):
+        answer = answer_to(url, sent(body), half_close=True)
+        (status, *_), text = answer.split(b"\r\n"), answer.rpartition(b"\r\n\r\n")[2]
+        assert status == (b"HTTP/1.1 200 OK" if version == b"1.0" else b"HTTP/1.1 100 Continue")
+        assert json.loads(text)["choices"][0]["text"] == expected
+        answer = answer_to(url, sent(body | {"stream": True}), half_close=True)
+        head, _, events = answer.partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 200 OK") and events.endswith(b"data: [DONE]\n\n")
+        events = [json.loads(event[6:]) for event in events.split(b"\n\n")[:-2] if event.startswith(b"data: ")]
+        assert "".join(event["choices"][0]["text"] for event in events) == expected
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "::1"])
+def test_a_name_that_was_made_to_point_here_is_refused(host, engine):
+    def status(name: str, method: str = "POST") -> tuple[int, bytes]:
+        client = http.client.HTTPConnection(host, server.server_port, timeout=60)
+        kind = {"Content-Type": "application/json", "Host": name}
+        client.request(method, "/v1/completions" if method == "POST" else "/health", b"{}" * (method == "POST"), kind)
+        answer = client.getresponse()
+        return answer.status, answer.read()
+
+    with serving(engine, host=host) as (server, _):
+        for name in ("127.0.0.1:8000", "[::1]:8000", "LocalHost", "localhost:80", "192.168.1.5"):
+            assert status(name)[0] == 200
+        for name in ("evil.example:8000", "localhost.evil.example", "127.0.0.1.evil.example", "[", ""):
+            code, words = status(name)
+            assert code == 403 and b"not to the name" in words, name
+        assert status("evil.example", "GET")[0] == 403
+
+
+def test_a_server_on_all_addresses_answers_to_every_name(engine):
+    with serving(engine, host="0.0.0.0") as (server, _):
+        client = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=60)
+        client.request("GET", "/health", headers={"Host": "stlm.example"})
+        assert client.getresponse().status == 200
+        client.close()
 
 
 def test_usage_counts_a_prompt_once_and_ends_a_stream_that_asks(url):
@@ -378,9 +497,9 @@ def test_copies_of_a_text_share_its_prompt(engine):
 
 
 @contextlib.contextmanager
-def serving(engine, num_rows: int = 1):
+def serving(engine, num_rows: int = 1, host: str = "127.0.0.1"):
     """A server, and what its requests take."""
-    server = Server(engine, "127.0.0.1", 0, num_rows)
+    server = Server(engine, host, 0, num_rows)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     try:
@@ -403,6 +522,9 @@ def test_a_client_that_goes_makes_room(url):
     for _ in range(4):  # without an answer yet
         with pytest.raises(TimeoutError), urllib.request.urlopen(request(url, LONG), timeout=0.2):
             pass
+    long_prompt = LONG | {"prompt": "x" * 2**19, "max_tokens": 2**18, "stream": True}
+    for _ in range(4):  # while its prompt is read
+        urllib.request.urlopen(request(url, long_prompt), timeout=60).close()
     assert len(text_of(url, prompt="x", temperature=0)) > 0
 
 
@@ -451,10 +573,11 @@ def test_serve_ends_while_all_rows_are_busy(stlm, engine):
     process.stdout.close()
 
 
-def test_serve_says_where_and_ends_quietly(stlm, engine):
-    process = stlm("serve", engine.path, "--port", 0)
+@pytest.mark.parametrize(("host", "where"), [("127.0.0.1", "127.0.0.1"), ("::1", "[::1]")])
+def test_serve_says_where_and_ends_quietly(host, where, stlm, engine):
+    process = stlm("serve", engine.path, "--port", 0, "--host", host)
     url = process.stdout.readline().decode().strip()
-    assert url.endswith("/v1") and text_of(url.removesuffix("/v1"), prompt="x")
+    assert url.startswith(f"http://{where}:") and url.endswith("/v1") and text_of(url.removesuffix("/v1"), prompt="x")
     process.send_signal(signal.SIGINT)
     assert process.wait(60) == 130 and process.stderr.read() == b""
     process.stdout.close()

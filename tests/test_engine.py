@@ -679,7 +679,7 @@ def test_a_file_that_cannot_be_written_leaves_the_one_before(tiny, tmp_path):
     before = path.read_bytes()
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))  # as a disk that is full
     try:
-        with pytest.raises(OSError, match="requested and .* written"):
+        with pytest.raises(OSError, match=r"requested and .* written"):
             export_gguf(tiny[0], path, "f32")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

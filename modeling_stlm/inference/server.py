@@ -3,9 +3,13 @@
 
     curl localhost:8000/v1/completions --json '{"prompt": "The history of the", "max_tokens": 100, "stream": true}'
 
-Tokens are bytes. All texts of all requests are rows of one batch: a thread reads their prompts and writes their bytes, a few
-at a time, and a text that ends makes room for the next one. Rows do not influence each other, so a text with a `seed` is the
-same whatever else is written meanwhile. After an empty prompt, which is the default, a text begins. Not for the open internet:
+Tokens are bytes, and a prompt may also be a list of ids. All texts of all requests are rows of one batch: a thread reads their
+prompts and writes their bytes, a few at a time, and a text that ends makes room for the next one. Rows do not influence each
+other, so a text with a `seed` is the same whatever else is written meanwhile. After an empty prompt, which is the default, a
+text begins. `usage` counts the bytes that are returned and the special tokens among them.
+
+Pages of other sites are kept out: they cannot send `application/json`, and a name that was made to point at a loopback
+address (the default `--host`) is refused. On other addresses the server answers under every name. Not for the open internet:
 there are no keys and no limits on who asks.
 """
 
@@ -13,6 +17,8 @@ import codecs
 import errno
 import json
 import os
+import re
+import socket
 import threading
 import time
 import traceback
@@ -20,7 +26,6 @@ from collections.abc import Callable, Iterator, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from queue import Empty, SimpleQueue
-from socket import MSG_PEEK
 
 from .engine import Engine, Rows, _Sampling, _written
 
@@ -57,7 +62,7 @@ def stopped() -> Refusal:
 
 
 class Text:
-    """A text to be written: `put` receives its bytes, then its last bytes with the reason of its end, or why it failed."""
+    """A text to be written: `put` receives its ids, then its last ids with the reason of its end, or why it failed."""
 
     def __init__(
         self,
@@ -65,7 +70,7 @@ class Text:
         sampling: _Sampling,
         seed: int,
         max_bytes: int,
-        put: Callable[[bytes, str | Refusal | None], None],
+        put: Callable[[Sequence[int], str | Refusal | None], None],
     ):
         self.prompt, self.sampling, self.seed, self.left, self.put = prompt, sampling, seed, max_bytes, put
         self.num_read = 0  # of the prompt
@@ -145,7 +150,7 @@ class Writer(threading.Thread):
     def deliver(self, row: int, ids: list[int], has_ended: bool) -> None:
         text = self.texts[row]
         reason = "stop" if has_ended and len(ids) <= text.left else "length" if len(ids) >= text.left else None
-        text.put(_written(ids[: text.left]), reason)
+        text.put(ids[: text.left], reason)
         text.left -= len(ids)
         if reason:
             self.texts[row] = self.nothing
@@ -167,6 +172,35 @@ def field(body: dict, name: str, kinds: type | tuple[type, ...], default, words:
     return value
 
 
+def prompts_of(body: dict, vocab_size: int) -> list[Sequence[int]]:
+    """The prompts of a request, as bytes or as ids."""
+    words = "a string, a list of ids, or a list of such"
+    given = field(body, "prompt", (str, list), "", words)
+    if given == []:
+        raise Refusal("prompt is an empty list, expected at least one text", "prompt")
+    prompts = [given] if isinstance(given, str) or _are_ids(given) else given
+    for i, prompt in enumerate(prompts):
+        if not isinstance(prompt, str) and not _are_ids(prompt):
+            raise Refusal(f"prompt should be {words}, got {json.dumps(prompt)[:80]}", "prompt")
+        prompts[i] = prompt = _encoded(prompt) if isinstance(prompt, str) else prompt
+        if prompt and not 0 <= min(prompt) <= max(prompt) < vocab_size:
+            found = f"{str(min(prompt))[:20]} to {str(max(prompt))[:20]}"
+            raise Refusal(f"prompt has ids from {found}, expected 0 to {vocab_size - 1}", "prompt")
+    return prompts
+
+
+def stops_of(body: dict) -> list[bytes]:
+    words = "a string or a list of strings"
+    given = field(body, "stop", (str, list), [], words)
+    stops = given if isinstance(given, list) else [given]
+    for stop in stops:
+        if not isinstance(stop, str):
+            raise Refusal(f"stop should be {words}, got {json.dumps(stop)[:80]}", "stop")
+        if not stop:
+            raise Refusal("stop has an empty string, at which every text would stop: leave it out", "stop")
+    return [_encoded(stop) for stop in stops]
+
+
 class Completion:
     """A request to `/v1/completions`: its texts, and the answer."""
 
@@ -178,20 +212,13 @@ class Completion:
                 raise Refusal(f"this server does not know {name}={json.dumps(value)[:80]}", name)
         if field(body, "model", str, model, "a string") != model:
             raise Refusal(f"this server has the model {model}, not {body['model'][:80]}", "model", 404)
-        prompts = field(body, "prompt", (str, list), "", "a string or a list of strings")
-        prompts = prompts if isinstance(prompts, list) else [prompts]
-        stops = field(body, "stop", (str, list), [], "a string or a list of strings")
-        stops = stops if isinstance(stops, list) else [stops]
-        for name, items in ("prompt", prompts), ("stop", stops):
-            if not all(isinstance(item, str) and (item or name == "prompt") for item in items):
-                raise Refusal(f"{name} should be a string or a list of strings", name)
+        prompts, self.stops = prompts_of(body, engine.vocab_size), stops_of(body)
         number, whole = "a number", "an integer"
         copies, max_bytes = (
             field(body, name, int, default, whole) for name, default in (("n", 1), ("max_tokens", 16))
         )
         if not 1 <= copies * len(prompts) <= MAX_TEXTS:
             raise Refusal(f"{len(prompts)} prompts times n={copies} should be 1 to {MAX_TEXTS} texts", "n")
-        prompts = [_encoded(prompt) for prompt in prompts]
         longest = max(map(len, prompts))
         if not 1 <= max_bytes <= MAX_LENGTH - longest:
             most = f"{MAX_LENGTH} less the {longest} bytes of the prompt"
@@ -209,7 +236,7 @@ class Completion:
         except (OverflowError, ValueError) as error:
             raise Refusal(str(error)) from None
         seed = field(body, "seed", int, int.from_bytes(os.urandom(8), "little"), whole)
-        self.model, self.stops = model, [_encoded(stop) for stop in stops]
+        self.model = model
         self.stream = field(body, "stream", bool, False, "true or false")
         self.echo = field(body, "echo", bool, False, "true or false")
         stream_options = field(body, "stream_options", dict, {}, "an object")
@@ -217,41 +244,42 @@ class Completion:
             raise Refusal("of stream_options, this server knows include_usage", "stream_options")
         self.include_usage = field(stream_options, "include_usage", bool, False, "true or false")
         self.num_read = sum(map(len, prompts))  # once, however many texts follow
-        self.num_written = 0  # bytes so far
+        self.num_written = 0  # bytes and special tokens so far
         self.prompts = [prompt for prompt in prompts for _ in range(copies)]
-        self.events: SimpleQueue[tuple[int, bytes, str | Refusal | None]] = SimpleQueue()
+        self.events: SimpleQueue[tuple[int, Sequence[int], str | Refusal | None]] = SimpleQueue()
         self.texts = [
             Text(prompt or [engine.bos_token_id], sampling, (seed + i) % 2**64, max_bytes, self.receiver(i))
             for i, prompt in enumerate(self.prompts)
         ]
         self.head = {"id": f"cmpl-{os.urandom(12).hex()}", "object": "text_completion", "created": int(time.time())}
 
-    def receiver(self, i: int) -> Callable[[bytes, str | Refusal | None], None]:
-        return lambda piece, reason: self.events.put((i, piece, reason))
+    def receiver(self, i: int) -> Callable[[Sequence[int], str | Refusal | None], None]:
+        return lambda ids, reason: self.events.put((i, ids, reason))
 
     def pieces(self, check: Callable[[], None]) -> Iterator[tuple[int, str, str | None]]:
-        """Index of a text, what was written of it, and, at its end, the reason. Calls `check` every second and oftener."""
+        """Index of a text, what was written of it, and, at its end, the reason. Calls `check` at least once a second."""
         decoders = [codecs.getincrementaldecoder("utf-8")("replace") for _ in self.texts]
         held, num_open = [b""] * len(self.texts), len(self.texts)
         if self.echo:
-            yield from ((i, prompt.decode(errors="replace"), None) for i, prompt in enumerate(self.prompts))
+            yield from ((i, _written(prompt).decode(errors="replace"), None) for i, prompt in enumerate(self.prompts))
         while num_open:
             check()
             try:
-                i, piece, reason = self.events.get(timeout=1)
+                i, ids, reason = self.events.get(timeout=1)
             except Empty:
                 continue
             if self.texts[i].is_cancelled:
                 continue
             if isinstance(reason, Refusal):
                 raise reason
+            piece = _written(ids)
             written, held[i], is_stopped = cut(held[i] + piece, self.stops)
             if is_stopped:
                 self.texts[i].is_cancelled, reason = True, "stop"
             elif reason:
                 written += held[i]
             num_open -= reason is not None
-            self.num_written += len(written)
+            self.num_written += len(written) + len(ids) - len(piece)
             text = decoders[i].decode(written, final=reason is not None)
             if text or reason:
                 yield i, text, reason
@@ -294,6 +322,10 @@ def cut(text: bytes, stops: list[bytes]) -> tuple[bytes, bytes, bool]:
     return text[: len(text) - held], text[len(text) - held :], False
 
 
+def _are_ids(value) -> bool:
+    return isinstance(value, list) and all(type(item) is int for item in value)  # true and false are none
+
+
 def _encoded(prompt: str) -> bytes:
     return prompt.encode(errors="replace")  # JSON may hold halves of surrogate pairs
 
@@ -301,6 +333,7 @@ def _encoded(prompt: str) -> bytes:
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True  # a body that waits for the acknowledgement of its headers takes 40 ms more
+    has_ended = False  # the input of the client
     server: "Server"
 
     def log_message(self, *message):
@@ -317,10 +350,19 @@ class Handler(BaseHTTPRequestHandler):
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(data)))
+        if self.close_connection:
+            self.send_header("Connection", "close")
         self.end_headers()
         self.wfile.write(data)
 
     def do_GET(self):
+        if self.has_body():
+            self.close_connection = True  # the body is not read
+        try:
+            self.check_host()
+        except Refusal as refusal:
+            self.refuse(refusal)
+            return
         model = {"id": self.server.model, "object": "model", "created": self.server.created, "owned_by": "stlm"}
         answers = {"/health": {"status": "ok"}, "/v1/models": {"object": "list", "data": [model]}}
         answers[f"/v1/models/{self.server.model}"] = model
@@ -342,38 +384,65 @@ class Handler(BaseHTTPRequestHandler):
             if completion.stream:
                 self.send_events(completion)
             else:
-                self.send(completion.answer(self.check))
+                # Clients pass over interim answers since HTTP/1.1. For those of before, a text is written to its end.
+                probe = b"" if self.request_version == "HTTP/1.0" else b"HTTP/1.1 100 Continue\r\n\r\n"
+                self.send(completion.answer(lambda: self.check(probe)))
         except Refusal as refusal:
             self.refuse(refusal)
         finally:
             completion.cancel()
             self.server.answering.discard(completion)
 
-    def check(self) -> None:
-        """Raise `ConnectionError` if the client has gone: there is nothing to read from it, and never will be."""
+    def has_body(self) -> bool:
+        return "Transfer-Encoding" in self.headers or self.headers.get("Content-Length", "0") != "0"
+
+    def check(self, probe: bytes) -> None:
+        """Raise `ConnectionError` if the client has gone.
+
+        One that has ended its input may still wait for the answer: it passes over `probe`, which the system of one that
+        has gone refuses.
+        """
+        if error := self.connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+            raise ConnectionAbortedError(error, os.strerror(error))
+        if self.has_ended:
+            return
         self.connection.setblocking(False)
         try:
-            if not self.connection.recv(1, MSG_PEEK):
-                raise ConnectionAbortedError
+            self.has_ended = not self.connection.recv(1, socket.MSG_PEEK)
         except BlockingIOError:
             pass
         finally:
             self.connection.setblocking(True)
+        if self.has_ended:
+            self.wfile.write(probe)
+
+    def check_host(self) -> None:
+        """Refuse a request to a name that is not ours: it comes from a page whose own name was made to point here."""
+        host = self.headers.get("Host")
+        if host is not None and not self.server.names.fullmatch(host):
+            self.close_connection = True  # the body is not read
+            raise Refusal(
+                f"this server answers to its address and to localhost, not to the name {host[:80]}: --host 0.0.0.0 serves "
+                "under every name",
+                status=403,
+            )
 
     def read_completion(self) -> Completion:
+        self.check_host()
         size = self.headers.get("Content-Length", "")
-        if not size.isdecimal() or len(size) > len(str(MAX_BODY)) or int(size) > MAX_BODY:
-            self.close_connection = True  # the body is not read
+        if "Transfer-Encoding" in self.headers or not size.isdecimal():
+            self.close_connection = True
+            raise Refusal("the body should come in one piece, with its Content-Length", status=411)
+        if len(size) > len(str(MAX_BODY)) or int(size) > MAX_BODY:
+            self.close_connection = True
             raise Refusal(f"the body should have a Content-Length of at most {MAX_BODY} bytes", status=413)
         body = self.rfile.read(int(size))
         if self.path != "/v1/completions":
             raise Refusal(f"there is nothing at {self.path[:80]}: POST /v1/completions", status=404)
-        if self.headers.get_content_type() != "application/json":  # which other pages of a browser cannot send here
+        if self.headers.get_content_type() != "application/json":  # which browsers let no page of another origin send
             kind = self.headers.get("Content-Type", "none")[:80]
             raise Refusal(
-                f"the Content-Type should be application/json, got {kind}. Pages of other sites cannot send it, and so "
-                "cannot use this server; `curl --json` does",
-                status=415,
+                f"the Content-Type should be application/json, got {kind}: `curl --json` sends it", status=415
             )
         try:
             body = json.loads(body)
@@ -392,7 +461,7 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("Connection", "close")
         self.end_headers()
         try:
-            for chunk in completion.chunks(self.check):
+            for chunk in completion.chunks(lambda: self.check(b":\n\n")):  # a comment
                 self.wfile.write(f"data: {json.dumps(chunk)}\n\n".encode())
         except Refusal as refusal:  # in the middle of the answer
             self.wfile.write(f"data: {json.dumps(refusal.answer)}\n\n".encode())
@@ -410,7 +479,12 @@ class Server(ThreadingHTTPServer):
         self.writer = Writer(engine, num_rows)
         self.writer.start()
         self.answering: set[Completion] = set()
+        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         super().__init__((host, port), Handler)  # closes the server if it fails
+        # What `Host` may say. A name can be made to point at a loopback address by anybody; an address is itself.
+        is_local = self.server_address[0].startswith("127.") or self.server_address[0] == "::1"
+        names = rf"(localhost|{re.escape(host)}|[\d.]+|\[[\da-f:.]+\])(:\d+)?" if is_local else ".*"
+        self.names = re.compile(names, re.IGNORECASE)
 
     def server_close(self):
         super().server_close()
@@ -428,5 +502,5 @@ def serve(engine: Engine, host: str, port: int, num_rows: int) -> None:
         expected = "a free --port, or 0 for any" if is_port else "a --host of this machine"
         raise ValueError(f"{host}:{port}: {error.strerror}. Expected {expected}") from None
     with server:
-        print(f"http://{host}:{server.server_port}/v1", flush=True)
+        print(f"http://{f'[{host}]' if ':' in host else host}:{server.server_port}/v1", flush=True)
         server.serve_forever()
