@@ -54,12 +54,14 @@ class BudgetMixin:
 
         Args:
             bytes_per_patch (`float`): average length of a patch in the text at hand.
-            context_bytes (`int`): length of the text; attention of the trunk sees half of it on average.
+            context_bytes (`int`): length of the text, of which attention of the trunk sees half on average, all of it
+                with `is_causal=False`.
         """
         base, config = self.base_model, self.config
         per_byte = 2 * (_matmul_parameters(base.local_encoder) + _matmul_parameters(base.local_decoder))
         per_byte += 2 * config.conv_kernel_size * config.hidden_size * config.byte_mixers.count("conv")
-        window = min(config.attention_window_bytes, context_bytes)
+        window = config.attention_window_bytes if config.is_causal else 2 * config.attention_window_bytes - 1
+        window = min(window, context_bytes)
         per_byte += 4 * window * config.num_attention_heads * config.head_dim * config.byte_mixers.count("attention")
         for module in filter(None, [base.ngram_embedding, base.patcher.rule]):
             per_byte += 2 * _matmul_parameters(module)
@@ -68,7 +70,7 @@ class BudgetMixin:
             per_byte += 2 * head.weight.numel()
         trunk = base.trunk
         per_patch = 2 * (_matmul_parameters(base.patcher.patch_proj) + _matmul_parameters(base.patcher.byte_proj))
-        patches_seen = context_bytes / bytes_per_patch / 2
+        patches_seen = context_bytes / bytes_per_patch / (2 if config.is_causal else 1)
         attention_width = config.trunk_num_attention_heads * config.trunk_head_dim
         per_patch += sum(2 * _matmul_parameters(own) for own in filter(None, [trunk.own_matrices]))
         for attention, feed_forward in config.trunk_schedule:

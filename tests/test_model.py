@@ -4,7 +4,7 @@
 import pytest
 import torch
 
-from modeling_stlm import STLMConfig, STLMForCausalLM, STLMForMaskedLM
+from modeling_stlm import STLMConfig, STLMForCausalLM, STLMForMaskedLM, STLMModel
 
 from . import reference
 from .tiny import (
@@ -331,6 +331,27 @@ def test_flops_per_byte_equal_the_count_of_the_profiler():
     conv = 2 * config.conv_kernel_size * config.hidden_size * config.num_byte_layers
     ours = model.flops_per_byte(patch, ids.shape[1]) - config.num_trunk_layers * attention / patch - conv
     assert ours == pytest.approx(counted / ids.shape[1], rel=0.01)
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_flops_of_attention_are_those_of_the_pairs_that_attend(is_causal):
+    options = {"is_causal": is_causal, "attn_implementation": "eager", "intermediate_size": 8}
+    model = randomize(STLMModel(tiny_config(**options, **MIXERS["attention"])))
+    config, ids = model.config, torch.tensor([ids_of(TEXT * 4)])
+    with torch.no_grad(), torch.profiler.profile(with_flops=True) as profile:
+        outputs = model(
+            ids, use_cache=False, output_attentions=True, output_patch_attentions=True, output_boundaries=True
+        )
+    counted = sum(event.flops for event in profile.key_averages() if event.key in ("aten::mm", "aten::addmm"))
+    pairs, patch_pairs = (
+        sum((weights > 0).sum().item() for weights in layers)
+        for layers in (outputs.attentions, outputs.patch_attentions)
+    )
+    attention = 4 * (pairs * config.head_dim + patch_pairs * config.trunk_head_dim)
+    assert attention > counted / 5
+    patch = ids.shape[1] / outputs.boundaries.sum().item()
+    expected = (counted + attention) / ids.shape[1]
+    assert model.flops_per_byte(patch, ids.shape[1]) == pytest.approx(expected, rel=0.01)
 
 
 @pytest.mark.parametrize("name", ["stlm-3m", "stlm-10m", "stlm-50m", "stlm-100m"])
