@@ -14,7 +14,7 @@ from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import modeling_stlm
-from modeling_stlm import STLMForMaskedLM, STLMForMultipleChoice, STLMForSequenceClassification, STLMTokenizer
+from modeling_stlm import STLMForMaskedLM, STLMForSequenceClassification, STLMModel, STLMTokenizer
 from modeling_stlm.training.model_card import TASKS, build_model_card, describe_base, write_model_card
 
 from .hub_server import metadata_errors
@@ -188,12 +188,10 @@ def test_a_card_is_written_whole_or_not_at_all(checkpoint, monkeypatch):
     assert write_model_card(checkpoint, card) and path.read_text().startswith(str(card))
 
 
-def test_only_models_of_this_package_with_one_text_get_a_card(tmp_path):
-    LlamaConfig().save_pretrained(tmp_path / "llama")
-    STLMForMultipleChoice(tiny_config()).save_pretrained(tmp_path / "choices")
-    for name in ("llama", "choices"):
-        with pytest.raises(ValueError, match=r"a card is written for STLMModel, STLMForCausalLM, .* only"):
-            build_model_card(tmp_path / name)
+def test_only_models_of_this_package_get_a_card(tmp_path):
+    LlamaConfig().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"a card is written for STLMModel, STLMForCausalLM, .* only"):
+        build_model_card(tmp_path)
 
 
 CLASSES = [getattr(modeling_stlm, name) for name in TASKS if name != "STLMForCausalLM"]
@@ -216,6 +214,79 @@ def test_the_card_of_a_head_names_its_task_and_its_snippet_runs(cls, tmp_path, m
     monkeypatch.chdir(tmp_path)
     exec(snippet(card))  # as a checkout runs it; without the package: the next test
     assert capsys.readouterr().out
+
+
+def text_of(model, folder: Path) -> str:
+    model.save_pretrained(folder)
+    return build_model_card(folder).text
+
+
+@pytest.mark.parametrize("name", SHARING)
+def test_the_card_says_what_is_tied(name, tmp_path):
+    text = text_of(tiny_model(**SHARING[name]), tmp_path)
+    trunk = {
+        "none": "2 passes over 2 stored layers of width 24, each with its own weights",
+        "immediate": "6 passes over 4 stored layers of width 24, shared by the rule `immediate`",
+        "cycle": "4 passes over 2 stored layers of width 24, shared by the rule `cycle`",
+        "middle": "5 passes over 3 stored layers of width 24, shared by the rule `middle`",
+        "ffn": "4 passes over 4 stored attention and 3 stored feed-forward blocks of width 24, shared by the rule `ffn`",
+    }[name]
+    assert f"- trunk, once per patch: {trunk}\n" in text and "- head: tied to the byte embedding" in text
+    assert ("with a weight-tied trunk" in text) == (name != "none") and "level, weight-tied" not in text
+    assert ("a shared layer once per pass" in text) == (name != "none")
+    assert "a tied head in addition to the embedding" in text
+
+
+def test_passes_with_matrices_of_their_own_are_told(tmp_path):
+    text = text_of(tiny_model(**SHARING["cycle"], sharing_lora_rank=3), tmp_path)
+    assert "shared by the rule `cycle`, each pass with matrices of rank 3 of its own\n" in text
+    text = text_of(tiny_model(tie_word_embeddings=False), tmp_path / "untied")
+    assert "Effective parameters" not in text and "\n\nForward pass,\nper byte of 1024:" in text
+
+
+def test_the_card_says_which_way_the_model_looks(tmp_path):
+    for is_causal, kind, way in (
+        (True, "A pooled byte-level causal model without a head ", "- causal: a byte sees nothing after it\n"),
+        (False, "A pooled byte-level encoder ", "- bidirectional: a byte sees the whole text\n"),
+    ):
+        text = text_of(STLMModel(tiny_config(is_causal=is_causal)), tmp_path)
+        assert kind in text and way in text and "continues text" not in text
+
+
+def test_the_card_says_what_is_matched(tmp_path):
+    for options, words in (
+        ({"match_bytes": 0, "match_doublings": 0}, "; match embedding: none\n"),
+        ({"match_bytes": 3, "match_doublings": 0}, "; match embedding: the byte that followed the same 3 bytes\n"),
+        (
+            {"match_bytes": 4, "match_doublings": 2},
+            "; match embedding: the byte that followed the same 4 or 8 or 16 bytes\n",
+        ),
+    ):
+        assert words in text_of(tiny_model(**options), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "head", "use"),
+    [
+        ({"num_labels": 1}, "regressor", "a value of a text", "logits)"),
+        ({"num_labels": 3, "problem_type": "regression"}, "regressor", "3 values of a text: `LABEL_0`,", "logits)"),
+        (
+            {"num_labels": 3, "problem_type": "multi_label_classification"},
+            "multi-label classifier",
+            "3 labels of a text, each there or not: `LABEL_0`,",
+            "logits.sigmoid(), model.config.id2label)",
+        ),
+        (
+            {"num_labels": 3},
+            "classifier",
+            "3 classes of a text: `LABEL_0`,",
+            "logits.softmax(-1), model.config.id2label)",
+        ),
+    ],
+)
+def test_the_card_says_what_the_numbers_of_a_text_are(options, kind, head, use, tmp_path):
+    text = text_of(STLMForSequenceClassification(tiny_config(**options)), tmp_path)
+    assert f"A pooled byte-level {kind} with" in text and f"- head: {head}" in text and f"(**inputs).{use}\n" in text
 
 
 def test_what_is_fine_tuned_inherits_from_its_base(checkpoint, tmp_path):
@@ -348,7 +419,7 @@ def test_fixed_patches_and_untied_heads_are_told_as_they_are(tmp_path):
     card = build_model_card(tmp_path).text
     assert "they end every 5 bytes" in card and "apart from the byte embedding" in card
     assert f"{model.flops_per_byte(5) / 1e6:.2f} MFLOP at 5 bytes per patch" in card
-    assert "at 4 bytes" not in card and "each with its own weights" in card
+    assert "at 4 bytes" not in card and "each with its own weights" in card and "a tied head" not in card
 
 
 @pytest.mark.parametrize(

@@ -38,32 +38,38 @@ from modeling_stlm import STLMConfig, STLMPreTrainedModel
 class Task(NamedTuple):
     tag: str  # as the Hub spells it
     kind: str  # of model
-    text: str  # to try it on
+    texts: str  # arguments of the tokenizer
     use: str  # expression to print
 
 
 TASKS = {
-    "STLMModel": Task("feature-extraction", "encoder", "A text.", "model(**inputs).last_hidden_state"),
+    "STLMModel": Task("feature-extraction", "encoder", '"A text."', "model(**inputs).last_hidden_state"),
     "STLMForCausalLM": Task(
         "text-generation",
         "language model",
-        "The history of",
+        '"The history of"',
         "tokenizer.decode(model.generate(**inputs, max_new_tokens=100)[0])",
     ),
     "STLMForMaskedLM": Task(
         "fill-mask",
         "masked language model",
-        "The hist<mask>ry of",
+        '"The hist<mask>ry of"',
         "tokenizer.decode(model(**inputs).logits[0].argmax(-1))",
     ),
     "STLMForSequenceClassification": Task(
-        "text-classification", "classifier", "A text.", "model(**inputs).logits.softmax(-1), model.config.id2label"
+        "text-classification", "classifier", '"A text."', "model(**inputs).logits.softmax(-1), model.config.id2label"
     ),
     "STLMForTokenClassification": Task(
-        "token-classification", "tagger", "A text.", "model(**inputs).logits.argmax(-1), model.config.id2label"
+        "token-classification", "tagger", '"A text."', "model(**inputs).logits.argmax(-1), model.config.id2label"
     ),
     "STLMForQuestionAnswering": Task(
-        "question-answering", "model that finds answers", "What? A text.", "model(**inputs).start_logits"
+        "question-answering", "model that finds answers", '"What? A text."', "model(**inputs).start_logits"
+    ),
+    "STLMForMultipleChoice": Task(
+        "multiple-choice",
+        "model that chooses between texts",
+        '["What? A text.", "What? Another."], padding=True',
+        "model(**{name: rows[None] for name, rows in inputs.items()}).logits.softmax(-1)",
     ),
 }
 
@@ -73,7 +79,7 @@ from transformers import {auto_class}, AutoTokenizer
 checkpoint = {checkpoint}
 tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=True)
 model = {auto_class}.from_pretrained(checkpoint, trust_remote_code=True, dtype="float32")
-inputs = tokenizer("{text}", return_tensors="pt")
+inputs = tokenizer({texts}, return_tensors="pt")
 print({use})
 """
 
@@ -170,7 +176,7 @@ def build_model_card(
             f"{folder} holds {config.architectures} of type {config.model_type!r}: "
             f"a card is written for {', '.join(TASKS)} only"
         )
-    task, results = TASKS[class_name], _read_results(folder)
+    task, results = _task(class_name, config), _read_results(folder)
     base = describe_base(base_model) if base_model else results.get("base_model", {})
     if results and not base and (missing := sorted(NEEDED - set(results))):
         raise ValueError(
@@ -200,8 +206,9 @@ def build_model_card(
         eval_results=_eval_results(task, scores, results) if scores else None,
     )
     budget = model.parameter_budget()
+    tied = " with a weight-tied trunk and" if _is_shared(config) else " with"
     description = (
-        f"A pooled byte-level, weight-tied {task.kind} with {budget['stored']['total']:,} stored "
+        f"A pooled byte-level {task.kind}{tied} {budget['stored']['total']:,} stored "
         f"({budget['effective']['total']:,} effective) parameters:\n"
         "[Super Tiny Language Models](https://arxiv.org/abs/2405.14159) as a transformers model. It reads "
         f"{'and writes ' if model.can_generate() else ''}bytes; the\ntrunk runs once per patch."
@@ -222,7 +229,7 @@ def build_model_card(
     snippet = SNIPPET.format(
         auto_class="AutoModel" + class_name.removeprefix("STLM").removeprefix("Model"),
         checkpoint=f'"{repo_id}"' if repo_id else '"."  # this folder, or its id on the Hub',
-        text=task.text,
+        texts=task.texts,
         use=task.use,
     )
     body = CARD.format(
@@ -233,6 +240,28 @@ def build_model_card(
         sections="\n".join(f"## {title}\n\n{text}\n" for title, text in sections.items() if text),
     )
     return ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n{body}")
+
+
+def _task(class_name: str, config: STLMConfig) -> Task:
+    """That of the class, as this configuration has it."""
+    task, numbers = TASKS[class_name], "model(**inputs).logits"
+    if class_name == "STLMModel" and config.is_causal:
+        return task._replace(kind="causal model without a head")
+    if class_name == "STLMForSequenceClassification" and _are_values(config):
+        return task._replace(kind="regressor", use=numbers)
+    if class_name == "STLMForSequenceClassification" and config.problem_type == "multi_label_classification":
+        return task._replace(kind="multi-label classifier", use=f"{numbers}.sigmoid(), model.config.id2label")
+    return task
+
+
+def _are_values(config: STLMConfig) -> bool:
+    """Whether a classifier of texts has learned values, by the rule of the library's loss."""
+    return config.problem_type == "regression" or (config.problem_type is None and config.num_labels == 1)
+
+
+def _is_shared(config: STLMConfig) -> bool:
+    """Whether passes of the trunk share weights."""
+    return config.num_unique_trunk_layers < config.num_trunk_layers
 
 
 def _requirements(task: Task) -> str:
@@ -326,14 +355,20 @@ def _architecture(config: STLMConfig, task: Task) -> str:
         patches += f", after at most {config.max_patch_bytes} bytes"
     if config.patching == "spacelike":
         patches += f" or {config.max_patch_characters} characters of three or more bytes"
-    stored, passes = config.num_unique_trunk_layers, config.num_trunk_layers
-    sharing = f"shared by the rule `{config.layer_sharing}`" if stored < passes else "each with its own weights"
+    attention, feed_forward = (len(set(blocks)) for blocks in zip(*config.trunk_schedule))
+    stored = f"{attention} stored layers"
+    if attention != feed_forward:
+        stored = f"{attention} stored attention and {feed_forward} stored feed-forward blocks"
+    sharing = f"shared by the rule `{config.layer_sharing}`" if _is_shared(config) else "each with its own weights"
+    if _is_shared(config) and config.sharing_lora_rank:
+        sharing += f", each pass with matrices of rank {config.sharing_lora_rank} of its own"
     tied = "tied to" if config.tie_word_embeddings else "apart from"
     heads = {
         "feature-extraction": "none",
-        "text-classification": f"{config.num_labels} classes of a text: {_labels(config)}",
+        "text-classification": _numbers_of_a_text(config),
         "token-classification": f"{config.num_labels} classes of a byte: {_labels(config)}",
         "question-answering": "the first and the last byte of the answer",
+        "multiple-choice": "a score of each text",
     }
     head = heads.get(task.tag, f"{tied} the byte embedding; {config.vocab_size} ids: bytes and special tokens")
     grams = [f"{order} bytes" for order in config.ngram_orders]
@@ -343,15 +378,33 @@ def _architecture(config: STLMConfig, task: Task) -> str:
     if grams:
         size = config.ngram_embedding_size or config.hidden_size
         ngrams = f"{', '.join(grams)}; {config.ngram_rows:,} rows of {size} for each"
+    matches = "none"
+    if config.match_bytes:
+        lengths = (config.match_bytes << doubling for doubling in range(config.match_doublings + 1))
+        matches = f"the byte that followed the same {' or '.join(map(str, lengths))} bytes"
+    way = (
+        "causal: a byte sees nothing after it" if config.is_causal else "bidirectional: a byte sees the whole text"
+    )
     return "\n".join(
         [
+            f"- {way}",
             f"- bytes: {config.num_local_encoder_layers} + {config.num_local_decoder_layers} layers of width "
-            f"{config.hidden_size} before and after the trunk ({', '.join(sorted(set(config.byte_mixers)))}); hashed n-grams: {ngrams}",
+            f"{config.hidden_size} before and after the trunk ({', '.join(sorted(set(config.byte_mixers)))}); hashed n-grams: {ngrams}; "
+            f"match embedding: {matches}",
             f"- patches (`{config.patching}`): they end {patches}; the trunk reads mean and last byte",
-            f"- trunk, once per patch: {passes} passes over {stored} stored layers of width {config.trunk_hidden_size}, "
-            f"{sharing}",
+            f"- trunk, once per patch: {config.num_trunk_layers} passes over {stored} of width "
+            f"{config.trunk_hidden_size}, {sharing}",
             f"- head: {head}",
         ]
+    )
+
+
+def _numbers_of_a_text(config: STLMConfig) -> str:
+    if not _are_values(config):
+        each = ", each there or not" if config.problem_type == "multi_label_classification" else ""
+        return f"{config.num_labels} {'labels' if each else 'classes'} of a text{each}: {_labels(config)}"
+    return (
+        "a value of a text" if config.num_labels == 1 else f"{config.num_labels} values of a text: {_labels(config)}"
     )
 
 
@@ -365,7 +418,10 @@ def _budget(model: STLMPreTrainedModel, budget: dict[str, dict[str, int]]) -> st
     config = model.config
     lengths = [config.patch_bytes] if config.patching == "fixed" else [4, 6]
     flops = ", ".join(f"{model.flops_per_byte(n) / 1e6:.2f} MFLOP at {n} bytes per patch" for n in lengths)
-    tied = "" if model.get_output_embeddings() is None else " and a tied head in addition to the embedding"
+    counted = ["a shared layer once per pass"] if _is_shared(config) else []
+    if model.get_output_embeddings() is not None and config.tie_word_embeddings:
+        counted.append("a tied head in addition to the embedding")
+    effective = f"Effective parameters count {' and '.join(counted)}. " if counted else ""
     groups = {group: (count, budget["effective"][group]) for group, count in budget["stored"].items()}
     rows = [f"| {group} | {stored:,} | {effective:,} |" for group, (stored, effective) in groups.items() if effective]
     return "\n".join(
@@ -374,7 +430,7 @@ def _budget(model: STLMPreTrainedModel, budget: dict[str, dict[str, int]]) -> st
             "|---|---|---|",
             *rows,
             "",
-            f"Effective parameters count a shared layer once per pass{tied}. Forward pass,\nper byte of 1024: {flops}.",
+            f"{effective}Forward pass,\nper byte of 1024: {flops}.",
         ]
     )
 
