@@ -127,8 +127,12 @@ def check(model: STLMForCausalLM) -> None:
     for name, (size, lowest, highest) in sizes.items():
         if not lowest <= size <= highest:
             raise ValueError(f"the engine takes {name} from {lowest} to {highest}, got {size}")
+
+
+def check_names(model: STLMForCausalLM) -> None:
+    """Raise a `ValueError` unless the weights of `model` are those that its configuration says, by name."""
     with torch.device("meta"):
-        expected = STLMForCausalLM(copy.deepcopy(config)).state_dict().keys()
+        expected = STLMForCausalLM(copy.deepcopy(model.config)).state_dict().keys()
     if others := sorted(model.state_dict().keys() ^ expected):
         more = f", and {len(others) - 1} more" if len(others) > 1 else ""
         raise ValueError(f"the model has weights unlike those of its configuration: {others[0]}{more}: {MERGE}")
@@ -171,6 +175,7 @@ def export_gguf(
         ValueError: for a model that the engine cannot run, or an unknown type.
     """
     check(model)
+    check_names(model)
     type = SYNONYMS.get(type, type)
     if type not in TYPES:
         raise ValueError(f"type={type!r}, expected one of {', '.join(TYPES)}")
@@ -327,15 +332,14 @@ def main():
         writable(str(args.output), "a file to write, as model.gguf")
     except ValueError as error:
         raise SystemExit(str(error)) from None
-    subject = args.model
+    file = args.model  # that is read or written
     try:
         model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
-        check(model)
         tokenizer, license = AutoTokenizer.from_pretrained(args.model), license_of(args.model)
-        subject = args.output
+        file = args.output
         export_gguf(model, args.output, args.type, tokenizer, license)
     except (OSError, ValueError) as error:
-        raise SystemExit(f"{subject}: {error}") from None
+        raise SystemExit(f"{file if isinstance(error, OSError) else args.model}: {error}") from None
     size = args.output.stat().st_size / 1e6
     print(f'{args.output}: {args.type}, {size:.1f} MB; next: stlm run {args.output} -p "The history of"')
 

@@ -38,7 +38,7 @@ class SpanPipeline(TokenClassificationPipeline):
     `"first"`, `"average"` and `"max"` take what stands between spaces for a word, punctuation included. Here a word is a run
     of letters and digits, and every other character is one of its own, as are those of scripts without spaces. `"first"` gives
     a word the label of its first byte, `"average"` that of the mean probability over its bytes; a span is a run of words of one
-    label, and starts anew at a word whose first byte is likeliest to start one. No span begins or ends with a space, and
+    label, and a new one starts at a word whose first byte is likeliest to start one. No span begins or ends with a space, and
     `word` is its text. Entities of FewRel-16, exact F1 of three seeds: 0.51 with `"simple"` of the library, 0.63 with
     `"average"` and 0.64 with `"first"` of this class (`examples/research/LOG.md`).
     """

@@ -382,9 +382,7 @@ def _architecture(config: STLMConfig, task: Task) -> str:
     if config.match_bytes:
         lengths = (config.match_bytes << doubling for doubling in range(config.match_doublings + 1))
         matches = f"the byte that followed the same {' or '.join(map(str, lengths))} bytes"
-    way = (
-        "causal: a byte sees nothing after it" if config.is_causal else "bidirectional: a byte sees the whole text"
-    )
+    way = "causal: a byte sees nothing after it" if config.is_causal else "bidirectional: a byte sees the whole text"
     return "\n".join(
         [
             f"- {way}",
