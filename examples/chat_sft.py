@@ -19,7 +19,7 @@ from inputs import (
     at_least_one,
     causal_checkpoint,
     choose_precision,
-    output_folder,
+    output_of,
     positive,
     quiet_exit,
     read_json_lines,
@@ -36,7 +36,7 @@ def parse_arguments() -> argparse.Namespace:
         "--checkpoint", type=causal_checkpoint, default=str(HERE / "checkpoints" / "stlm-3m"), help="folder or Hub id"
     )
     parser.add_argument("--train", type=text_file, default=HERE / "data" / "chats.jsonl", help="JSON lines")
-    parser.add_argument("--output", type=output_folder, default=Path("runs/chat"), help="folder")
+    parser.add_argument("--output", type=output_of("STLMForCausalLM"), default="runs/chat", help="folder")
     parser.add_argument("--max_steps", type=at_least_one, default=60, help="of training")
     parser.add_argument("--batch_size", type=at_least_one, default=8, help="chats per step")
     parser.add_argument("--max_length", type=at_least_one, default=2048, help="bytes of a chat; the rest is cut")
@@ -67,7 +67,7 @@ if __name__ == "__main__":
 
 import torch
 from datasets import Dataset
-from run_folder import write_results
+from run_folder import check_finite, write_results
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
@@ -109,6 +109,7 @@ def main(args: argparse.Namespace, chats: list[dict]):
         processing_class=tokenizer,
     )
     trainer.train()
+    check_finite(model)
     model.config.use_cache = True  # Trainer turns it off, and would save it so
     model.save_pretrained(args.output)
     tokenizer.save_pretrained(args.output)

@@ -27,14 +27,14 @@ def parse_arguments() -> argparse.Namespace:
         "--train", type=text_file, help="labelled rows; without it, speeches of the shipped Shakespeare"
     )
     parser.add_argument("--test", type=text_file, help="labelled rows; without it, a fifth of --train")
-    add_label_training(parser, "runs/classifier", 2e-3, 32)
+    add_label_training(parser, "runs/classifier", "STLMForSequenceClassification", 2e-3, 32)
     return parser.parse_args()
 
 
 def read_sets(args: argparse.Namespace) -> tuple[tuple[list, list], tuple[list, list]]:
     """Texts and labels to train on and to test on."""
     rows = read_labelled(args.train) if args.train else speeches(HERE / "data" / "shakespeare.txt")
-    train, test = (rows, read_labelled(args.test)) if args.test else split_rows(rows)
+    train, test = (rows, read_labelled(args.test, fewest_labels=1)) if args.test else split_rows(rows)
     if unknown := set(test[1]) - set(train[1]):
         raise SystemExit(f"labels of the test rows that no row to train on has: {sorted(unknown)}")
     return train, test
@@ -48,7 +48,7 @@ if __name__ == "__main__":
 import numpy as np
 import torch
 from datasets import Dataset
-from run_folder import train_runs, write_label_results
+from run_folder import check_finite, train_runs, write_label_results
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import Pipeline, make_pipeline
@@ -149,10 +149,15 @@ def main(args: argparse.Namespace, train: tuple[list, list], test: tuple[list, l
     model = trainer.model
     print(f"{args.checkpoint}: {model.num_parameters():,} parameters, {model.device}, {model.dtype}")
     print(f"{len(train[0]):,} rows to train on, {len(test[0]):,} to test on, {model.config.num_labels} labels")
+    known = set(train[0])
+    if seen := sum(text in known for text in test[0]):
+        print(f"{seen:,} of the texts to test on are among those to train on: the accuracy is not that of new texts")
     head_alone, _ = accuracy(trainer, test, args.max_bytes)
     train_runs(trainer, args.runs)
     share, milliseconds = accuracy(trainer, test, args.max_bytes)
+    check_finite(model)
     model.config.use_cache = True  # Trainer turns it off, and would save it so
+    trainer.processing_class.model_max_length = args.max_bytes
     trainer.save_model()
     baseline = tfidf(train).score(*test)
     write_label_results(
@@ -167,9 +172,11 @@ def main(args: argparse.Namespace, train: tuple[list, list], test: tuple[list, l
         },
     )
     print(f"\naccuracy on {len(test[0]):,} rows: {100 * share:.1f}%, {milliseconds:.1f} ms per row")
+    if share < head_alone:
+        print("training made it worse than the head alone: try a lower --learning_rate or more rows")
     print(f"head alone: {100 * head_alone:.1f}%    TF-IDF with logistic regression: {100 * baseline:.1f}%")
     print("next, in Python:\n\n    from transformers import pipeline\n    import modeling_stlm")
-    print(f'    pipeline("text-classification", "{args.output}")({test[0][0][:60]!r})')
+    print(f'    pipeline("text-classification", "{args.output}", truncation=True)({test[0][0][:60]!r})')
 
 
 if __name__ == "__main__":

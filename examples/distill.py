@@ -24,7 +24,7 @@ from inputs import (
     at_least_one,
     checkpoint,
     choose_precision,
-    output_folder,
+    output_of,
     quiet_exit,
     read_text,
     share,
@@ -46,7 +46,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--text", type=text_file, default=HERE / "data" / "shakespeare.txt", help="nine tenths train, the rest tests"
     )
-    parser.add_argument("--output", type=output_folder, default=Path("runs/distilled"), help="folder")
+    parser.add_argument("--output", type=output_of("STLMForCausalLM"), default="runs/distilled", help="folder")
     parser.add_argument(
         "--windows", type=at_least_one, default=256, help="of the text to train on; the teacher reads each once"
     )

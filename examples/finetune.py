@@ -19,7 +19,7 @@ from inputs import (
     HelpFormatter,
     at_least_one,
     causal_checkpoint,
-    output_folder,
+    output_of,
     positive,
     quiet_exit,
     read_text,
@@ -40,7 +40,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--text", type=text_file, default=HERE / "data" / "shakespeare.txt", help="the last tenth is held out"
     )
-    parser.add_argument("--output", type=output_folder, default=Path("runs/finetuned"), help="folder")
+    parser.add_argument("--output", type=output_of("STLMForCausalLM"), default="runs/finetuned", help="folder")
     parser.add_argument("--max_steps", type=at_least_one, default=150, help="of training")
     parser.add_argument("--batch_size", type=at_least_one, default=8, help="windows of 1024 bytes per step")
     parser.add_argument("--learning_rate", type=positive, default=1e-3, help="of AdamW")
@@ -56,7 +56,7 @@ if __name__ == "__main__":
 
 import torch
 from peft import LoraConfig, get_peft_model
-from run_folder import ResumeLine, check_same, last_checkpoint, plot, write_results
+from run_folder import ResumeLine, check_finite, check_same, last_checkpoint, plot, write_results
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer, Trainer, TrainingArguments, set_seed
 
 import modeling_stlm  # noqa: F401  (registers the Auto classes)
@@ -119,6 +119,7 @@ def main(args: argparse.Namespace, text: bytes):
     if stop.received is not None:
         print(f"{stop.received.name}: saved at step {trainer.state.global_step}; the same command goes on from here")
         raise SystemExit(128 + stop.received)
+    check_finite(model)
     if interrupted is not None:
         shutil.rmtree(interrupted)  # the next run begins anew
     if args.max_steps % eval_steps:

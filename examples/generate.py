@@ -67,7 +67,7 @@ def main(args: argparse.Namespace):
     print(f"{args.checkpoint}: {model.num_parameters():,} parameters, {model.device}, {model.dtype}")
     options = {
         "max_new_tokens": args.max_new_tokens,
-        "streamer": TextStreamer(tokenizer, skip_prompt=args.chat or args.prompt == ""),
+        "streamer": TextStreamer(tokenizer, skip_prompt=args.chat or args.prompt == "", skip_special_tokens=args.chat),
     }
     if args.temperature > 0:
         options |= {"do_sample": True, "temperature": args.temperature, "top_p": 0.95}

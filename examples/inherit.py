@@ -19,7 +19,7 @@ from inputs import (
     causal_checkpoint,
     file_pattern,
     naming,
-    output_folder,
+    output_of,
     positive,
     quiet_exit,
     whole,
@@ -59,7 +59,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--validation", type=file_pattern, nargs="+", help="files or patterns; by default the rest of it"
     )
-    parser.add_argument("--output", type=output_folder, default=Path("runs/inherited"), help="folder")
+    parser.add_argument("--output", type=output_of("STLMForCausalLM"), default="runs/inherited", help="folder")
     parser.add_argument("--max_steps", type=at_least_one, default=100, help="of each training")
     parser.add_argument("--batch_size", type=at_least_one, default=8, help="windows of 1024 bytes per step")
     parser.add_argument("--muon_lr", type=positive, default=0.02, help="learning rate of the matrices")

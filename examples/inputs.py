@@ -12,7 +12,7 @@ import os
 import re
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from glob import glob
 from pathlib import Path
@@ -84,7 +84,7 @@ def text_file(value: str) -> Path:
     path = Path(value)
     if not path.is_file():
         raise argparse.ArgumentTypeError(
-            f"{value} is {'a folder' if path.is_dir() else 'no such file'}: expected a text"
+            f"{value} is {'a folder' if path.is_dir() else 'no such file'}: expected a file"
         )
     return path
 
@@ -95,6 +95,24 @@ def output_folder(value: str) -> Path:
     if taken := next((part for part in (path, *path.parents) if part.is_file()), None):
         raise argparse.ArgumentTypeError(f"{taken} is a file: expected a folder, new or to go on with")
     return path
+
+
+def output_of(architecture: str) -> Callable[[str], Path]:
+    """An [`output_folder`] without a model of another kind, whose files would stay beside the new ones and be published."""
+
+    def check(value: str) -> Path:
+        folder = output_folder(value)
+        if (folder / "config.json").is_file():
+            found = json.loads((folder / "config.json").read_bytes()).get("architectures") or [
+                "model of no known kind"
+            ]
+            if found[0] != architecture:
+                raise argparse.ArgumentTypeError(
+                    f"{value} holds a {found[0]}, which stays as it is: expected a new folder, or a {architecture} to replace"
+                )
+        return folder
+
+    return check
 
 
 def file_pattern(value: str) -> str:
@@ -222,12 +240,14 @@ def choose_precision(args: argparse.Namespace) -> None:
         args.bf16 = has_bfloat16("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def add_label_training(parser: argparse.ArgumentParser, output: str, learning_rate: float, batch_size: int) -> None:
+def add_label_training(
+    parser: argparse.ArgumentParser, output: str, architecture: str, learning_rate: float, batch_size: int
+) -> None:
     """What `classify.py` and `ner.py` share."""
     parser.add_argument(
         "--checkpoint", type=checkpoint, default=str(HERE / "checkpoints" / "stlm-3m-encoder"), help="folder or Hub id"
     )
-    parser.add_argument("--output", type=output_folder, default=Path(output), help="folder of the trained model")
+    parser.add_argument("--output", type=output_of(architecture), default=output, help="folder of the trained model")
     parser.add_argument("--epochs", type=positive, default=3, help="over the rows")
     parser.add_argument(
         "--runs", type=at_least_one, default=1, help="in other orders of the rows; keeps the mean of their weights"

@@ -12,22 +12,27 @@ from pathlib import Path
 from inputs import read_json_lines, read_utf8
 
 
-def read_labelled(path: Path) -> tuple[list[str], list[str]]:
+def read_labelled(path: Path, fewest_labels: int = 2) -> tuple[list[str], list[str]]:
     """Texts and labels of a csv or of JSON lines, also packed (.gz), with columns `text` and `label`."""
     if ".csv" in path.suffixes:
         rows = csv.DictReader(io.StringIO(read_utf8(path), newline=""))
-    else:
+    elif {".json", ".jsonl"} & set(path.suffixes):
         rows = read_json_lines(path)
+    else:
+        raise SystemExit(f"{path} is neither .csv nor .jsonl (or these with .gz): expected rows in one of these forms")
     texts, labels = [], []
     for number, row in enumerate(rows, start=1):
-        if not row.get("text") or row.get("label") in (None, ""):
+        if missing := {"text", "label"} - row.keys():
             raise SystemExit(
                 f"row {number} of {path} has the columns {sorted(map(str, row))}, expected `text` and `label`, separated by "
-                "commas and neither of them empty"
+                f"commas: {' and '.join(sorted(missing))} is missing"
             )
+        for name in ("text", "label"):
+            if row[name] is None or not str(row[name]).strip():
+                raise SystemExit(f"row {number} of {path} has an empty `{name}`: leave the row out")
         texts.append(row["text"])
-        labels.append(str(row["label"]))
-    if len(set(labels)) < 2:
+        labels.append(str(row["label"]).strip())
+    if len(set(labels)) < fewest_labels:
         raise SystemExit(
             f"{path} has {len(texts)} rows with the labels {sorted(set(labels))}, expected at least two labels"
         )
@@ -46,13 +51,18 @@ def speeches(path: Path, names: int = 4) -> tuple[list[str], list[str]]:
 def split_rows(
     rows: tuple[list, list], share: float = 0.2, seed: int = 0
 ) -> tuple[tuple[list, list], tuple[list, list]]:
-    """Rows to train on and, a share of them, to test on."""
+    """Texts and labels to train on and, a share of them, to test on; of each label at least one row is to train on."""
     order = list(range(len(rows[0])))
     random.Random(seed).shuffle(order)
     cut = round(len(order) * (1 - share))
     if not 0 < cut < len(order):
         raise SystemExit(f"{len(order)} rows are too few to test on a share of {share} of them: give more, or --test")
-    first, second = ([[column[i] for i in part] for column in rows] for part in (order[:cut], order[cut:]))
+    known = {rows[1][i] for i in order[:cut]}
+    parts = (
+        order[:cut] + [i for i in order[cut:] if rows[1][i] not in known],
+        [i for i in order[cut:] if rows[1][i] in known],
+    )
+    first, second = ([[column[i] for i in part] for column in rows] for part in parts)
     return tuple(first), tuple(second)
 
 

@@ -80,6 +80,15 @@ def run_info(device: torch.device) -> dict[str, str]:
     }
 
 
+def check_finite(model: torch.nn.Module) -> None:
+    """End the program where a training has diverged; nothing is saved."""
+    for name, parameter in model.named_parameters():
+        if not parameter.isfinite().all():
+            raise SystemExit(
+                f"the training diverged: {name} is not finite, and nothing is saved. Lower the learning rate"
+            )
+
+
 def train_runs(trainer: Trainer, runs: int) -> None:
     """Train `runs` times from the same start, which differ in the order of the rows, and keep the mean of the weights.
 

@@ -87,7 +87,7 @@ MISTAKES = {
     "a file": (["export_onnx.py", "--output", "x", "--checkpoint", "latin1.txt"], "latin1.txt is a file"),
     "an adapter": (["generate.py", "--checkpoint", "adapter"], "adapter is an adapter of peft, not merged"),
     "no such text": (["finetune.py", "--text", "none.txt"], "none.txt is no such file"),
-    "a folder as text": (["distill.py", "--text", "folder"], "folder is a folder: expected a text"),
+    "a folder as text": (["distill.py", "--text", "folder"], "folder is a folder: expected a file"),
     "no such teacher": (["distill.py", "--teacher", "stlm-4m"], "argument --teacher: stlm-4m is no such folder"),
     "no match": (["pretrain.py", "--train", "none/*.txt"], "no file matches none/*.txt"),
     "a folder matches": (
@@ -117,7 +117,7 @@ MISTAKES = {
         ["finetune.py", "--output", "latin1.txt/run"],
         "latin1.txt is a file: expected a folder",
     ),
-    "no dialogues": (["summarize.py", "--train", "folder"], "folder is a folder: expected a text"),
+    "no dialogues": (["summarize.py", "--train", "folder"], "folder is a folder: expected a file"),
     "no rows": (["self_play.py", "--test_rows", "0"], "0 must be at least 1"),
     "nothing to serve": (["serve.py", "stlm-4m", "--port", "1"], "stlm-4m is no such folder"),
     "no owner": (["push_to_hub.py", *CHECKPOINT, "--repo_id", "mine"], "'mine': expected YOUR_NAME/MODEL"),

@@ -305,10 +305,15 @@ def test_a_chat_model_ends_its_turns_and_is_no_base_model(tmp_path):
     assert "next: python examples/generate.py --chat --checkpoint chat" in output
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "chat")
     assert model.generation_config.eos_token_id == [258, 261] and model.config.use_cache
-    prompt = torch.tensor([list(b"Hi")])
+    turn = [{"role": "user", "content": "Hi"}]
+    prompt = modeling_stlm.STLMTokenizer().apply_chat_template(turn, add_generation_prompt=True, return_tensors="pt")
     with torch.no_grad():
-        model.model.embed_tokens.weight[261] = 100 * model.model(prompt).last_hidden_state[0, -1]
-    assert model.generate(prompt, max_new_tokens=5, do_sample=False).tolist() == [[*b"Hi", 261]]
+        model.model.embed_tokens.weight[261] = 100 * model.model(**prompt).last_hidden_state[0, -1]
+    assert model.generate(**prompt, max_new_tokens=5, do_sample=False)[0, -1] == 261
+    model.save_pretrained(tmp_path / "ends")
+    modeling_stlm.STLMTokenizer().save_pretrained(tmp_path / "ends")
+    ends = ("--chat", "--checkpoint", "ends", "--prompt", "Hi", "--temperature", 0, "--max_new_tokens", 5)
+    assert "<|im_end|>" not in run("generate.py", *ends, cwd=tmp_path)  # the mark is not for readers
 
     command = [sys.executable, str(ROOT / "examples" / "generate.py"), "--chat", "--max_new_tokens", "4"]
     for checkpoint in (["--checkpoint", "chat"], []):  # that one, and the shipped base model
@@ -394,7 +399,7 @@ def test_what_is_no_checkpoint_is_said_before_anything_loads(inputs, tmp_path):
 
 def test_texts_and_numbers_are_checked(inputs, tmp_path):
     for value, found in ((tmp_path, "a folder"), (tmp_path / "none.txt", "no such file")):
-        with pytest.raises(argparse.ArgumentTypeError, match=f"{found}: expected a text"):
+        with pytest.raises(argparse.ArgumentTypeError, match=f"{found}: expected a file"):
             inputs.text_file(str(value))
     (tmp_path / "short.txt").write_text("short")
     with pytest.raises(SystemExit, match="has 5 bytes, expected at least 1,000"):

@@ -9,6 +9,7 @@ import random
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -257,7 +258,12 @@ def test_classify_goes_from_rows_to_a_pipeline(encoder_folder, animals_and_tools
         "classify.py", "--checkpoint", encoder_folder, "--train", train, "--test", test, *options, cwd=tmp_path
     )
     assert "accuracy on 8 rows: 100.0%" in printed and "TF-IDF with logistic regression: 100.0%" in printed
-    assert "ms per row" in printed and f'pipeline("text-classification", "{tmp_path / "out"}")' in printed
+    assert (
+        "ms per row" in printed
+        and f'pipeline("text-classification", "{tmp_path / "out"}", truncation=True)' in printed
+    )
+    assert "8 of the texts to test on are among those to train on" in printed
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").model_max_length == 512
     loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
     ids = torch.tensor([TOKENIZER("The pig eats.")["input_ids"]])
     assert loaded.config.id2label[int(loaded(ids).logits.argmax())] == "animal"
@@ -334,7 +340,11 @@ def test_a_head_starts_as_the_logistic_regression(num_labels):
     ("name", "content", "message"),
     [
         ("rows.csv", "text,topic\na,b\n", "row 1 of rows.csv has the columns .*topic.*expected `text` and `label`"),
-        ("rows.csv", "text,label\na,1\n,2\n", "row 2 .*neither of them empty"),
+        ("rows.csv", "text,label\na,1\n,2\n", "row 2 of rows.csv has an empty `text`"),
+        ("rows.csv", "text,label\na,1\nb, \n", "row 2 of rows.csv has an empty `label`"),
+        ("rows.csv", "text,label\na,1\nb\n", "row 2 of rows.csv has an empty `label`"),
+        ("rows.csv", "text,label\na,x\nb,x \n", "expected at least two labels"),
+        ("rows.tsv", "text\tlabel\na\t1\n", "rows.tsv is neither .csv nor .jsonl"),
         ("rows.csv", "text,label\na,1\nb,1\n", "expected at least two labels"),
         ("rows.jsonl", '{"text": "a", "label": 0}\n{"text": "b"}\n', "row 2 .*expected `text` and `label`"),
     ],
@@ -349,6 +359,41 @@ def test_what_is_wrong_with_labelled_rows_is_said(name, content, message, tmp_pa
 def test_two_rows_leave_nothing_to_test_on():
     with pytest.raises(SystemExit, match="2 rows are too few to test on a share of"):
         rows.split_rows((["a", "b"], ["x", "y"]))
+
+
+def test_a_rare_label_is_trained_on():
+    texts, labels = [str(i) for i in range(20)], ["common"] * 20
+    for rare in range(20):
+        train, test = rows.split_rows((texts, [*labels[:rare], "rare", *labels[rare + 1 :]]))
+        assert "rare" in train[1] and "rare" not in test[1] and len(test[0]) in (3, 4)
+        assert sorted(train[0] + test[0]) == sorted(texts)
+
+
+def test_rows_to_test_on_may_have_one_label(tmp_path):
+    path = Path(labelled(tmp_path / "rows.csv", [("a", "x"), ("b", "x")]))
+    assert rows.read_labelled(path, fewest_labels=1) == (["a", "b"], ["x", "x"])
+
+
+@pytest.mark.parametrize("script", ["classify.py", "ner.py", "chat_sft.py", "finetune.py", "distill.py", "inherit.py"])
+def test_a_model_of_another_job_is_not_written_over(script, encoder_folder):
+    # That of the fixture is a masked language model, which none of these writes.
+    before = {path: path.read_bytes() for path in encoder_folder.glob("*") if path.is_file()}
+    result = subprocess.run(
+        [sys.executable, str(ROOT / "examples" / script), "--output", str(encoder_folder)],
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 2 and "holds a STLMForMaskedLM, which stays as it is" in result.stderr
+    assert before == {path: path.read_bytes() for path in encoder_folder.glob("*") if path.is_file()}
+
+
+def test_weights_that_are_not_finite_are_not_saved():
+    model = tiny_model()
+    run_folder.check_finite(model)
+    with torch.no_grad():
+        model.model.final_norm.weight[3] = torch.nan
+    with pytest.raises(SystemExit, match=r"diverged: model\.final_norm\.weight is not finite"):
+        run_folder.check_finite(model)
 
 
 def test_labels_may_be_numbers_and_texts_of_many_lines(tmp_path):
