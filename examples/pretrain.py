@@ -30,6 +30,10 @@ from inputs import (
 
 
 SPLITS = ("train", "validation", "test")
+# What another call may change when a run goes on; the results describe all other settings as those of the whole run. The
+# second line is of `research/train.py`.
+MAY_CHANGE = ("output", "validation", "test", "max_minutes", "max_steps", "max_bytes", "workers", "eval_steps")
+MAY_CHANGE += ("max_flops", "data", "eval_at_end")
 
 
 def argument_parser():
@@ -219,9 +223,10 @@ def train(args: argparse.Namespace, trainer: Trainer, step_bytes: float) -> None
         return f"{megabytes} of {state.max_steps * step_bytes / 1e6:.1f} MB"
 
     begun, checkpoint = args.output / "begun.json", last_checkpoint(args.output)
-    settings = {name: str(getattr(args, name)) for name in ("model", "checkpoint", "only", "set")}
+    settings = {name: str(value) for name, value in vars(args).items() if name not in MAY_CHANGE}
     if checkpoint is not None and begun.is_file():
-        check_same(begun, settings)
+        recorded = json.loads(begun.read_text())  # earlier versions recorded less
+        check_same(begun, {name: value for name, value in settings.items() if name in recorded})
     args.output.mkdir(parents=True, exist_ok=True)
     begun.write_text(json.dumps(settings, indent=1) + "\n")
     stop = StopOnSignal()

@@ -167,6 +167,23 @@ def test_ctrl_c_saves_and_a_larger_budget_is_honoured(small_text, tmp_path):
     assert (tmp_path / "run" / "model.safetensors").stat().st_mode & 0o040
 
 
+def test_a_pretraining_goes_on_with_the_settings_it_began_with(small_text, tmp_path):
+    pretrain(small_text, tmp_path / "run", "--max_steps", 2)
+    begun, files = tmp_path / "run" / "begun.json", ["--train", small_text, "--validation", small_text]
+    command = [sys.executable, ROOT / "examples" / "pretrain.py", *files, "--output", "run", "--max_steps", 3]
+    same = {"batch_size": 2, "block_bytes": 128}
+    for other in ({"batch_size": 4}, {"block_bytes": 64}, {"muon_lr": 0.01}, {"adamw_lr": 0.01}, {"seed": 2}):
+        options = [word for name, value in (same | other).items() for word in (f"--{name}", value)]
+        result = subprocess.run([*map(str, command + options)], capture_output=True, text=True, cwd=tmp_path)
+        (name,) = other
+        assert result.returncode == 1 and f"begun.json was made with {{'{name}': " in result.stderr.splitlines()[-1]
+    # Begun by an earlier version, which recorded less.
+    recorded = json.loads(begun.read_text())
+    begun.write_text(json.dumps({name: recorded[name] for name in ("model", "checkpoint", "only", "set")}))
+    assert pretrain(small_text, tmp_path / "run", "--max_steps", 3)["steps"] == 3
+    assert json.loads(begun.read_text()) == recorded
+
+
 def test_pretraining_names_patterns_that_match_nothing(tmp_path):
     command = [sys.executable, str(ROOT / "examples" / "pretrain.py"), "--train", "nothing/*.txt", "--validation", "x"]
     command += ["--output", str(tmp_path), "--max_steps", "1"]
