@@ -10,6 +10,7 @@ folder gets the checkpoint with tokenizer and generation config, `history.json`,
 
 import argparse
 import json
+import math
 from pathlib import Path
 
 from inputs import (
@@ -90,7 +91,15 @@ from alterations import ALTERATIONS, altered
 from huggingface_hub.errors import StrictDataclassError
 from run_folder import ProgressLines, check_same, last_checkpoint, run_info, save
 from score import documents
-from transformers import AutoModelForCausalLM, PrinterCallback, Trainer, TrainingArguments, logging, set_seed
+from transformers import (
+    AutoModelForCausalLM,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    logging,
+    set_seed,
+)
 
 from modeling_stlm import STLMConfig, STLMForCausalLM, STLMTokenizer
 from modeling_stlm.training.bits_per_byte import BitsPerByteEvaluator
@@ -210,6 +219,27 @@ def optimizer_arguments(args: argparse.Namespace) -> dict[str, float]:
     return {name: getattr(args, name) for name in ("muon_lr", "adamw_lr", "weight_decay")}
 
 
+class EndOnDivergence(TrainerCallback):
+    """Ends the program before weights that are not finite are saved. It stands last, after those that ask for a checkpoint."""
+
+    def __init__(self, muon_lr: float, adamw_lr: float):
+        self.rates = f"--muon_lr {muon_lr:g} or --adamw_lr {adamw_lr:g}"
+
+    def _end(self, state) -> None:
+        raise SystemExit(
+            f"step {state.global_step}: the loss is not finite, the training diverged. Lower {self.rates}, with a new --output"
+        )
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        is_due = control.should_log or control.should_save
+        if is_due and not all(parameter.isfinite().all() for parameter in model.parameters()):
+            self._end(state)
+
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        if not all(math.isfinite(score) for name, score in metrics.items() if name.endswith("bits_per_byte")):
+            self._end(state)
+
+
 def train(args: argparse.Namespace, trainer: Trainer, step_bytes: float) -> None:
     """Train, or go on from the newest checkpoint; after a signal, leave."""
     budget = [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, TimeBudget)]
@@ -231,7 +261,8 @@ def train(args: argparse.Namespace, trainer: Trainer, step_bytes: float) -> None
     begun.write_text(json.dumps(settings, indent=1) + "\n")
     stop = StopOnSignal()
     trainer.remove_callback(PrinterCallback)
-    for callback in (stop, SaveByTime(minutes=10), ProgressLines(progress)):
+    divergence = EndOnDivergence(args.muon_lr, args.adamw_lr)
+    for callback in (stop, SaveByTime(minutes=10), ProgressLines(progress), divergence):
         trainer.add_callback(callback)
     trainer.train(resume_from_checkpoint=checkpoint)
     if stop.received is not None:

@@ -696,6 +696,15 @@ def test_a_text_may_have_no_end(tmp_path):
     assert load_gguf(tmp_path / "model.gguf").generation_config.eos_token_id is None
 
 
+def test_weights_that_are_not_finite_are_not_exported(tmp_path):
+    model = tiny_model()
+    with torch.no_grad():
+        model.model.final_norm.weight[3] = torch.nan
+    with pytest.raises(ValueError, match=r"^model\.final_norm\.weight is not finite: "):
+        export_gguf(model, tmp_path / "model.gguf")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_model_with_more_weights_than_its_configuration_says_is_refused(tmp_path):
     peft = pytest.importorskip("peft")
     model = tiny_model(use_cache=True)

@@ -184,6 +184,18 @@ def test_a_pretraining_goes_on_with_the_settings_it_began_with(small_text, tmp_p
     assert json.loads(begun.read_text()) == recorded
 
 
+def test_a_pretraining_that_diverges_says_which_rates_to_lower_and_saves_nothing(small_text, tmp_path):
+    files = ["--train", small_text, "--validation", small_text, "--output", "run", "--block_bytes", 128]
+    budget = ["--max_steps", 6, "--eval_steps", 3, "--muon_lr", 50, "--adamw_lr", 1e20]
+    command = [sys.executable, ROOT / "examples" / "pretrain.py", *files, *budget]
+    result = subprocess.run([*map(str, command)], capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 1 and "next: " not in result.stdout
+    assert result.stderr.splitlines()[-1] == (
+        "step 3: the loss is not finite, the training diverged. Lower --muon_lr 50 or --adamw_lr 1e+20, with a new --output"
+    )
+    assert not [*(tmp_path / "run").rglob("*.safetensors"), *(tmp_path / "run").rglob("results.json")]
+
+
 def test_pretraining_names_patterns_that_match_nothing(tmp_path):
     command = [sys.executable, str(ROOT / "examples" / "pretrain.py"), "--train", "nothing/*.txt", "--validation", "x"]
     command += ["--output", str(tmp_path), "--max_steps", "1"]

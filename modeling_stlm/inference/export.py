@@ -129,13 +129,16 @@ def check(model: STLMForCausalLM) -> None:
             raise ValueError(f"the engine takes {name} from {lowest} to {highest}, got {size}")
 
 
-def check_names(model: STLMForCausalLM) -> None:
-    """Raise a `ValueError` unless the weights of `model` are those that its configuration says, by name."""
+def check_weights(model: STLMForCausalLM) -> None:
+    """Raise a `ValueError` unless the weights of `model` are those that its configuration says, by name, and finite."""
     with torch.device("meta"):
         expected = STLMForCausalLM(copy.deepcopy(model.config)).state_dict().keys()
     if others := sorted(model.state_dict().keys() ^ expected):
         more = f", and {len(others) - 1} more" if len(others) > 1 else ""
         raise ValueError(f"the model has weights unlike those of its configuration: {others[0]}{more}: {MERGE}")
+    for name, tensor in model.state_dict().items():
+        if not tensor.isfinite().all():
+            raise ValueError(f"{name} is not finite: the training diverged, take a checkpoint from before")
 
 
 def ends_of(model: STLMForCausalLM) -> list[int]:
@@ -175,7 +178,7 @@ def export_gguf(
         ValueError: for a model that the engine cannot run, or an unknown type.
     """
     check(model)
-    check_names(model)
+    check_weights(model)
     type = SYNONYMS.get(type, type)
     if type not in TYPES:
         raise ValueError(f"type={type!r}, expected one of {', '.join(TYPES)}")
