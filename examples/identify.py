@@ -96,10 +96,15 @@ def load(checkpoint: str | Path) -> "PreTrainedModel":
 
     import modeling_stlm  # noqa: F401  (registers the Auto classes)
 
-    names = AutoConfig.from_pretrained(checkpoint).architectures or ["model of no known kind"]
+    config = AutoConfig.from_pretrained(checkpoint)
+    names = config.architectures or ["model of no known kind"]
     if not names[0].endswith("ForTokenClassification"):
         raise SystemExit(
             f"{checkpoint} is a {names[0]} and knows no languages: expected what `identify.py --train` writes"
+        )
+    if spans := [label for label in config.id2label.values() if label.startswith(("B-", "I-"))]:
+        raise SystemExit(
+            f"{checkpoint} has labels of spans ({spans[0]}) and knows no languages: expected what `identify.py --train` writes"
         )
     return AutoModelForTokenClassification.from_pretrained(checkpoint).eval()
 
@@ -333,14 +338,16 @@ def train(args: argparse.Namespace) -> None:
     names = {name: " ".join(path.name for path in getattr(args, name)) for name in ("train", "validation")}
     arguments = {
         name: value for name, value in vars(args).items() if name not in ("lines", "spans", "checkpoint")
-    } | names
+    } | {name: files for name, files in names.items() if files}
     results = {
+        "base_model": {},  # none: from random weights
         "languages": len(label2id),
         "sentences": num_sentences,
         "stored_parameters": model.num_parameters(),
         "steps": trainer.state.global_step,
         "cpu_minutes": budget.elapsed_seconds / 60,
-        "accuracy": scores,
+        "scores": {f"validation, {name}": {"accuracy": score} for name, score in scores.items()},
+        "scoring": "Mean over languages of the share of sentences that are identified",
         "arguments": {name: str(value) for name, value in (arguments | {"output": args.output.name}).items()},
     } | run_info(model.device)
     (args.output / "results.json").write_text(json.dumps(results, indent=1) + "\n")

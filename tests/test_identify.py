@@ -66,6 +66,26 @@ def test_training_learns_and_says_how_well(trained, model):
     assert results["steps"] > 0 and results["arguments"]["train"] == "lines.jsonl"
 
 
+def test_what_was_trained_can_be_published(trained):
+    output, _ = trained
+    publish = ["push_to_hub.py", "--checkpoint", output, "--repo_id", "me/langid", "--dry_run"]
+    card = run(*publish, cwd=output.parent)
+    results = json.loads((output / "results.json").read_text())
+    assert f"## Training\n\n- from random weights\n- {results['steps']:,} steps\n- train: lines.jsonl\n" in card
+    score = results["scores"]["validation, whole lines"]["accuracy"]
+    assert f"identified:\n\n| split | accuracy |\n|---|---|\n| validation, whole lines | {score:.4f} |" in card
+    assert "None" not in card and str(output.parent) not in card.split("not published: ")[0]
+
+
+def test_labels_of_spans_are_no_languages(trained, tmp_path):
+    shutil.copytree(trained[0], tmp_path / "ner", ignore=shutil.ignore_patterns("checkpoint-*"))
+    path = tmp_path / "ner" / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"id2label": {"0": "O", "1": "B-NAME", "2": "I-NAME"}, "label2id": {}}))
+    with pytest.raises(SystemExit, match=r"ner has labels of spans \(B-NAME\) and knows no languages"):
+        identify.load(str(tmp_path / "ner"))
+
+
 def test_the_same_command_goes_on_and_says_so(trained, data, tmp_path):
     output, printed = trained
     shutil.copytree(output, tmp_path / "run")

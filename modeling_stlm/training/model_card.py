@@ -5,7 +5,7 @@
 
 ```python
 {
-    "base_model": describe_base("examples/checkpoints/stlm-3m"),
+    "base_model": describe_base("examples/checkpoints/stlm-3m"),  # {}: trained from random weights
     # All others are optional.
     "scores": {"test": {"accuracy": 0.88}},  # any metrics of any splits
     "baselines": {"test, TF-IDF": {"accuracy": 0.85}},  # more rows of the table, which are no scores of this model
@@ -178,7 +178,7 @@ def build_model_card(
         )
     task, results = _task(class_name, config), _read_results(folder)
     base = describe_base(base_model) if base_model else results.get("base_model", {})
-    if results and not base and (missing := sorted(NEEDED - set(results))):
+    if results and not base and "base_model" not in results and (missing := sorted(NEEDED - set(results))):
         raise ValueError(
             f"{folder / 'results.json'} lacks {missing}: expected the file that examples/pretrain.py writes, or one that "
             "says what was fine-tuned (base_model)"
@@ -500,9 +500,9 @@ def _teacher(arguments: dict[str, str]) -> list[str]:
 
 
 def _fine_tuning(base: dict, results: dict) -> str:
-    if not base:
+    if not base and "base_model" not in results:
         return ""
-    lines = [f"- fine-tuned from `{base['name']}`"]
+    lines = [f"- fine-tuned from `{base['name']}`" if base else "- from random weights"]
     if "steps" in results:
         lines.append(f"- {results['steps']:,} steps")
     lines += [f"- {name}: {_with_rows(name, results)}" for name in results.get("arguments", {})]
