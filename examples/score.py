@@ -17,7 +17,7 @@ from collections.abc import Iterable
 from glob import glob
 from pathlib import Path
 
-from inputs import HelpFormatter, causal_checkpoint, file_pattern, quiet_exit, read_bytes, unpacking
+from inputs import HelpFormatter, causal_checkpoint, file_pattern, quiet_exit, read_bytes, read_utf8, unpacking
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -32,6 +32,7 @@ if __name__ == "__main__":
 
 import torch
 from datasets import load_dataset
+from datasets.exceptions import DatasetGenerationError
 from torch.nn import functional as F
 from transformers import (
     AutoModelForCausalLM,
@@ -64,8 +65,14 @@ def documents(patterns: list[str]) -> Iterable[str | bytes]:
                 print(f"{file} is not UTF-8 ({offset}): taken byte by byte as it is", file=sys.stderr)
             yield data
         else:
-            with unpacking(Path(file)):
-                rows = load_dataset(kind, data_files=file, split="train")
+            try:
+                with unpacking(Path(file)):
+                    rows = load_dataset(kind, data_files=file, split="train")
+            except DatasetGenerationError as error:
+                if kind != "parquet":
+                    read_utf8(Path(file))  # names the byte
+                reason = " ".join(str(error.__cause__ or error).split())
+                raise SystemExit(f"{file} cannot be read as {kind}: {reason}") from None
             if "text" not in rows.column_names:
                 raise SystemExit(f"{file} has the columns {rows.column_names}, expected one of the name text")
             yield from rows["text"]
