@@ -336,9 +336,9 @@ def train(args: argparse.Namespace) -> None:
     scores = {name: accuracy(model, tests, length) for name, length in LENGTHS.items()} if tests else {}
     # Results are published: names of files, no folders of this machine, nothing of what only identifies.
     names = {name: " ".join(path.name for path in getattr(args, name)) for name in ("train", "validation")}
-    arguments = {
-        name: value for name, value in vars(args).items() if name not in ("lines", "spans", "checkpoint")
-    } | {name: files for name, files in names.items() if files}
+    arguments = {name: value for name, value in vars(args).items() if name not in ("lines", "spans", "checkpoint")} | {
+        name: files for name, files in names.items() if files
+    }
     results = {
         "base_model": {},  # none: from random weights
         "languages": len(label2id),

@@ -90,16 +90,19 @@ import torch
 from alterations import ALTERATIONS, altered
 from huggingface_hub.errors import StrictDataclassError
 from run_folder import ProgressLines, check_same, last_checkpoint, run_info, save
+from safetensors.torch import load_file
 from score import documents
 from transformers import (
     AutoModelForCausalLM,
     PrinterCallback,
     Trainer,
     TrainerCallback,
+    TrainerState,
     TrainingArguments,
     logging,
     set_seed,
 )
+from transformers.trainer_callback import ExportableState
 
 from modeling_stlm import STLMConfig, STLMForCausalLM, STLMTokenizer
 from modeling_stlm.training.bits_per_byte import BitsPerByteEvaluator
@@ -240,6 +243,34 @@ class EndOnDivergence(TrainerCallback):
             self._end(state)
 
 
+def is_spent(args: argparse.Namespace, trainer: Trainer, checkpoint: str) -> bool:
+    """Whether `checkpoint` has spent the budget; `Trainer.train` would add a step.
+
+    Then `trainer` gets its weights and state, and the program ends if the results are there already.
+    """
+    state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
+    if args.max_minutes is None:
+        spent = state.global_step >= trainer.args.max_steps
+    else:
+        saved = state.stateful_callbacks.get("TimeBudget", {"attributes": {"elapsed_seconds": 0.0}})
+        spent = saved["attributes"]["elapsed_seconds"] >= 60 * args.max_minutes
+    if not spent:
+        return False
+    print(
+        f"the budget is spent after {state.global_step} steps: nothing is trained; with a larger one the run goes on"
+    )
+    results = args.output / "results.json"
+    if results.is_file() and json.loads(results.read_text())["steps"] == state.global_step:
+        raise SystemExit(0)
+    weights = load_file(Path(checkpoint) / "model.safetensors")
+    trainer.model.load_state_dict(weights, strict=False)  # a tied head is not in the file
+    trainer.state = state
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, ExportableState) and (saved := state.stateful_callbacks.get(type(callback).__name__)):
+            vars(callback).update(saved["attributes"])
+    return True
+
+
 def train(args: argparse.Namespace, trainer: Trainer, step_bytes: float) -> None:
     """Train, or go on from the newest checkpoint; after a signal, leave."""
     budget = [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, TimeBudget)]
@@ -264,6 +295,8 @@ def train(args: argparse.Namespace, trainer: Trainer, step_bytes: float) -> None
     divergence = EndOnDivergence(args.muon_lr, args.adamw_lr)
     for callback in (stop, SaveByTime(minutes=10), ProgressLines(progress), divergence):
         trainer.add_callback(callback)
+    if checkpoint is not None and is_spent(args, trainer, checkpoint):
+        return
     trainer.train(resume_from_checkpoint=checkpoint)
     if stop.received is not None:
         print(f"{stop.received.name}: saved at {progress(trainer.state)}; the same command goes on from here")

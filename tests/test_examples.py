@@ -196,6 +196,56 @@ def test_a_pretraining_that_diverges_says_which_rates_to_lower_and_saves_nothing
     assert not [*(tmp_path / "run").rglob("*.safetensors"), *(tmp_path / "run").rglob("results.json")]
 
 
+@pytest.mark.parametrize("script", ["pretrain.py", "research/train.py"])
+def test_a_budget_that_is_spent_trains_nothing(small_text, tmp_path, script):
+    folder = tmp_path / "run"
+    results = pretrain(small_text, folder, "--max_steps", 3, script=script)
+    written = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.suffix != ".txt"}
+    spent = "the budget is spent after 3 steps: nothing is trained; with a larger one the run goes on\n"
+    pretrain(small_text, folder, "--max_steps", 3, script=script)
+    assert (folder / "printed.txt").read_text().endswith(spent)
+    assert written == {path: path.read_bytes() for path in written} and not (folder / "checkpoint-4").exists()
+    # Killed between the last checkpoint and the results: they are written without another step.
+    for name in ("results.json", "model.safetensors"):
+        (folder / name).unlink()
+    path = folder / "checkpoint-3" / "trainer_state.json"
+    state = json.loads(path.read_text())
+    state["stateful_callbacks"].get("Stopwatch", {"attributes": {}})["attributes"]["wall_seconds"] = 100.0
+    path.write_text(json.dumps(state))
+    again = pretrain(small_text, folder, "--max_steps", 3, script=script)
+    assert spent in (folder / "printed.txt").read_text()
+    assert again["steps"] == 3 and again["bits_per_byte"] == results["bits_per_byte"]
+    assert again.get("wall_seconds") == (100 if script == "research/train.py" else None)
+    assert written[folder / "model.safetensors"] == (folder / "model.safetensors").read_bytes()
+
+
+def test_minutes_that_are_spent_train_nothing(small_text, tmp_path):
+    results = pretrain(small_text, tmp_path / "run", "--max_minutes", 0.01)
+    pretrain(small_text, tmp_path / "run", "--max_minutes", 0.01)
+    printed = (tmp_path / "run" / "printed.txt").read_text()
+    assert f"the budget is spent after {results['steps']} steps: nothing is trained" in printed
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        (
+            "latin1.csv",
+            "text\nun caf\xe9\n".encode("latin-1"),
+            "latin1.csv is not UTF-8: byte 0xe9 at offset 11. Conv",
+        ),
+        ("broken.json", b'{"text": "a"}\n{"text": \n', "broken.json cannot be read as json: "),
+    ],
+)
+def test_pretraining_names_a_table_that_cannot_be_read(small_text, tmp_path, name, data, message):
+    (tmp_path / name).write_bytes(data)
+    command = [sys.executable, str(ROOT / "examples" / "pretrain.py"), "--train", name, "--validation"]
+    command += [str(small_text), "--max_steps", "1", "--output", "run"]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert result.stderr.splitlines()[-1].startswith(message)
+
+
 def test_pretraining_names_patterns_that_match_nothing(tmp_path):
     command = [sys.executable, str(ROOT / "examples" / "pretrain.py"), "--train", "nothing/*.txt", "--validation", "x"]
     command += ["--output", str(tmp_path), "--max_steps", "1"]
