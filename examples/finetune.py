@@ -119,9 +119,9 @@ def main(args: argparse.Namespace, text: bytes):
     if stop.received is not None:
         print(f"{stop.received.name}: saved at step {trainer.state.global_step}; the same command goes on from here")
         raise SystemExit(128 + stop.received)
-    check_finite(model)
     if interrupted is not None:
-        shutil.rmtree(interrupted)  # the next run begins anew
+        shutil.rmtree(interrupted)  # the next run starts over
+    check_finite(model)
     if args.max_steps % eval_steps:
         trainer.evaluate()  # the last weights have no score yet
     logs = trainer.state.log_history

@@ -103,9 +103,11 @@ def output_of(architecture: str) -> Callable[[str], Path]:
     def check(value: str) -> Path:
         folder = output_folder(value)
         if (folder / "config.json").is_file():
-            found = json.loads((folder / "config.json").read_bytes()).get("architectures") or [
-                "model of no known kind"
-            ]
+            try:
+                config = json.loads((folder / "config.json").read_bytes())
+            except ValueError:
+                raise argparse.ArgumentTypeError(f"{value}/config.json is no JSON: expected a new folder") from None
+            found = config.get("architectures") or ["model of no known kind"]
             if found[0] != architecture:
                 raise argparse.ArgumentTypeError(
                     f"{value} holds a {found[0]}, which stays as it is: expected a new folder, or a {architecture} to replace"

@@ -14,9 +14,10 @@ from inputs import read_json_lines, read_utf8
 
 def read_labelled(path: Path, fewest_labels: int = 2) -> tuple[list[str], list[str]]:
     """Texts and labels of a csv or of JSON lines, also packed (.gz), with columns `text` and `label`."""
-    if ".csv" in path.suffixes:
+    suffixes = {suffix.lower() for suffix in path.suffixes}
+    if ".csv" in suffixes:
         rows = csv.DictReader(io.StringIO(read_utf8(path), newline=""))
-    elif {".json", ".jsonl"} & set(path.suffixes):
+    elif {".json", ".jsonl", ".ndjson"} & suffixes:
         rows = read_json_lines(path)
     else:
         raise SystemExit(f"{path} is neither .csv nor .jsonl (or these with .gz): expected rows in one of these forms")
@@ -62,6 +63,8 @@ def split_rows(
         order[:cut] + [i for i in order[cut:] if rows[1][i] not in known],
         [i for i in order[cut:] if rows[1][i] in known],
     )
+    if not parts[1]:
+        raise SystemExit("each of the rows to test on has a label of its own: give more rows of each label, or --test")
     first, second = ([[column[i] for i in part] for column in rows] for part in parts)
     return tuple(first), tuple(second)
 

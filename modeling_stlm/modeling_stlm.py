@@ -78,7 +78,7 @@ class STLMModelOutput(STLMOutput):
     Args:
         last_hidden_state (`torch.FloatTensor` of shape `(B, T, hidden_size)`):
             After the final norm. At padding: that of the last valid byte before it, zero if there is none.
-        cache (`Cache`, *optional*): with `use_cache=True`.
+        cache (`Cache`, *optional*): with `use_cache=True`; in training only if one was passed.
         hidden_states (`tuple(torch.FloatTensor)`, *optional*): byte level, `(B, T, hidden_size)` for the embedding and
             each byte layer, undefined at padding; with `output_hidden_states=True`.
         attentions (`tuple(torch.FloatTensor)`, *optional*): byte level, `(B, num_attention_heads, T, past + T)` for each
@@ -251,9 +251,8 @@ class STLMModel(STLMPreTrainedModel):
             raise ValueError(
                 "a cache cannot hold packed documents (position_ids that restart): pass one document per row"
             )
-        if use_cache is None:
-            use_cache = self.config.use_cache and not self.training
-        if cache is None and use_cache and self.is_causal and batch.positions is None:
+        wants_cache = self.is_causal and not self.training and batch.positions is None
+        if cache is None and wants_cache and (self.config.use_cache if use_cache is None else use_cache):
             cache = DynamicCache(config=self.config)
         state = self._state_of(cache, input_ids)
         compact_embeds = None if inputs_embeds is None else batch.compact(inputs_embeds)
@@ -593,8 +592,8 @@ def allow_tied_head(model: PreTrainedModel, incompatible_keys) -> None:
 def without_first_bytes(labels: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
     """`labels (B, T)` without those of the first byte of each row, which no byte predicts: on the left stands padding.
 
-    Shifting drops the first label of a row as it is, so a padded row has the loss of the row alone. `attention_mask` is that
-    of `labels`, or longer by the bytes in the cache.
+    Shifting drops the first label of a row as it is, so a padded row has the loss of the row alone. (`num_items_in_batch` of
+    `Trainer` counts it on the left.) `attention_mask` is that of `labels`, or longer by the bytes in the cache.
     """
     if attention_mask is None:
         return labels

@@ -36,6 +36,17 @@ pytestmark = [
     pytest.mark.usefixtures("built"),
 ]
 
+
+def has_ipv6() -> bool:
+    try:
+        with socket.socket(socket.AF_INET6) as probe:
+            probe.bind(("::1", 0))
+    except OSError:
+        return False
+    return True
+
+
+NEEDS_IPV6 = pytest.mark.skipif(not has_ipv6(), reason="this machine has no IPv6")
 SHIPPED = Path(__file__).parents[1] / "examples" / "checkpoints" / "stlm-3m"
 # Processes of pytest-xdist ignore SIGINT, and so do their children.
 START = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); from stlm_command import main; "
@@ -445,7 +456,7 @@ def test_a_client_that_ends_its_input_is_answered(version, engine):
         assert "".join(event["choices"][0]["text"] for event in events) == expected
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "::1"])
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", pytest.param("::1", marks=NEEDS_IPV6)])
 def test_a_name_that_was_made_to_point_here_is_refused(host, engine):
     def status(name: str, method: str = "POST") -> tuple[int, bytes]:
         client = http.client.HTTPConnection(host, server.server_port, timeout=60)
@@ -573,7 +584,9 @@ def test_serve_ends_while_all_rows_are_busy(stlm, engine):
     process.stdout.close()
 
 
-@pytest.mark.parametrize(("host", "where"), [("127.0.0.1", "127.0.0.1"), ("::1", "[::1]")])
+@pytest.mark.parametrize(
+    ("host", "where"), [("127.0.0.1", "127.0.0.1"), pytest.param("::1", "[::1]", marks=NEEDS_IPV6)]
+)
 def test_serve_says_where_and_ends_quietly(host, where, stlm, engine):
     process = stlm("serve", engine.path, "--port", 0, "--host", host)
     url = process.stdout.readline().decode().strip()

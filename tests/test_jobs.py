@@ -369,6 +369,11 @@ def test_a_rare_label_is_trained_on():
         assert sorted(train[0] + test[0]) == sorted(texts)
 
 
+def test_rows_of_a_label_each_leave_nothing_to_test_on():
+    with pytest.raises(SystemExit, match="has a label of its own"):
+        rows.split_rows(([str(i) for i in range(10)], [str(i) for i in range(10)]))
+
+
 def test_rows_to_test_on_may_have_one_label(tmp_path):
     path = Path(labelled(tmp_path / "rows.csv", [("a", "x"), ("b", "x")]))
     assert rows.read_labelled(path, fewest_labels=1) == (["a", "b"], ["x", "x"])

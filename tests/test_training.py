@@ -121,7 +121,7 @@ def test_corpora_of_earlier_versions_are_read_where_their_type_is_sure(tmp_path,
         PackedWindows(path, bpe, block_size=1)
     np.save(starts, np.array([0, 6]))  # of 6 ids of 16 bits, or of 13 bytes
     for tokenizer in (TOKENIZER, bpe):
-        with pytest.raises(ValueError, match=r"does not say of which type .*: write the corpus again"):
+        with pytest.raises(ValueError, match=r"does not say of which type .* and write the corpus again"):
             PackedWindows(path, tokenizer, block_size=1)
 
 

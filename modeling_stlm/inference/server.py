@@ -6,7 +6,7 @@
 Tokens are bytes, and a prompt may also be a list of ids. All texts of all requests are rows of one batch: a thread reads their
 prompts and writes their bytes, a few at a time, and a text that ends makes room for the next one. Rows do not influence each
 other, so a text with a `seed` is the same whatever else is written meanwhile. After an empty prompt, which is the default, a
-text begins. `usage` counts the bytes that are returned and the special tokens among them.
+text begins. `usage` counts the ids of prompts, and the bytes returned plus special tokens generated.
 
 Pages of other sites are kept out: they cannot send `application/json`, and a name that was made to point at a loopback
 address (the default `--host`) is refused. On other addresses the server answers under every name. Not for the open internet:

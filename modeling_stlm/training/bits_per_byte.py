@@ -88,9 +88,8 @@ class BitsPerByteEvaluator:
 
     @staticmethod
     def nats(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Nats of each label (B, T), 0 where there is none, -1 where nothing predicts it: what is left of `logits (B, T, V)`.
-
-        Nothing predicts the first byte of a row after padding on the left: a model of this package has no logits but zeros there.
+        """Nats of each label (B, T), what is left of `logits (B, T, V)`: 0 where there is none, and -1 up to the first byte of a row
+        padded on the left, which nothing predicts: a model of this package has no logits but zeros there.
         """
         if isinstance(logits, tuple):
             logits = logits[0]

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A corpus on disk, and windows of it.
 
-A corpus is a flat file of ids plus the starts of its documents, which end with the number of all ids and name their type.
-With a byte tokenizer the file is the text itself: any file of bytes is a corpus of one document. Windows are cut from the endless row `<bos> document <eos> <bos> ...`;
-documents that share a window stay apart through `position_ids`.
+A corpus is a flat file of ids plus the starts of its documents; the file of starts also stores the number and the type of
+the ids. With a byte tokenizer the file is the text itself: any file of bytes is a corpus of one document. Windows are cut
+from the endless row `<bos> document <eos> <bos> ...`; documents that share a window stay apart through `position_ids`.
 """
 
 import os
@@ -90,7 +90,7 @@ def read_starts(path: Path, dtype: np.dtype) -> np.ndarray:
         if 2 * starts[-1] < size:
             raise ValueError(
                 f"{starts_path(path)} does not say of which type the ids of {path.name} are, as an earlier version wrote "
-                "it: write the corpus again"
+                f"it: delete {path} and write the corpus again"
             )
         starts = np.append(starts, size).view([("uint8", np.int64)])
     (name,) = starts.dtype.names
