@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Does pre-training help a tiny classifier, and can a committee of shallow ones replace a deep one? (arXiv:2507.14871)
+r"""Does pre-training help a tiny classifier, and can a committee of shallow ones replace a deep one? (arXiv:2507.14871)
 
-    python examples/committee.py --text 'wiki*.jsonl.gz' --train agnews/train.csv.gz --test agnews/test.csv.gz \\
+    python examples/committee.py --text 'wiki*.jsonl.gz' --train agnews/train.csv.gz --test agnews/test.csv.gz \
         --articles 1000 4000 16000 --pretraining_epochs 5 --finetuning_epochs 5 --seeds 3 --output runs/agnews
 
 Masked bytes of the first articles of `--text` are predicted by a deep encoder and by shallow ones of other seeds; each is

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Train a small STLM on a text and on what a larger model says about it, beside one that sees only the text.
+r"""Train a small STLM on a text and on what a larger model says about it, beside one that sees only the text.
 
     python examples/distill.py                             # the shipped stlm-10m teaches a fresh stlm-3m, 2 minutes
     python examples/distill.py --teacher runs/a runs/b     # several checkpoints: a committee
-    python examples/distill.py --teacher SmolLM2-135M/ --gguf_file SmolLM2-135M-Instruct.Q4_1.gguf --text my.txt \\
+    python examples/distill.py --teacher SmolLM2-135M/ --gguf_file SmolLM2-135M-Instruct.Q4_1.gguf --text my.txt \
         --windows 4000 --max_steps 2000 --output runs/distilled
 
 The teacher may be any causal language model with a byte-level tokenizer or byte fallback. What a model of subwords says is

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An encoder from a causal checkpoint: masked bytes, and sentence embeddings learned from a larger model, in one pass.
+r"""An encoder from a causal checkpoint: masked bytes, and sentence embeddings learned from a larger model, in one pass.
 
-    python examples/encoder.py --text 'wiki*.jsonl.gz' --teacher all-MiniLM-L6-v2 --passages 160000 --max_minutes 60 \\
+    python examples/encoder.py --text 'wiki*.jsonl.gz' --teacher all-MiniLM-L6-v2 --passages 160000 --max_minutes 60 \
         --output runs/encoder
 
 Takes passages of whole sentences from `--text` (files as of `pretrain.py`), asks the teacher for their embeddings once, and

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Score a checkpoint on files of minimal pairs (BLiMP) and of multiple choices (HellaSwag) with lm-evaluation-harness.
+r"""Score a checkpoint on files of minimal pairs (BLiMP) and of multiple choices (HellaSwag) with lm-evaluation-harness.
 
     python examples/evaluate_lm.py --blimp blimp.jsonl.gz --hellaswag hellaswag_val.jsonl.gz --output scores.json
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Self-play on summaries (SPIN, arXiv:2401.01335): does a model gain from telling its own text from the real one?
+r"""Self-play on summaries (SPIN, arXiv:2401.01335): does a model gain from telling its own text from the real one?
 
     python examples/self_play.py                                       # 16 shipped dialogues: seconds, and no result
     python examples/self_play.py --checkpoint runs/summaries/full --train dialogsum/train.jsonl.gz \

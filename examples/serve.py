@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`transformers serve` for STLM checkpoints: the same server, options and API (that of OpenAI).
+r"""`transformers serve` for STLM checkpoints: the same server, options and API (that of OpenAI).
 
     pip install -c constraints.txt -e '.[serve]'
     python examples/serve.py examples/checkpoints/stlm-3m --port 8000

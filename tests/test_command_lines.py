@@ -3,6 +3,7 @@
 
 import ast
 import gzip
+import itertools
 import json
 import os
 import re
@@ -73,6 +74,16 @@ def imported_too_early(path: Path, on_path: list[Path], seen: set[str]) -> list[
 def test_scripts_find_what_they_import(path):
     # Read and not run: with torch, `--help` of those of research takes three minutes.
     assert imported_too_early(path, [path.parent], {path.stem}) == []
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.rglob("*.py")), ids=lambda path: path.name)
+def test_commands_of_several_lines_are_shown_as_they_are_typed(path):
+    text = path.read_text(encoding="utf-8")
+    start = re.search(r'^(r?)"""', text, re.MULTILINE)
+    shown = ast.get_docstring(ast.parse(text), clean=False)
+    assert start[1] == "r" or "\\" not in text[start.end() : text.index('"""', start.end())]
+    for line, following in itertools.pairwise(shown.splitlines()):
+        assert not line.endswith("\\") or following.startswith("     "), f"{line!r} goes on with {following!r}"
 
 
 def test_help_shows_the_defaults_that_say_something(tmp_path):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compare designs: train a list of configurations under the same budget, with the same data order and seeds.
+r"""Compare designs: train a list of configurations under the same budget, with the same data order and seeds.
 
     python examples/research/ablate.py examples/research/ablations/3m.json --output runs/ablations \
         --train 'corpus/train/*.jsonl.gz' --validation corpus/validation.jsonl.gz

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Does it pay to learn from a teacher? At equal time of the student, and at equal time of all.
+r"""Does it pay to learn from a teacher? At equal time of the student, and at equal time of all.
 
     python examples/research/distillation.py        # 24 kB of the shipped Shakespeare: shows that it runs
     python examples/research/distillation.py --train 'corpus/train/*.jsonl.gz' --validation corpus/validation.jsonl.gz \

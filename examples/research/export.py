@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Turn a finished run of `train.py` into a shipped checkpoint: bfloat16 weights, scores of these, model card.
+r"""Turn a finished run of `train.py` into a shipped checkpoint: bfloat16 weights, scores of these, model card.
 
     python examples/research/export.py --run runs/stlm-3m --output examples/checkpoints/stlm-3m --data examples/checkpoints/sources.md \
         --validation validation.jsonl.gz --test test.jsonl.gz

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Turn a finished run of `encoder.py` into a shipped checkpoint: bfloat16 weights, model card, no code.
+r"""Turn a finished run of `encoder.py` into a shipped checkpoint: bfloat16 weights, model card, no code.
 
-    python examples/research/export_encoder.py --run runs/encoder --base_model examples/checkpoints/stlm-3m \\
-        --output examples/checkpoints/stlm-3m-encoder --jobs examples/research/results/jobs.json \\
+    python examples/research/export_encoder.py --run runs/encoder --base_model examples/checkpoints/stlm-3m \
+        --output examples/checkpoints/stlm-3m-encoder --jobs examples/research/results/jobs.json \
         --data examples/checkpoints/sources-encoder.md
 
 The card inherits licence, language and data from that of the base model; `--data` says what the passages are. With `--jobs`, the file of `jobs.py`, it has these

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Turn a run of `identify.py` into the shipped identifier: bfloat16 weights, results, model card.
+r"""Turn a run of `identify.py` into the shipped identifier: bfloat16 weights, results, model card.
 
-    python examples/research/identify_export.py --run runs/langid --scores examples/research/results/identify/stlm-langid.json \\
+    python examples/research/identify_export.py --run runs/langid --scores examples/research/results/identify/stlm-langid.json \
         --output examples/checkpoints/stlm-langid
 
 `--scores` is what `identify_peers.py` measured; without it the card has no results. `config.json` says float32, in which

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Completion as one types: microseconds a key, and the share of keys that it saves on held-out text.
+r"""Completion as one types: microseconds a key, and the share of keys that it saves on held-out text.
 
     python -m modeling_stlm.inference.export examples/checkpoints/stlm-10m stlm-10m.gguf --type q8
     taskset -c 0 python examples/research/keystrokes.py stlm-10m.gguf --text validation.jsonl.gz --words train-*.jsonl.gz
@@ -7,7 +7,7 @@
 
 Somebody types the first `--characters` characters of every document. After each key the rest of the word is suggested, or
 the next word if none is begun; whoever sees that it is right, and longer than one character, takes it with one key. So this
-is the most that a careful reader saves, without slips of the finger. A word is what `\\w+` matches.
+is the most that a careful reader saves, without slips of the finger. A word is what `\w+` matches.
 
 The model suggests what `Engine.complete` writes, up to `--new_bytes`, if the word ends there. Beside it: the commonest word of
 the training text that begins so, and the same among the words that followed the word before (where none did, the former).

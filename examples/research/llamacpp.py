@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Speed of the shipped `stlm-10m` beside llama.cpp on a Llama of the same size over an 8k BPE, on one core.
+r"""Speed of the shipped `stlm-10m` beside llama.cpp on a Llama of the same size over an 8k BPE, on one core.
 
     pip install llama-cpp-python gguf    # built from source, so with the instructions of this CPU; about 10 minutes
     OMP_NUM_THREADS=1 taskset -c 0 python examples/research/llamacpp.py --repeats 3
@@ -13,7 +13,7 @@ is measured. With `--sweep`, bytes generated after prompts of several lengths, a
 as sequences of one batch in llama.cpp. The last line is one JSON document.
 
 If llama.cpp crashes on a CPU with AMX (version 0.3.36 of the bindings did in a virtual machine), build it without:
-`CMAKE_ARGS="-DCMAKE_C_FLAGS=-mno-amx-tile\\ -mno-amx-int8 -DCMAKE_CXX_FLAGS=-mno-amx-tile\\ -mno-amx-int8"`.
+`CMAKE_ARGS="-DCMAKE_C_FLAGS=-mno-amx-tile\ -mno-amx-int8 -DCMAKE_CXX_FLAGS=-mno-amx-tile\ -mno-amx-int8"`.
 """
 
 import argparse

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Does it help to replay the hardest half of the windows (PanGu-pi Pro, arXiv:2402.02791)? At equal compute.
+r"""Does it help to replay the hardest half of the windows (PanGu-pi Pro, arXiv:2402.02791)? At equal compute.
 
     python examples/research/replay.py                 # 32 kB of the shipped Shakespeare: shows that it runs
     python examples/research/replay.py --train 'corpus/train/*.jsonl.gz' --validation corpus/validation.jsonl.gz \

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measure checkpoints on held-out text, noised text and tasks, and write RESULTS.md.
+r"""Measure checkpoints on held-out text, noised text and tasks, and write RESULTS.md.
 
     python examples/research/report.py measure runs/stlm-10m --name stlm-10m --validation validation.jsonl.gz \
         --test test.jsonl.gz --blimp blimp.jsonl.gz --arc_easy arc_easy.jsonl.gz

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Train STLM or one of its controls under the same budget and recipe, and record what the training cost.
+r"""Train STLM or one of its controls under the same budget and recipe, and record what the training cost.
 
     python examples/research/train.py --train 'corpus/train/*.jsonl.gz' --validation corpus/validation.jsonl.gz \
         --model llama-bpe --like stlm-10m --vocab_size 8192 --max_minutes 60 --clock cpu --output runs/llama-bpe
