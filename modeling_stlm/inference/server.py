@@ -246,6 +246,7 @@ class Completion:
         self.num_read = sum(map(len, prompts))  # once, however many texts follow
         self.num_written = 0  # bytes and special tokens so far
         self.prompts = [prompt for prompt in prompts for _ in range(copies)]
+        self.refusal: Refusal | None = None
         self.events: SimpleQueue[tuple[int, Sequence[int], str | Refusal | None]] = SimpleQueue()
         self.texts = [
             Text(prompt or [engine.bos_token_id], sampling, (seed + i) % 2**64, max_bytes, self.receiver(i))
@@ -254,7 +255,12 @@ class Completion:
         self.head = {"id": f"cmpl-{os.urandom(12).hex()}", "object": "text_completion", "created": int(time.time())}
 
     def receiver(self, i: int) -> Callable[[Sequence[int], str | Refusal | None], None]:
-        return lambda ids, reason: self.events.put((i, ids, reason))
+        def put(ids: Sequence[int], reason: str | Refusal | None) -> None:
+            if isinstance(reason, Refusal):
+                self.refusal = reason  # known at once, however much is still to be sent
+            self.events.put((i, ids, reason))
+
+        return put
 
     def pieces(self, check: Callable[[], None]) -> Iterator[tuple[int, str, str | None]]:
         """Index of a text, what was written of it, and, at its end, the reason. Calls `check` at least once a second."""
@@ -264,6 +270,8 @@ class Completion:
             yield from ((i, _written(prompt).decode(errors="replace"), None) for i, prompt in enumerate(self.prompts))
         while num_open:
             check()
+            if self.refusal is not None:
+                raise self.refusal
             try:
                 i, ids, reason = self.events.get(timeout=1)
             except Empty:
@@ -271,7 +279,7 @@ class Completion:
             if self.texts[i].is_cancelled:
                 continue
             if isinstance(reason, Refusal):
-                raise reason
+                continue
             piece = _written(ids)
             written, held[i], is_stopped = cut(held[i] + piece, self.stops)
             if is_stopped:
