@@ -111,7 +111,7 @@ class STLMGenerationMixin(GenerationMixin):
     """`generate` with one more option, `valid_utf8`, in its arguments or in the generation config.
 
     It never writes ids of tokens added to a tokenizer, which the model does not know: for those pass
-    `logits_processor=LogitsProcessorList([UTF8LogitsProcessor(token_ids=ids)])` in its place.
+    `logits_processor=LogitsProcessorList([UTF8LogitsProcessor(max_length, ids)])` in its place.
 
     The library has no public way to add an option or to check one, so this extends four of its private methods. They
     stand here together, and `tests/test_private_api.py` says what changed when one of them does.
