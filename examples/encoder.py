@@ -22,7 +22,7 @@ from inputs import (
     checkpoint,
     choose_precision,
     file_pattern,
-    output_folder,
+    output_of,
     positive,
     quiet_exit,
     sentence_encoder,
@@ -40,7 +40,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--teacher", type=sentence_encoder, required=True, help="a sentence-transformers folder or Hub id"
     )
-    parser.add_argument("--output", type=output_folder, required=True, help="folder of the encoder")
+    parser.add_argument("--output", type=output_of("STLMForMaskedLM"), required=True, help="folder of the encoder")
     parser.add_argument(
         "--checkpoint", type=checkpoint, default=str(HERE / "checkpoints" / "stlm-3m"), help="folder or Hub id"
     )

@@ -40,7 +40,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--text", type=text_file, default=HERE / "data" / "shakespeare.txt", help="the last tenth is held out"
     )
-    parser.add_argument("--output", type=output_of("STLMForCausalLM"), default="runs/finetuned", help="folder")
+    parser.add_argument(
+        "--output", type=output_of("STLMForCausalLM", "begun.json"), default="runs/finetuned", help="folder"
+    )
     parser.add_argument("--max_steps", type=at_least_one, default=150, help="of training")
     parser.add_argument("--batch_size", type=at_least_one, default=8, help="windows of 1024 bytes per step")
     parser.add_argument("--learning_rate", type=positive, default=1e-3, help="of AdamW")

@@ -6,6 +6,7 @@ import json
 import math
 import platform
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -70,9 +71,10 @@ class ProgressLines(ResumeLine):
 
 
 def run_info(device: torch.device) -> dict[str, str]:
-    """Commit, device and versions, for `results.json`."""
+    """Script, commit, device and versions, for `results.json`; `inputs.another_job` compares the script."""
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     return {
+        "script": Path(sys.argv[0]).name,
         "commit": subprocess.run(git, capture_output=True, text=True).stdout.strip(),
         "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.machine(),
         "torch": torch.__version__,

@@ -388,8 +388,32 @@ def test_a_model_of_another_job_is_not_written_over(script, encoder_folder):
         capture_output=True,
         text=True,
     )
-    assert result.returncode == 2 and "holds a STLMForMaskedLM, which stays as it is" in result.stderr
+    assert result.returncode == 2 and "holds a STLMForMaskedLM, of another job: use another" in result.stderr
     assert before == {path: path.read_bytes() for path in encoder_folder.glob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("script", ["chat_sft.py", "finetune.py"])
+@pytest.mark.parametrize(
+    ("name", "content", "found"),
+    [
+        ("results.json", {"script": "distill.py"}, "results of distill.py"),
+        ("results.json", {"script": "finetune.py"}, "results of finetune.py"),
+        ("begun.json", {}, "begun.json"),
+        ("README.md", {}, "README.md"),
+        ("results.json", {}, None),  # of earlier versions
+    ],
+)
+def test_the_same_kind_of_model_of_another_job_is_not_written_over(script, name, content, found, tmp_path):
+    (tmp_path / "config.json").write_text('{"architectures": ["STLMForCausalLM"]}')
+    (tmp_path / name).write_text(json.dumps(content))
+    missing = "--train" if script == "chat_sft.py" else "--text"  # told after what is wrong with --output
+    command = [sys.executable, ROOT / "examples" / script, "--output", ".", missing, "none"]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    is_own = script == "finetune.py" and (name == "begun.json" or content.get("script") == script)
+    words = (
+        "none is no such file" if found is None or is_own else f"argument --output: . holds {found}, of another job"
+    )
+    assert result.returncode == 2 and words in result.stderr.splitlines()[-1]
 
 
 def test_weights_that_are_not_finite_are_not_saved():
