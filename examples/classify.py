@@ -48,7 +48,7 @@ if __name__ == "__main__":
 import numpy as np
 import torch
 from datasets import Dataset
-from run_folder import check_finite, train_runs, write_label_results
+from run_folder import train_runs, write_label_results
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import Pipeline, make_pipeline
@@ -155,7 +155,6 @@ def main(args: argparse.Namespace, train: tuple[list, list], test: tuple[list, l
     head_alone, _ = accuracy(trainer, test, args.max_bytes)
     train_runs(trainer, args.runs)
     share, milliseconds = accuracy(trainer, test, args.max_bytes)
-    check_finite(model)
     model.config.use_cache = True  # Trainer turns it off, and would save it so
     trainer.processing_class.model_max_length = args.max_bytes
     trainer.save_model()

@@ -58,7 +58,7 @@ if __name__ == "__main__":
 
 import torch
 from peft import LoraConfig, get_peft_model
-from run_folder import ResumeLine, check_finite, check_same, last_checkpoint, plot, write_results
+from run_folder import ResumeLine, StopOnDivergence, check_finite, check_same, last_checkpoint, plot, write_results
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer, Trainer, TrainingArguments, set_seed
 
 import modeling_stlm  # noqa: F401  (registers the Auto classes)
@@ -115,9 +115,14 @@ def main(args: argparse.Namespace, text: bytes):
         processing_class=tokenizer,
         compute_metrics=evaluator,
         preprocess_logits_for_metrics=evaluator.nats,
-        callbacks=[stop, ResumeLine(lambda state: f"step {state.global_step} of {args.max_steps}")],
+        callbacks=[
+            stop,
+            ResumeLine(lambda state: f"step {state.global_step} of {args.max_steps}"),
+            StopOnDivergence(),
+        ],
     )
     trainer.train(resume_from_checkpoint=interrupted)
+    check_finite(model)
     if stop.received is not None:
         print(f"{stop.received.name}: saved at step {trainer.state.global_step}; the same command goes on from here")
         raise SystemExit(128 + stop.received)

@@ -98,7 +98,7 @@ if __name__ == "__main__":
         train, test = read_sets(args)  # before the slow imports: a mistake is told at once
 
 import torch
-from run_folder import check_finite, train_runs, write_label_results
+from run_folder import train_runs, write_label_results
 from transformers import (
     AutoConfig,
     AutoModelForTokenClassification,
@@ -174,7 +174,6 @@ def main(args: argparse.Namespace, train: list[dict], test: list[dict]):
         processing_class=tokenizer,
     )
     train_runs(trainer, args.runs)
-    check_finite(model)
     model.config.use_cache = True  # Trainer turns it off, and would save it so
     trainer.save_model()
 

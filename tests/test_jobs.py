@@ -7,6 +7,7 @@ import json
 import math
 import random
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -421,8 +422,31 @@ def test_weights_that_are_not_finite_are_not_saved():
     run_folder.check_finite(model)
     with torch.no_grad():
         model.model.final_norm.weight[3] = torch.nan
-    with pytest.raises(SystemExit, match=r"diverged: model\.final_norm\.weight is not finite"):
+    with pytest.raises(SystemExit, match="diverged, its weights are not finite"):
         run_folder.check_finite(model)
+
+
+def test_a_training_that_diverges_ends_at_the_next_log(tmp_path):
+    model = AutoModelForSequenceClassification.from_config(tiny_config(is_causal=False, num_labels=2))
+    data = [{"input_ids": ids_of(text), "labels": i % 2} for i, text in enumerate(ANIMALS + TOOLS)]
+    options = {"max_steps": 100, "logging_steps": 5, "learning_rate": 1e38, "save_strategy": "no"}
+    trainer = Trainer(model, arguments(tmp_path, **options), train_dataset=data, processing_class=TOKENIZER)
+    with pytest.raises(SystemExit, match="the training diverged"):
+        run_folder.train_runs(trainer, 1)
+    assert trainer.state.global_step <= 10
+
+
+def test_ctrl_c_says_that_nothing_is_saved(encoder_folder, animals_and_tools, tmp_path):
+    options = ["--checkpoint", encoder_folder, "--train", animals_and_tools[0], "--epochs", "9999", "--output", "out"]
+    command = [sys.executable, str(ROOT / "examples" / "classify.py"), *map(str, options)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, **pipes, text=True, cwd=tmp_path) as process:
+        assert any("'loss'" in line for line in process.stdout)
+        process.send_signal(signal.SIGINT)
+        errors = process.stderr.read()
+    assert process.returncode == 130 and "Traceback" not in errors
+    assert errors.endswith("\ninterrupted: nothing of this training is saved\n")
+    assert not (tmp_path / "out" / "model.safetensors").exists()
 
 
 def test_labels_may_be_numbers_and_texts_of_many_lines(tmp_path):
