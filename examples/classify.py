@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 from inputs import HelpFormatter, add_label_training, choose_precision, quiet_exit, text_file
-from rows import read_labelled, speeches, split_rows
+from rows import read_labelled, speeches, split_rows, tell_of_known
 
 
 HERE = Path(__file__).parent
@@ -149,9 +149,7 @@ def main(args: argparse.Namespace, train: tuple[list, list], test: tuple[list, l
     model = trainer.model
     print(f"{args.checkpoint}: {model.num_parameters():,} parameters, {model.device}, {model.dtype}")
     print(f"{len(train[0]):,} rows to train on, {len(test[0]):,} to test on, {model.config.num_labels} labels")
-    known = set(train[0])
-    if seen := sum(text in known for text in test[0]):
-        print(f"{seen:,} of the texts to test on are among those to train on: the accuracy is not that of new texts")
+    tell_of_known(train[0], test[0])
     head_alone, _ = accuracy(trainer, test, args.max_bytes)
     train_runs(trainer, args.runs)
     share, milliseconds = accuracy(trainer, test, args.max_bytes)

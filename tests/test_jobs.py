@@ -345,6 +345,8 @@ def test_a_head_starts_as_the_logistic_regression(num_labels):
         ("rows.csv", "text,label\na,1\nb, \n", "row 2 of rows.csv has an empty `label`"),
         ("rows.csv", "text,label\na,1\nb\n", "row 2 of rows.csv has an empty `label`"),
         ("rows.csv", "text,label\na,x\nb,x \n", "expected at least two labels"),
+        ("ROWS.CSV", "text,label\na,1\n,2\n", "row 2 of ROWS.CSV has an empty `text`"),
+        ("rows.jsonl", '{"text": 5, "label": "x"}\n', "row 1 of rows.jsonl has the text 5, expected a string"),
         ("rows.tsv", "text\tlabel\na\t1\n", "rows.tsv is neither .csv nor .jsonl"),
         ("rows.csv", "text,label\na,1\nb,1\n", "expected at least two labels"),
         ("rows.jsonl", '{"text": "a", "label": 0}\n{"text": "b"}\n', "row 2 .*expected `text` and `label`"),
@@ -468,9 +470,10 @@ def test_speeches_of_the_shipped_play():
 
 
 def test_nearest_neighbours_of_embeddings(encoder_folder, animals_and_tools, tmp_path):
-    train, test = animals_and_tools
+    train = animals_and_tools[0]
+    test = labelled(tmp_path / "one_label.csv", [(text, "animal") for text in ANIMALS[::3]])
     printed = run("embed.py", "--checkpoint", encoder_folder, "--train", train, "--test", test, cwd=tmp_path)
-    assert "label of the nearest of 48 rows, for 8 rows: 100.0%" in printed and "with TF-IDF: 100.0%" in printed
+    assert "label of the nearest of 48 rows, for 4 rows: 100.0%" in printed and "with TF-IDF: 100.0%" in printed
     (tmp_path / "lines.txt").write_text("\n".join(ANIMALS))
     options = ["--texts", tmp_path / "lines.txt", "--query", "The dog runs."]
     printed = run("embed.py", "--checkpoint", encoder_folder, *options, cwd=tmp_path)
@@ -490,7 +493,16 @@ def test_tags_of_bytes_and_spans_that_were_found():
 
 
 @pytest.mark.parametrize(
-    "spans", ["none", [[0, 1]], [{"start": 0, "end": 1, "label": "A"}], [["0", 1, "A"]], [[0, 9, "A"]], [[1, 1, "A"]]]
+    "spans",
+    [
+        "none",
+        [[0, 1]],
+        [{"start": 0, "end": 1, "label": "A"}],
+        [["0", 1, "A"]],
+        [[0, 9, "A"]],
+        [[1, 1, "A"]],
+        [[0, 1, " "]],
+    ],
 )
 def test_spans_of_another_form_are_shown(spans, tmp_path):
     path = tmp_path / "rows.jsonl"
@@ -498,6 +510,8 @@ def test_spans_of_another_form_are_shown(spans, tmp_path):
     with pytest.raises(SystemExit, match=r"row 2 of .* and the spans ") as error:
         ner.read_rows(path)
     assert json.dumps(spans) in str(error.value) and 'list of [start, end, "label"]' in str(error.value)
+    path.write_text('{"text": "Al", "spans": [[0, 1, "A "], [1, 2, "A"]]}\n')
+    assert ner.read_rows(path)[0]["spans"] == [[0, 1, "A"], [1, 2, "A"]]
     path.write_text('{"text": "Al", "spans": []}\n')
     with pytest.raises(SystemExit, match="has a span"):
         ner.read_rows(path)
@@ -520,6 +534,7 @@ def test_spans_go_from_rows_to_a_pipeline(encoder_folder, tmp_path):
     path.write_text("".join(json.dumps(row) + "\n" for row in content * 4))
     options = ["--epochs", 8, "--learning_rate", 2e-2, "--batch_size", 4, "--output", tmp_path / "out"]
     printed = run("ner.py", "--checkpoint", encoder_folder, "--train", path, "--test", path, *options, cwd=tmp_path)
+    assert "36 of the texts to test on are among those to train on" in printed
     assert "exact F1 of spans: 1.000    looked up: 1.000" in printed and 'aggregation_strategy="first"' in printed
     card = check_card(tmp_path / "out", "token-classification", ("f1", 1.0))
     for sentence in (
