@@ -58,7 +58,16 @@ if __name__ == "__main__":
 
 import torch
 from peft import LoraConfig, get_peft_model
-from run_folder import ResumeLine, StopOnDivergence, check_finite, check_same, last_checkpoint, plot, write_results
+from run_folder import (
+    ResumeLine,
+    StopOnDivergence,
+    check_finite,
+    check_same,
+    is_finite,
+    last_checkpoint,
+    plot,
+    write_results,
+)
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer, Trainer, TrainingArguments, set_seed
 
 import modeling_stlm  # noqa: F401  (registers the Auto classes)
@@ -122,8 +131,7 @@ def main(args: argparse.Namespace, text: bytes):
         ],
     )
     trainer.train(resume_from_checkpoint=interrupted)
-    check_finite(model)
-    if stop.received is not None:
+    if stop.received is not None and is_finite(model):
         print(f"{stop.received.name}: saved at step {trainer.state.global_step}; the same command goes on from here")
         raise SystemExit(128 + stop.received)
     if interrupted is not None:

@@ -404,15 +404,16 @@ def test_a_model_of_another_job_is_not_written_over(script, encoder_folder):
         ("begun.json", {}, "begun.json"),
         ("README.md", {}, "README.md"),
         ("results.json", {}, None),  # of earlier versions
+        ("results.json", None, "a results.json that is no JSON"),
     ],
 )
 def test_the_same_kind_of_model_of_another_job_is_not_written_over(script, name, content, found, tmp_path):
     (tmp_path / "config.json").write_text('{"architectures": ["STLMForCausalLM"]}')
-    (tmp_path / name).write_text(json.dumps(content))
+    (tmp_path / name).write_text("{" if content is None else json.dumps(content))
     missing = "--train" if script == "chat_sft.py" else "--text"  # told after what is wrong with --output
     command = [sys.executable, ROOT / "examples" / script, "--output", ".", missing, "none"]
     result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    is_own = script == "finetune.py" and (name == "begun.json" or content.get("script") == script)
+    is_own = script == "finetune.py" and (name == "begun.json" or content == {"script": script})
     words = (
         "none is no such file" if found is None or is_own else f"argument --output: . holds {found}, of another job"
     )
