@@ -67,7 +67,7 @@ if __name__ == "__main__":
 
 import torch
 from datasets import Dataset
-from run_folder import check_finite, write_results
+from run_folder import saved_at_the_end, write_results
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
@@ -108,8 +108,8 @@ def main(args: argparse.Namespace, chats: list[dict]):
         train_dataset=Dataset.from_list(chats),
         processing_class=tokenizer,
     )
-    trainer.train()
-    check_finite(model)
+    with saved_at_the_end(trainer):
+        trainer.train()
     model.config.use_cache = True  # Trainer turns it off, and would save it so
     model.save_pretrained(args.output)
     tokenizer.save_pretrained(args.output)

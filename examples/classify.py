@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 from inputs import HelpFormatter, add_label_training, choose_precision, quiet_exit, text_file
-from rows import read_labelled, speeches, split_rows
+from rows import read_labelled, speeches, split_rows, tell_of_known
 
 
 HERE = Path(__file__).parent
@@ -48,7 +48,7 @@ if __name__ == "__main__":
 import numpy as np
 import torch
 from datasets import Dataset
-from run_folder import check_finite, train_runs, write_label_results
+from run_folder import train_runs, write_label_results
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import Pipeline, make_pipeline
@@ -149,13 +149,10 @@ def main(args: argparse.Namespace, train: tuple[list, list], test: tuple[list, l
     model = trainer.model
     print(f"{args.checkpoint}: {model.num_parameters():,} parameters, {model.device}, {model.dtype}")
     print(f"{len(train[0]):,} rows to train on, {len(test[0]):,} to test on, {model.config.num_labels} labels")
-    known = set(train[0])
-    if seen := sum(text in known for text in test[0]):
-        print(f"{seen:,} of the texts to test on are among those to train on: the accuracy is not that of new texts")
+    tell_of_known(train[0], test[0])
     head_alone, _ = accuracy(trainer, test, args.max_bytes)
     train_runs(trainer, args.runs)
     share, milliseconds = accuracy(trainer, test, args.max_bytes)
-    check_finite(model)
     model.config.use_cache = True  # Trainer turns it off, and would save it so
     trainer.processing_class.model_max_length = args.max_bytes
     trainer.save_model()

@@ -70,7 +70,7 @@ if __name__ == "__main__":
     args = parse_arguments()
 
 import torch
-from run_folder import run_info
+from run_folder import run_info, saved_at_the_end
 from torch.utils.data import Subset
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments, set_seed
 
@@ -128,7 +128,8 @@ def train(args: argparse.Namespace, sets: dict, teacher, teacher_weight: float) 
         teacher_weight=teacher_weight,
     )
     start = time.monotonic()
-    trainer.train()
+    with saved_at_the_end(trainer):
+        trainer.train()
     seconds = time.monotonic() - start
     return trainer, {"bits_per_byte": trainer.evaluate()["eval_bits_per_byte"], "seconds": seconds}
 

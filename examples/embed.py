@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 from inputs import HelpFormatter, quiet_exit, read_json_lines, read_text, sentence_encoder, text_file
-from rows import read_labelled
+from rows import read_labelled, tell_of_known
 
 
 HERE = Path(__file__).parent
@@ -41,7 +41,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def read_sets(args: argparse.Namespace) -> tuple[list[tuple[list, list]], list[str]]:
     """Labelled rows, if any are given, and texts to look in."""
-    rows = [read_labelled(path) for path in (args.train, args.test) if path]
+    rows = [read_labelled(args.train), read_labelled(args.test, fewest_labels=1)] if args.train else []
     if args.texts:
         return rows, [line for line in read_text(args.texts).splitlines() if line.strip()]
     return rows, [row["dialogue"] for row in read_json_lines(HERE / "data" / "dialogues.jsonl")]
@@ -96,6 +96,7 @@ def main(args: argparse.Namespace, rows: list[tuple[list, list]], texts: list[st
         f"{args.checkpoint}: {sum(p.numel() for p in encoder.parameters()):,} parameters, {encoder.device}, {encoder.dtype}"
     )
     if rows:
+        tell_of_known(rows[0][0], rows[1][0])
         label_accuracy(encoder, *rows)
         print(f"next: python examples/classify.py --train {args.train} --test {args.test}")
     else:

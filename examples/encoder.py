@@ -22,7 +22,7 @@ from inputs import (
     checkpoint,
     choose_precision,
     file_pattern,
-    output_folder,
+    output_of,
     positive,
     quiet_exit,
     sentence_encoder,
@@ -40,7 +40,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--teacher", type=sentence_encoder, required=True, help="a sentence-transformers folder or Hub id"
     )
-    parser.add_argument("--output", type=output_folder, required=True, help="folder of the encoder")
+    parser.add_argument("--output", type=output_of("STLMForMaskedLM"), required=True, help="folder of the encoder")
     parser.add_argument(
         "--checkpoint", type=checkpoint, default=str(HERE / "checkpoints" / "stlm-3m"), help="folder or Hub id"
     )
@@ -62,7 +62,7 @@ if __name__ == "__main__":
 import numpy as np
 import torch
 from noise import KINDS, add_noise
-from run_folder import ResumeLine, last_checkpoint, write_results
+from run_folder import ResumeLine, StopOnDivergence, check_finite, last_checkpoint, write_results
 from score import documents
 from sentence_transformers import SentenceTransformer
 from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer, TrainingArguments, set_seed
@@ -150,9 +150,10 @@ def main(args: argparse.Namespace):
         data_collator=data.collate,
         processing_class=tokenizer,
         optimizer_cls_and_kwargs=(MuonRecipe, {"muon_lr": args.muon_lr, "adamw_lr": args.adamw_lr}),
-        callbacks=[budget, resume, SaveByTime(minutes=5), stop],
+        callbacks=[budget, resume, SaveByTime(minutes=5), stop, StopOnDivergence()],
     )
     trainer.train(resume_from_checkpoint=last_checkpoint(args.output))
+    check_finite(model)
     if stop.received is not None:
         print(f"{stop.received.name}: saved at step {trainer.state.global_step}; the same command goes on from here")
         raise SystemExit(128 + stop.received)

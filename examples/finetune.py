@@ -40,7 +40,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--text", type=text_file, default=HERE / "data" / "shakespeare.txt", help="the last tenth is held out"
     )
-    parser.add_argument("--output", type=output_of("STLMForCausalLM"), default="runs/finetuned", help="folder")
+    parser.add_argument(
+        "--output", type=output_of("STLMForCausalLM", "begun.json"), default="runs/finetuned", help="folder"
+    )
     parser.add_argument("--max_steps", type=at_least_one, default=150, help="of training")
     parser.add_argument("--batch_size", type=at_least_one, default=8, help="windows of 1024 bytes per step")
     parser.add_argument("--learning_rate", type=positive, default=1e-3, help="of AdamW")
@@ -56,7 +58,16 @@ if __name__ == "__main__":
 
 import torch
 from peft import LoraConfig, get_peft_model
-from run_folder import ResumeLine, check_finite, check_same, last_checkpoint, plot, write_results
+from run_folder import (
+    ResumeLine,
+    StopOnDivergence,
+    check_finite,
+    check_same,
+    is_finite,
+    last_checkpoint,
+    plot,
+    write_results,
+)
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer, Trainer, TrainingArguments, set_seed
 
 import modeling_stlm  # noqa: F401  (registers the Auto classes)
@@ -113,10 +124,14 @@ def main(args: argparse.Namespace, text: bytes):
         processing_class=tokenizer,
         compute_metrics=evaluator,
         preprocess_logits_for_metrics=evaluator.nats,
-        callbacks=[stop, ResumeLine(lambda state: f"step {state.global_step} of {args.max_steps}")],
+        callbacks=[
+            stop,
+            ResumeLine(lambda state: f"step {state.global_step} of {args.max_steps}"),
+            StopOnDivergence(),
+        ],
     )
     trainer.train(resume_from_checkpoint=interrupted)
-    if stop.received is not None:
+    if stop.received is not None and is_finite(model):
         print(f"{stop.received.name}: saved at step {trainer.state.global_step}; the same command goes on from here")
         raise SystemExit(128 + stop.received)
     if interrupted is not None:

@@ -73,7 +73,7 @@ if __name__ == "__main__":
 
 import torch
 from pretrain import load_config
-from run_folder import write_results
+from run_folder import saved_at_the_end, write_results
 from score import documents
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Trainer, TrainingArguments, set_seed
@@ -124,7 +124,8 @@ def train(model: PreTrainedModel, args: argparse.Namespace, windows: dict[str, P
         preprocess_logits_for_metrics=evaluator.nats,
         optimizer_cls_and_kwargs=(MuonRecipe, {"muon_lr": args.muon_lr, "adamw_lr": args.adamw_lr}),
     )
-    trainer.train()
+    with saved_at_the_end(trainer):
+        trainer.train()
     logs = trainer.state.log_history
     return {log["step"]: log["eval_bits_per_byte"] for log in logs if "eval_bits_per_byte" in log}
 

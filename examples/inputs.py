@@ -97,21 +97,33 @@ def output_folder(value: str) -> Path:
     return path
 
 
-def output_of(architecture: str) -> Callable[[str], Path]:
-    """An [`output_folder`] without a model of another kind, whose files would stay beside the new ones and be published."""
+def another_job(folder: Path, architecture: str, own: tuple[str, ...]) -> str | None:
+    """What in `folder` this script did not write: a model of another kind, a card, the start or the results of another script."""
+    read = {}
+    for name in ("config.json", "results.json"):
+        if (folder / name).is_file():
+            try:
+                read[name] = json.loads((folder / name).read_bytes())
+            except ValueError:
+                return f"a {name} that is no JSON"
+    if "config.json" in read:
+        found = read["config.json"].get("architectures") or ["model of no known kind"]
+        if found[0] != architecture:
+            return f"a {found[0]}"
+    for name in ("README.md", "begun.json"):
+        if name not in own and (folder / name).is_file():
+            return name
+    script = read.get("results.json", {}).get("script")  # of earlier versions: None
+    return None if script in (None, Path(sys.argv[0]).name) else f"results of {script}"
+
+
+def output_of(architecture: str, *own: str) -> Callable[[str], Path]:
+    """An [`output_folder`] without [`another_job`], whose files would stay beside the new ones and be published."""
 
     def check(value: str) -> Path:
         folder = output_folder(value)
-        if (folder / "config.json").is_file():
-            try:
-                config = json.loads((folder / "config.json").read_bytes())
-            except ValueError:
-                raise argparse.ArgumentTypeError(f"{value}/config.json is no JSON: expected a new folder") from None
-            found = config.get("architectures") or ["model of no known kind"]
-            if found[0] != architecture:
-                raise argparse.ArgumentTypeError(
-                    f"{value} holds a {found[0]}, which stays as it is: expected a new folder, or a {architecture} to replace"
-                )
+        if found := another_job(folder, architecture, own):
+            raise argparse.ArgumentTypeError(f"{value} holds {found}, of another job: use another folder")
         return folder
 
     return check

@@ -20,6 +20,7 @@ import re
 from pathlib import Path
 
 from inputs import HelpFormatter, add_label_training, choose_precision, quiet_exit, read_json_lines, text_file
+from rows import tell_of_known
 
 
 HERE = Path(__file__).parent
@@ -43,7 +44,7 @@ def is_span(span, length: int) -> bool:
     """Whether `span` is [start, end, label] in a text of `length` characters."""
     if not isinstance(span, list) or [type(part) for part in span] != [int, int, str]:
         return False
-    return 0 <= span[0] < span[1] <= length
+    return 0 <= span[0] < span[1] <= length and span[2].strip() != ""
 
 
 def read_rows(path: Path) -> list[dict]:
@@ -62,6 +63,7 @@ def read_rows(path: Path) -> list[dict]:
                 f"row {number} of {path} has the fields {sorted(row)} and the spans {shown}, expected `text`, not empty, and "
                 '`spans`: a list of [start, end, "label"], in characters of the text'
             )
+        row["spans"] = [[start, end, label.strip()] for start, end, label in spans]
     if not any(row["spans"] for row in rows):
         raise SystemExit(f"no row of {path} has a span")
     return rows
@@ -98,7 +100,7 @@ if __name__ == "__main__":
         train, test = read_sets(args)  # before the slow imports: a mistake is told at once
 
 import torch
-from run_folder import check_finite, train_runs, write_label_results
+from run_folder import train_runs, write_label_results
 from transformers import (
     AutoConfig,
     AutoModelForTokenClassification,
@@ -153,6 +155,7 @@ def main(args: argparse.Namespace, train: list[dict], test: list[dict]):
         look_both_ways(model)
     print(f"{args.checkpoint}: {model.num_parameters():,} parameters, {model.device}, {model.dtype}")
     print(f"{len(train):,} rows to train on, {len(test):,} to test on, spans of {kinds}")
+    tell_of_known([row["text"] for row in train], [row["text"] for row in test])
     trainer = Trainer(
         model,
         TrainingArguments(
@@ -174,7 +177,6 @@ def main(args: argparse.Namespace, train: list[dict], test: list[dict]):
         processing_class=tokenizer,
     )
     train_runs(trainer, args.runs)
-    check_finite(model)
     model.config.use_cache = True  # Trainer turns it off, and would save it so
     trainer.save_model()
 

@@ -4,6 +4,7 @@
 import argparse
 import csv
 import io
+import json
 import random
 import re
 from collections import Counter
@@ -31,6 +32,8 @@ def read_labelled(path: Path, fewest_labels: int = 2) -> tuple[list[str], list[s
         for name in ("text", "label"):
             if row[name] is None or not str(row[name]).strip():
                 raise SystemExit(f"row {number} of {path} has an empty `{name}`: leave the row out")
+        if not isinstance(row["text"], str):
+            raise SystemExit(f"row {number} of {path} has the text {json.dumps(row['text'])[:80]}, expected a string")
         texts.append(row["text"])
         labels.append(str(row["label"]).strip())
     if len(set(labels)) < fewest_labels:
@@ -47,6 +50,13 @@ def speeches(path: Path, names: int = 4) -> tuple[list[str], list[str]]:
     common = {name for name, _ in Counter(name for _, name in turns).most_common(names)}
     texts, labels = zip(*((speech, name) for speech, name in turns if name in common))
     return list(texts), list(labels)
+
+
+def tell_of_known(train: list[str], test: list[str]) -> None:
+    """Print how many texts to test on are among those to train on, if any."""
+    known = set(train)
+    if count := sum(text in known for text in test):
+        print(f"{count:,} of the texts to test on are among those to train on: the score is not that of new texts")
 
 
 def split_rows(

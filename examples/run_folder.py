@@ -6,13 +6,15 @@ import json
 import math
 import platform
 import subprocess
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 import transformers
 from matplotlib.figure import Figure
-from transformers import GenerationConfig, Trainer, TrainerCallback, TrainerState, set_seed
+from transformers import GenerationConfig, ProgressCallback, Trainer, TrainerCallback, TrainerState, set_seed
 
 from modeling_stlm.training.model_card import describe_base
 
@@ -70,9 +72,10 @@ class ProgressLines(ResumeLine):
 
 
 def run_info(device: torch.device) -> dict[str, str]:
-    """Commit, device and versions, for `results.json`."""
+    """Script, commit, device and versions, for `results.json`; `inputs.another_job` compares the script."""
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     return {
+        "script": Path(sys.argv[0]).name,
         "commit": subprocess.run(git, capture_output=True, text=True).stdout.strip(),
         "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.machine(),
         "torch": torch.__version__,
@@ -80,13 +83,42 @@ def run_info(device: torch.device) -> dict[str, str]:
     }
 
 
+def is_finite(model: torch.nn.Module) -> bool:
+    return all(parameter.isfinite().all() for parameter in model.parameters())
+
+
 def check_finite(model: torch.nn.Module) -> None:
-    """End the program where a training has diverged; nothing is saved."""
-    for name, parameter in model.named_parameters():
-        if not parameter.isfinite().all():
-            raise SystemExit(
-                f"the training diverged: {name} is not finite, and nothing is saved. Lower the learning rate"
-            )
+    """End the program after a training that diverged; nothing is saved."""
+    if not is_finite(model):
+        raise SystemExit(
+            "the training diverged, its weights are not finite: nothing is saved. Lower the learning rate"
+        )
+
+
+class StopOnDivergence(TrainerCallback):
+    """Stops at the first log with weights that are not finite; [`check_finite`] comes after the training.
+
+    It stands last: what others ask to save is not saved then.
+    """
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if (control.should_log or control.should_save) and not is_finite(model):
+            control.should_training_stop, control.should_save, control.should_evaluate = True, False, False
+
+
+@contextmanager
+def saved_at_the_end(trainer: Trainer) -> Iterator[None]:
+    """Around a training without checkpoints: one that diverges ends the program, and Ctrl-C says that nothing is saved."""
+    trainer.add_callback(StopOnDivergence())
+    try:
+        yield
+    except KeyboardInterrupt:
+        for callback in trainer.callback_handler.callbacks:
+            if isinstance(callback, ProgressCallback) and callback.training_bar is not None:
+                callback.training_bar.close()  # or it would write over the line
+        print("interrupted: nothing of this training is saved", file=sys.stderr)
+        raise
+    check_finite(trainer.model)
 
 
 def train_runs(trainer: Trainer, runs: int) -> None:
@@ -97,13 +129,14 @@ def train_runs(trainer: Trainer, runs: int) -> None:
     model = trainer.model
     start = {name: value.clone() for name, value in model.state_dict().items()}
     total = {name: torch.zeros_like(value, dtype=torch.float32) for name, value in start.items()}
-    for run in range(runs):
-        set_seed(trainer.args.seed + run)
-        model.load_state_dict(start)
-        trainer.optimizer = None  # `Trainer.train` would go on with that of the run before
-        trainer.train()
-        for name, value in model.state_dict().items():
-            total[name] += value / runs
+    with saved_at_the_end(trainer):
+        for run in range(runs):
+            set_seed(trainer.args.seed + run)
+            model.load_state_dict(start)
+            trainer.optimizer = None  # `Trainer.train` would go on with that of the run before
+            trainer.train()
+            for name, value in model.state_dict().items():
+                total[name] += value / runs
     model.load_state_dict(total)
 
 

@@ -36,7 +36,7 @@ if __name__ == "__main__":
 import evaluate
 import torch
 from peft import LoraConfig, get_peft_model
-from run_folder import write_results
+from run_folder import saved_at_the_end, write_results
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -162,7 +162,9 @@ def main(args: argparse.Namespace, train: list[dict], test: list[dict]):
             trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
             print(f"{kind}: {trainable:,} parameters, {model.device}, {model.dtype}")
             options = {"max_steps": args.max_steps, "learning_rate": args.learning_rate, "warmup_steps": 0.1}
-            trainer_of(model, tokenizer, args, tokenize(train, tokenizer), **options).train()
+            trainer = trainer_of(model, tokenizer, args, tokenize(train, tokenizer), **options)
+            with saved_at_the_end(trainer):
+                trainer.train()
             model.config.use_cache = True  # Trainer turns it off, and would save it so
             model.save_pretrained(args.output / kind)
             tokenizer.save_pretrained(args.output / kind)

@@ -19,6 +19,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import modeling_stlm
 from modeling_stlm.training.model_card import build_model_card
 
+from .tiny import tiny_model
+
 
 ROOT = Path(__file__).parents[1]
 assert modeling_stlm.__all__  # imported for its registrations
@@ -334,6 +336,18 @@ def test_finetuning_that_was_cut_goes_on(small_text, tmp_path, lora_rank):
     output = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=True).stdout
     assert f"step 2 of 5: goes on from {Path('out') / 'checkpoint-2'}" in output and " before, " in output
     assert list((tmp_path / "out").glob("checkpoint-*")) == []  # the next run begins anew
+
+
+def test_finetuning_that_diverges_ends_in_words(small_text, tmp_path):
+    tiny_model().save_pretrained(tmp_path / "tiny")
+    modeling_stlm.STLMTokenizer().save_pretrained(tmp_path / "tiny")
+    options = ["--text", small_text, "--checkpoint", "tiny", "--output", "out", "--learning_rate", 1e30]
+    command = [sys.executable, str(ROOT / "examples" / "finetune.py"), *map(str, options)]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    last = result.stderr.splitlines()[-1]
+    assert result.returncode == 1 and last.startswith("the training diverged, ") and "Lower the learning rate" in last
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+    assert result.stdout.count("'loss'") < 3  # of ten lines
 
 
 def test_the_last_tenth_of_a_text_is_one_of_its_bytes(tmp_path):

@@ -7,6 +7,7 @@ import json
 import math
 import random
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -344,6 +345,8 @@ def test_a_head_starts_as_the_logistic_regression(num_labels):
         ("rows.csv", "text,label\na,1\nb, \n", "row 2 of rows.csv has an empty `label`"),
         ("rows.csv", "text,label\na,1\nb\n", "row 2 of rows.csv has an empty `label`"),
         ("rows.csv", "text,label\na,x\nb,x \n", "expected at least two labels"),
+        ("ROWS.CSV", "text,label\na,1\n,2\n", "row 2 of ROWS.CSV has an empty `text`"),
+        ("rows.jsonl", '{"text": 5, "label": "x"}\n', "row 1 of rows.jsonl has the text 5, expected a string"),
         ("rows.tsv", "text\tlabel\na\t1\n", "rows.tsv is neither .csv nor .jsonl"),
         ("rows.csv", "text,label\na,1\nb,1\n", "expected at least two labels"),
         ("rows.jsonl", '{"text": "a", "label": 0}\n{"text": "b"}\n', "row 2 .*expected `text` and `label`"),
@@ -388,8 +391,33 @@ def test_a_model_of_another_job_is_not_written_over(script, encoder_folder):
         capture_output=True,
         text=True,
     )
-    assert result.returncode == 2 and "holds a STLMForMaskedLM, which stays as it is" in result.stderr
+    assert result.returncode == 2 and "holds a STLMForMaskedLM, of another job: use another" in result.stderr
     assert before == {path: path.read_bytes() for path in encoder_folder.glob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("script", ["chat_sft.py", "finetune.py"])
+@pytest.mark.parametrize(
+    ("name", "content", "found"),
+    [
+        ("results.json", {"script": "distill.py"}, "results of distill.py"),
+        ("results.json", {"script": "finetune.py"}, "results of finetune.py"),
+        ("begun.json", {}, "begun.json"),
+        ("README.md", {}, "README.md"),
+        ("results.json", {}, None),  # of earlier versions
+        ("results.json", None, "a results.json that is no JSON"),
+    ],
+)
+def test_the_same_kind_of_model_of_another_job_is_not_written_over(script, name, content, found, tmp_path):
+    (tmp_path / "config.json").write_text('{"architectures": ["STLMForCausalLM"]}')
+    (tmp_path / name).write_text("{" if content is None else json.dumps(content))
+    missing = "--train" if script == "chat_sft.py" else "--text"  # told after what is wrong with --output
+    command = [sys.executable, ROOT / "examples" / script, "--output", ".", missing, "none"]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    is_own = script == "finetune.py" and (name == "begun.json" or content == {"script": script})
+    words = (
+        "none is no such file" if found is None or is_own else f"argument --output: . holds {found}, of another job"
+    )
+    assert result.returncode == 2 and words in result.stderr.splitlines()[-1]
 
 
 def test_weights_that_are_not_finite_are_not_saved():
@@ -397,8 +425,31 @@ def test_weights_that_are_not_finite_are_not_saved():
     run_folder.check_finite(model)
     with torch.no_grad():
         model.model.final_norm.weight[3] = torch.nan
-    with pytest.raises(SystemExit, match=r"diverged: model\.final_norm\.weight is not finite"):
+    with pytest.raises(SystemExit, match="diverged, its weights are not finite"):
         run_folder.check_finite(model)
+
+
+def test_a_training_that_diverges_ends_at_the_next_log(tmp_path):
+    model = AutoModelForSequenceClassification.from_config(tiny_config(is_causal=False, num_labels=2))
+    data = [{"input_ids": ids_of(text), "labels": i % 2} for i, text in enumerate(ANIMALS + TOOLS)]
+    options = {"max_steps": 100, "logging_steps": 5, "learning_rate": 1e38, "save_strategy": "no"}
+    trainer = Trainer(model, arguments(tmp_path, **options), train_dataset=data, processing_class=TOKENIZER)
+    with pytest.raises(SystemExit, match="the training diverged"):
+        run_folder.train_runs(trainer, 1)
+    assert trainer.state.global_step <= 10
+
+
+def test_ctrl_c_says_that_nothing_is_saved(encoder_folder, animals_and_tools, tmp_path):
+    options = ["--checkpoint", encoder_folder, "--train", animals_and_tools[0], "--epochs", "9999", "--output", "out"]
+    command = [sys.executable, str(ROOT / "examples" / "classify.py"), *map(str, options)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, **pipes, text=True, cwd=tmp_path) as process:
+        assert any("'loss'" in line for line in process.stdout)
+        process.send_signal(signal.SIGINT)
+        errors = process.stderr.read()
+    assert process.returncode == 130 and "Traceback" not in errors
+    assert errors.endswith("\ninterrupted: nothing of this training is saved\n")
+    assert not (tmp_path / "out" / "model.safetensors").exists()
 
 
 def test_labels_may_be_numbers_and_texts_of_many_lines(tmp_path):
@@ -420,9 +471,10 @@ def test_speeches_of_the_shipped_play():
 
 
 def test_nearest_neighbours_of_embeddings(encoder_folder, animals_and_tools, tmp_path):
-    train, test = animals_and_tools
+    train = animals_and_tools[0]
+    test = labelled(tmp_path / "one_label.csv", [(text, "animal") for text in ANIMALS[::3]])
     printed = run("embed.py", "--checkpoint", encoder_folder, "--train", train, "--test", test, cwd=tmp_path)
-    assert "label of the nearest of 48 rows, for 8 rows: 100.0%" in printed and "with TF-IDF: 100.0%" in printed
+    assert "label of the nearest of 48 rows, for 4 rows: 100.0%" in printed and "with TF-IDF: 100.0%" in printed
     (tmp_path / "lines.txt").write_text("\n".join(ANIMALS))
     options = ["--texts", tmp_path / "lines.txt", "--query", "The dog runs."]
     printed = run("embed.py", "--checkpoint", encoder_folder, *options, cwd=tmp_path)
@@ -442,7 +494,16 @@ def test_tags_of_bytes_and_spans_that_were_found():
 
 
 @pytest.mark.parametrize(
-    "spans", ["none", [[0, 1]], [{"start": 0, "end": 1, "label": "A"}], [["0", 1, "A"]], [[0, 9, "A"]], [[1, 1, "A"]]]
+    "spans",
+    [
+        "none",
+        [[0, 1]],
+        [{"start": 0, "end": 1, "label": "A"}],
+        [["0", 1, "A"]],
+        [[0, 9, "A"]],
+        [[1, 1, "A"]],
+        [[0, 1, " "]],
+    ],
 )
 def test_spans_of_another_form_are_shown(spans, tmp_path):
     path = tmp_path / "rows.jsonl"
@@ -450,6 +511,8 @@ def test_spans_of_another_form_are_shown(spans, tmp_path):
     with pytest.raises(SystemExit, match=r"row 2 of .* and the spans ") as error:
         ner.read_rows(path)
     assert json.dumps(spans) in str(error.value) and 'list of [start, end, "label"]' in str(error.value)
+    path.write_text('{"text": "Al", "spans": [[0, 1, "A "], [1, 2, "A"]]}\n')
+    assert ner.read_rows(path)[0]["spans"] == [[0, 1, "A"], [1, 2, "A"]]
     path.write_text('{"text": "Al", "spans": []}\n')
     with pytest.raises(SystemExit, match="has a span"):
         ner.read_rows(path)
@@ -472,6 +535,7 @@ def test_spans_go_from_rows_to_a_pipeline(encoder_folder, tmp_path):
     path.write_text("".join(json.dumps(row) + "\n" for row in content * 4))
     options = ["--epochs", 8, "--learning_rate", 2e-2, "--batch_size", 4, "--output", tmp_path / "out"]
     printed = run("ner.py", "--checkpoint", encoder_folder, "--train", path, "--test", path, *options, cwd=tmp_path)
+    assert "36 of the texts to test on are among those to train on" in printed
     assert "exact F1 of spans: 1.000    looked up: 1.000" in printed and 'aggregation_strategy="first"' in printed
     card = check_card(tmp_path / "out", "token-classification", ("f1", 1.0))
     for sentence in (
