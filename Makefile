@@ -24,6 +24,7 @@ $(VENV)/ready: $(VENV)/train
 
 quickstart: $(VENV)/train ## set up, fine-tune the shipped stlm-3m on the shipped text, generate, save, reload
 	$(BIN)/python examples/finetune.py
+	@echo "before other commands: . $(VENV)/bin/activate"
 
 test: $(VENV)/ready ## set up and run all tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 $(TESTS)

@@ -28,6 +28,7 @@ from inputs import (
     output_folder,
     positive,
     quiet_exit,
+    require,
     text_file,
     whole,
 )
@@ -65,6 +66,7 @@ def parse_arguments() -> argparse.Namespace:
 
 if __name__ == "__main__":
     args = parse_arguments()
+    require("train", "accelerate", "datasets", "matplotlib")
 
 import torch
 from datasets import Dataset, load_dataset

@@ -27,6 +27,7 @@ from inputs import (
     output_of,
     quiet_exit,
     read_text,
+    require,
     share,
     text_file,
     whole,
@@ -68,6 +69,7 @@ def parse_arguments() -> argparse.Namespace:
 
 if __name__ == "__main__":
     args = parse_arguments()
+    require("train", "accelerate", "matplotlib")
 
 import torch
 from run_folder import run_info, saved_at_the_end

@@ -14,7 +14,7 @@ import argparse
 import time
 from pathlib import Path
 
-from inputs import HelpFormatter, quiet_exit, read_json_lines, read_text, sentence_encoder, text_file
+from inputs import HelpFormatter, quiet_exit, read_json_lines, read_text, require, sentence_encoder, text_file
 from rows import read_labelled, tell_of_known
 
 
@@ -49,6 +49,7 @@ def read_sets(args: argparse.Namespace) -> tuple[list[tuple[list, list]], list[s
 
 if __name__ == "__main__":
     args = parse_arguments()
+    require("train", "sentence_transformers", "sklearn")
     with quiet_exit():
         rows, texts = read_sets(args)  # before the slow imports: a mistake is told at once
 

@@ -25,6 +25,7 @@ from inputs import (
     output_of,
     positive,
     quiet_exit,
+    require,
     sentence_encoder,
     whole,
 )
@@ -58,6 +59,7 @@ def parse_arguments() -> argparse.Namespace:
 
 if __name__ == "__main__":
     args = parse_arguments()
+    require("train", "accelerate", "datasets", "matplotlib", "sentence_transformers")
 
 import numpy as np
 import torch

@@ -19,7 +19,7 @@ from collections import defaultdict
 from importlib.metadata import version
 from pathlib import Path
 
-from inputs import HelpFormatter, at_least_one, causal_checkpoint, quiet_exit, text_file
+from inputs import HelpFormatter, at_least_one, causal_checkpoint, quiet_exit, require, text_file
 
 
 HERE = Path(__file__).parent
@@ -54,6 +54,7 @@ def parse_arguments() -> argparse.Namespace:
 
 if __name__ == "__main__":
     args = parse_arguments()
+    require("eval", "lm_eval")
 
 import torch
 from lm_eval import evaluate

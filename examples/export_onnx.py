@@ -13,7 +13,7 @@ import argparse
 import time
 from pathlib import Path
 
-from inputs import HelpFormatter, at_least_one, causal_checkpoint, output_folder, quiet_exit
+from inputs import HelpFormatter, at_least_one, causal_checkpoint, output_folder, quiet_exit, require
 
 
 HERE = Path(__file__).parent
@@ -33,6 +33,7 @@ def parse_arguments() -> argparse.Namespace:
 
 if __name__ == "__main__":
     args = parse_arguments()
+    require("export", "onnx", "onnxruntime", "onnxscript")
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, StaticCache

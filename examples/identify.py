@@ -32,6 +32,7 @@ from inputs import (
     positive,
     quiet_exit,
     read_json_lines,
+    require,
     text_file,
     whole,
 )
@@ -386,5 +387,7 @@ def main(args: argparse.Namespace):
 
 if __name__ == "__main__":
     args = parse_arguments()
+    if args.train:
+        require("train", "accelerate", "matplotlib")
     with quiet_exit():
         main(args)

@@ -17,11 +17,13 @@ from inputs import (
     HelpFormatter,
     at_least_one,
     causal_checkpoint,
+    config_change,
     file_pattern,
     naming,
     output_of,
     positive,
     quiet_exit,
+    require,
     whole,
 )
 
@@ -42,7 +44,12 @@ def parse_arguments() -> argparse.Namespace:
         help="folder of the larger model",
     )
     parser.add_argument(
-        "--set", nargs="*", default=THIRD.split(), metavar="FIELD=VALUE", help="sizes of the smaller one"
+        "--set",
+        type=config_change,
+        nargs="*",
+        default=THIRD.split(),
+        metavar="FIELD=VALUE",
+        help="sizes of the smaller one",
     )
     parser.add_argument(
         "--importance",
@@ -70,6 +77,7 @@ def parse_arguments() -> argparse.Namespace:
 
 if __name__ == "__main__":
     args = parse_arguments()
+    require("train", "accelerate", "datasets", "matplotlib")
 
 import torch
 from pretrain import load_config

@@ -15,10 +15,12 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from glob import glob
+from importlib.util import find_spec
 from pathlib import Path
 
 
 HERE = Path(__file__).parent
+PACKAGE = HERE.parent / "modeling_stlm"
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -27,6 +29,13 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
     def _get_help_string(self, action):
         is_trivial = action.default is None or action.default is False or action.default == []
         return action.help if is_trivial else super()._get_help_string(action)
+
+
+def require(extra: str, *packages: str) -> None:
+    """Ends the program where packages of an extra of `setup.py` are not installed; imports none."""
+    if missing := [package for package in packages if find_spec(package) is None]:
+        install = f"pip install -c constraints.txt -e '.[{extra}]'"
+        raise SystemExit(f"{Path(sys.argv[0]).name} needs {', '.join(missing)}: {install}")
 
 
 @contextmanager
@@ -71,6 +80,17 @@ def causal_checkpoint(value: str) -> str:
     return value
 
 
+def config_change(value: str) -> str:
+    """`FIELD=VALUE`, of a field of `STLMConfig`, whose source is read: its import takes seconds."""
+    name, equals, _ = value.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"{value}: expected FIELD=VALUE")
+    fields = re.findall(r"^    (\w+): .* = ", (PACKAGE / "configuration_stlm.py").read_text("utf-8"), re.MULTILINE)
+    if name not in fields:
+        raise argparse.ArgumentTypeError(f"{name} is not a field of STLMConfig")
+    return value
+
+
 def sentence_encoder(value: str) -> str:
     """A [`checkpoint`] whose embeddings mean something: without this file, sentence-transformers makes some up."""
     if Path(checkpoint(value)).is_dir() and not (Path(value) / "modules.json").is_file():
@@ -90,10 +110,14 @@ def text_file(value: str) -> Path:
 
 
 def output_folder(value: str) -> Path:
-    """A folder to write to, there or not; no part of its name is a file."""
+    """A folder to write to, there or not; no part of its name is a file, and nobody works in it."""
     path = Path(value)
     if taken := next((part for part in (path, *path.parents) if part.is_file()), None):
         raise argparse.ArgumentTypeError(f"{taken} is a file: expected a folder, new or to go on with")
+    if Path.cwd().is_relative_to(path.resolve()) and any(path.iterdir()):
+        raise argparse.ArgumentTypeError(
+            f"{value} is the folder you are in, or above it: expected a folder of its own"
+        )
     return path
 
 

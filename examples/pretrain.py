@@ -14,17 +14,20 @@ import math
 from pathlib import Path
 
 from inputs import (
+    PACKAGE,
     HelpFormatter,
     add_bf16,
     at_least_one,
     at_least_zero,
     causal_checkpoint,
     choose_precision,
+    config_change,
     file_pattern,
     naming,
     output_folder,
     positive,
     quiet_exit,
+    require,
     share,
     whole,
 )
@@ -37,8 +40,16 @@ MAY_CHANGE = ("output", "validation", "test", "max_minutes", "max_steps", "max_b
 MAY_CHANGE += ("max_flops", "data", "eval_at_end")
 
 
-def argument_parser():
-    """The parser, and its group of budgets, one of which must be given."""
+def argument_parser(controls: tuple[str, ...] = ()):
+    """The parser, and its group of budgets, one of which must be given; `controls` are models beside the presets."""
+
+    def model(value: str) -> str:
+        presets = sorted(path.stem for path in (PACKAGE / "presets").glob("*.json"))
+        if value not in (*presets, *controls) and not (Path(value) / "config.json").is_file():
+            known = ", ".join(presets)
+            raise argparse.ArgumentTypeError(f"{value} is no preset ({known}) and no folder with a config.json")
+        return value
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--train", type=file_pattern, nargs="+", required=True, help="files or patterns")
     parser.add_argument("--validation", type=file_pattern, nargs="+", required=True, help="files or patterns")
@@ -59,9 +70,18 @@ def argument_parser():
         help="share of the training documents that are replaced by documents of one of their sentences",
     )
     start = parser.add_mutually_exclusive_group()
-    start.add_argument("--model", default="stlm-3m", help="a preset or a folder with a config.json: random weights")
+    start.add_argument(
+        "--model", type=model, default="stlm-3m", help="a preset or a folder with a config.json: random weights"
+    )
     start.add_argument("--checkpoint", type=causal_checkpoint, help="folder or Hub id with weights to start from")
-    parser.add_argument("--set", nargs="*", default=[], metavar="FIELD=VALUE", help="config fields to change, as JSON")
+    parser.add_argument(
+        "--set",
+        type=config_change,
+        nargs="*",
+        default=[],
+        metavar="FIELD=VALUE",
+        help="config fields to change, as JSON",
+    )
     parser.add_argument("--only", metavar="NAME", help="train only weights in whose names this stands")
     budget = parser.add_mutually_exclusive_group(required=True)
     budget.add_argument("--max_minutes", type=positive, help="of training; evaluation does not count")
@@ -85,6 +105,7 @@ def argument_parser():
 
 if __name__ == "__main__":
     args = argument_parser()[0].parse_args()
+    require("train", "accelerate", "datasets", "matplotlib")
 
 import torch
 from alterations import ALTERATIONS, altered
@@ -307,12 +328,11 @@ def main(args: argparse.Namespace):
     logging.disable_progress_bar()
     set_seed(args.seed)
     choose_precision(args)
-    tokenizer = STLMTokenizer()
-    sets = {}
+    tokenizer, sets = STLMTokenizer(), {}
+    model = build_model(args)  # before anything is written
     for split, path in write_corpora(args, tokenizer, args.output / "data").items():
         with naming(split, getattr(args, split), "Take longer texts and a new --output, or smaller --block_bytes"):
             sets[split] = PackedWindows(path, tokenizer, args.block_bytes)
-    model = build_model(args)
     print(f"{args.checkpoint or args.model}: {model.num_parameters():,} parameters, {model.device}, {model.dtype}")
     evaluator, step_bytes = BitsPerByteEvaluator(), args.batch_size * args.block_bytes
     timed = args.max_minutes is not None

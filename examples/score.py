@@ -17,7 +17,16 @@ from collections.abc import Iterable
 from glob import glob
 from pathlib import Path
 
-from inputs import HelpFormatter, causal_checkpoint, file_pattern, quiet_exit, read_bytes, read_utf8, unpacking
+from inputs import (
+    HelpFormatter,
+    causal_checkpoint,
+    file_pattern,
+    quiet_exit,
+    read_bytes,
+    read_utf8,
+    require,
+    unpacking,
+)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -29,6 +38,7 @@ def parse_arguments() -> argparse.Namespace:
 
 if __name__ == "__main__":
     args = parse_arguments()
+    require("train", "accelerate", "datasets")
 
 import torch
 from datasets import load_dataset

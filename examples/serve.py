@@ -14,7 +14,7 @@ in words what the library would ignore (several answers, log-probabilities) or a
 
 import argparse
 
-from inputs import HelpFormatter, causal_checkpoint
+from inputs import HelpFormatter, causal_checkpoint, require
 
 
 def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
@@ -26,6 +26,7 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
 
 if __name__ == "__main__":
     args, options = parse_arguments()
+    require("serve", "fastapi", "uvicorn")
 
 import transformers
 from fastapi import HTTPException

@@ -16,7 +16,7 @@ import argparse
 import json
 from pathlib import Path
 
-from inputs import at_least_one, choose_precision, positive, quiet_exit, summary_parser
+from inputs import at_least_one, choose_precision, positive, quiet_exit, require, summary_parser
 from rows import summary_sets
 
 
@@ -30,6 +30,7 @@ def parse_arguments() -> argparse.Namespace:
 
 if __name__ == "__main__":
     args = parse_arguments()
+    require("train", "accelerate", "datasets", "evaluate", "matplotlib", "peft")
     with quiet_exit():
         train, test = summary_sets(args)  # before the slow imports: a mistake is told at once
 

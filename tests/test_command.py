@@ -23,6 +23,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+import modeling_stlm
 from modeling_stlm.inference.engine import Engine, Rows
 from modeling_stlm.inference.export import export_gguf
 from modeling_stlm.inference.server import Completion, Server, cut
@@ -174,6 +175,14 @@ def test_what_is_wrong_is_said_in_one_line(stlm, engine, tmp_path):
     for arguments in (["bench", engine.path, "--repeats", 0], ["run", engine.path, "-n", -5]):
         code, output, errors = end_of(stlm(*arguments))
         assert code == 2 and output == b"" and f"{arguments[-1]} must be at least 1" in errors
+    for cold in (-1, "nan"):
+        code, output, errors = end_of(stlm("run", engine.path, "-p", "x", "--temperature", cold))
+        assert code == 2 and output == b"" and f"argument --temperature: {cold} must be at least 0" in errors
+
+
+def test_the_command_knows_its_version(stlm):
+    code, output, errors = end_of(stlm("--version"))
+    assert (code, output.decode(), errors) == (0, f"stlm {modeling_stlm.__version__}\n", "")
 
 
 def test_help_shows_a_request_that_the_server_takes(stlm, url):

@@ -100,6 +100,17 @@ MISTAKES = {
     "no such text": (["finetune.py", "--text", "none.txt"], "none.txt is no such file"),
     "a folder as text": (["distill.py", "--text", "folder"], "folder is a folder: expected a file"),
     "no such teacher": (["distill.py", "--teacher", "stlm-4m"], "argument --teacher: stlm-4m is no such folder"),
+    "no such preset": (
+        ["pretrain.py", "--model", "stlm-7m"],
+        "argument --model: stlm-7m is no preset (stlm-100m, stlm-10m",
+    ),
+    "no such field": (["pretrain.py", "--set", "foo=3"], "argument --set: foo is not a field of STLMConfig"),
+    "no such field of a smaller one": (["inherit.py", "--set", "foo=3"], "argument --set: foo is not a field of"),
+    "no value": (["pretrain.py", "--set", "patching"], "argument --set: patching: expected FIELD=VALUE"),
+    "where one stands": (
+        ["finetune.py", "--output", "."],
+        ". is the folder you are in, or above it: expected a folder of its own",
+    ),
     "no match": (["pretrain.py", "--train", "none/*.txt"], "no file matches none/*.txt"),
     "a folder matches": (
         ["inherit.py", "--train", "fol*"],
@@ -205,6 +216,37 @@ def test_numbers_that_make_no_sense_are_refused(script, tmp_path):
         result = run(script, f"--{option}={value}", cwd=tmp_path)
         assert result.returncode == 2, (option, value)
         assert f"error: argument --{option}: {value} must be " in result.stderr.splitlines()[-1]
+
+
+EXTRAS = {  # options to run without a package of an extra, by script
+    "committee.py": ("--text {} --train {} --test {} --output run", "datasets", "train"),
+    "embed.py": ("", "sentence_transformers", "train"),
+    "encoder.py": (f"--text {{}} --teacher {SHIPPED}-encoder --output run", "sentence_transformers", "train"),
+    "distill.py": ("", "matplotlib", "train"),
+    "evaluate_lm.py": ("--blimp {}", "lm_eval", "eval"),
+    "export_onnx.py": ("--output run", "onnxruntime", "export"),
+    "identify.py": ("--train {}", "accelerate", "train"),
+    "inherit.py": ("", "datasets", "train"),
+    "pretrain.py": ("--train {} --validation {} --max_steps 1 --output run", "matplotlib", "train"),
+    "score.py": ("{} {}", "datasets", "train"),
+    "self_play.py": ("", "trl", "train"),
+    "serve.py": ("{}", "fastapi", "serve"),
+    "summarize.py": ("", "peft", "train"),
+}
+
+
+@pytest.mark.parametrize("script", EXTRAS)
+def test_an_extra_that_is_missing_is_told_before_anything_is_imported(script, tmp_path):
+    (tmp_path / "rows.jsonl").write_text("".join(f'{{"text": "a {i}", "lang": "l{i % 2}"}}\n' for i in range(4)))
+    options, package, extra = EXTRAS[script]
+    files = [SHIPPED if script in ("score.py", "serve.py") else "rows.jsonl", "rows.jsonl", "rows.jsonl"]
+    without = f"import sys; sys.modules[{package!r}] = None; " + RUN.strip()
+    command = [sys.executable, "-c", without, str(EXAMPLES / script), *options.format(*files).split()]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300)
+    message = f"{script} needs {package}: pip install -c constraints.txt -e '.[{extra}]'\n"
+    assert result.returncode == 1 and result.stderr == message
+    assert result.stdout.replace(repr(package), "") == "imported: []\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
 
 
 def test_every_number_is_checked():

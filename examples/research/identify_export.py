@@ -49,7 +49,8 @@ print(identify("Guten Tag"))
 ```
 
 The language of a line is that of the mean logits of its bytes, so that the head for sequences, which loads the same weights
-(its bias, which is left out then, is zero), gives the same answer. `examples/identify.py` also cuts mixed lines into spans.
+(its bias, which is left out then, is zero), gives the same answer: the load report calls `score.bias` UNEXPECTED. `examples/identify.py` also cuts mixed lines into spans
+and answers `und` where there is no letter; pipelines name a language there, too.
 
 ## Results
 

@@ -50,7 +50,7 @@ from modeling_stlm.training.time_budget import TimeBudget
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser, budget = pretrain.argument_parser()
+    parser, budget = pretrain.argument_parser(controls=("llama-bytes", "llama-bpe"))
     parser.description = __doc__
     budget.add_argument("--max_flops", type=positive, help="operations of forward and backward pass")
     parser.add_argument("--data", type=Path, help="folder for the corpora; by default in the output folder")

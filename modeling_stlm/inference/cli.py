@@ -138,6 +138,18 @@ def positive(text: str) -> int:
     return number
 
 
+def at_least_zero(text: str) -> float:
+    if not (number := float(text)) >= 0:
+        raise argparse.ArgumentTypeError(f"{text} must be at least 0")
+    return number
+
+
+def version() -> str:
+    """That of `modeling_stlm`, which is not imported."""
+    with open(os.path.join(os.path.dirname(os.path.dirname(__file__)), "__init__.py"), encoding="utf-8") as source:
+        return next(line.split('"')[1] for line in source if line.startswith("__version__"))
+
+
 def formatter(prog: str) -> argparse.HelpFormatter:
     # Without a width it imports shutil, even where nobody asks for help.
     return argparse.RawDescriptionHelpFormatter(prog, width=119)
@@ -145,6 +157,7 @@ def formatter(prog: str) -> argparse.HelpFormatter:
 
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("stlm", description=__doc__, formatter_class=formatter)
+    parser.add_argument("--version", action="version", version=f"%(prog)s {version()}")
     commands = parser.add_subparsers(required=True, metavar="command", prog="stlm")
 
     def command(name: str, function, help: str) -> argparse.ArgumentParser:
@@ -156,7 +169,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("model", help="file of modeling_stlm.inference.export")
     options.add_argument("-p", "--prompt", help="standard input if left out; empty: from the beginning of a text")
     options.add_argument("-n", "--num_bytes", type=positive, default=200, help="at most, default 200")
-    options.add_argument("--temperature", type=float, default=0.8, help="default 0.8; 0: the likeliest bytes")
+    options.add_argument("--temperature", type=at_least_zero, default=0.8, help="default 0.8; 0: the likeliest bytes")
     options.add_argument("--top_k", type=int, default=0, help="default 0: all")
     options.add_argument("--top_p", type=float, default=0.95, help="default 0.95")
     options.add_argument("--seed", type=int, default=0, help="default 0")
