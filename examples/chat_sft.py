@@ -24,6 +24,7 @@ from inputs import (
     quiet_exit,
     read_json_lines,
     text_file,
+    whole,
 )
 
 
@@ -42,6 +43,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--max_length", type=at_least_one, default=2048, help="bytes of a chat; the rest is cut")
     parser.add_argument("--learning_rate", type=positive, default=1e-3, help="of AdamW")
     add_bf16(parser)
+    parser.add_argument("--seed", type=whole, default=1, help="of the order")
     parser.add_argument("--prompt", default="How much is the red lamp?", help="what is asked in the end")
     return parser.parse_args()
 
@@ -101,6 +103,7 @@ def main(args: argparse.Namespace, chats: list[dict]):
             logging_steps=max(1, args.max_steps // 10),
             save_strategy="no",
             report_to="none",
+            seed=args.seed,
             bf16=args.bf16,
             activation_checkpointing=False,
             use_cpu=not torch.cuda.is_available(),
@@ -113,7 +116,8 @@ def main(args: argparse.Namespace, chats: list[dict]):
     model.config.use_cache = True  # Trainer turns it off, and would save it so
     model.save_pretrained(args.output)
     tokenizer.save_pretrained(args.output)
-    arguments = {"train": args.train.name, "batch_size": args.batch_size, "learning_rate": args.learning_rate}
+    names = ("batch_size", "learning_rate", "bf16", "seed")
+    arguments = {"train": args.train.name} | {name: getattr(args, name) for name in names}
     rows = {"train": len(chats)}
     write_results(args.output, args.checkpoint, steps=args.max_steps, arguments=arguments, rows=rows)
 

@@ -64,7 +64,7 @@ if __name__ == "__main__":
 import numpy as np
 import torch
 from noise import KINDS, add_noise
-from run_folder import ResumeLine, StopOnDivergence, check_finite, last_checkpoint, write_results
+from run_folder import EndOnDivergence, ResumeLine, is_spent, last_checkpoint, write_results
 from score import documents
 from sentence_transformers import SentenceTransformer
 from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer, TrainingArguments, set_seed
@@ -152,10 +152,12 @@ def main(args: argparse.Namespace):
         data_collator=data.collate,
         processing_class=tokenizer,
         optimizer_cls_and_kwargs=(MuonRecipe, {"muon_lr": args.muon_lr, "adamw_lr": args.adamw_lr}),
-        callbacks=[budget, resume, SaveByTime(minutes=5), stop, StopOnDivergence()],
+        callbacks=[budget, resume, SaveByTime(minutes=5), stop],
     )
-    trainer.train(resume_from_checkpoint=last_checkpoint(args.output))
-    check_finite(model)
+    trainer.add_callback(EndOnDivergence("--muon_lr or --adamw_lr, with a new --output"))
+    checkpoint_folder = last_checkpoint(args.output)
+    if not is_spent(trainer, checkpoint_folder, args.max_minutes):
+        trainer.train(resume_from_checkpoint=checkpoint_folder)
     if stop.received is not None:
         print(f"{stop.received.name}: saved at step {trainer.state.global_step}; the same command goes on from here")
         raise SystemExit(128 + stop.received)

@@ -17,8 +17,10 @@ from pathlib import Path
 
 from inputs import (
     HelpFormatter,
+    add_bf16,
     at_least_one,
     causal_checkpoint,
+    choose_precision,
     output_of,
     positive,
     quiet_exit,
@@ -41,12 +43,14 @@ def parse_arguments() -> argparse.Namespace:
         "--text", type=text_file, default=HERE / "data" / "shakespeare.txt", help="the last tenth is held out"
     )
     parser.add_argument(
-        "--output", type=output_of("STLMForCausalLM", "begun.json"), default="runs/finetuned", help="folder"
+        "--output", type=output_of("STLMForCausalLM", own=("begun.json",)), default="runs/finetuned", help="folder"
     )
     parser.add_argument("--max_steps", type=at_least_one, default=150, help="of training")
     parser.add_argument("--batch_size", type=at_least_one, default=8, help="windows of 1024 bytes per step")
     parser.add_argument("--learning_rate", type=positive, default=1e-3, help="of AdamW")
     parser.add_argument("--lora_rank", type=whole, default=0, help="0: train all weights")
+    parser.add_argument("--seed", type=whole, default=1, help="of adapters and order")
+    add_bf16(parser)
     parser.add_argument("--prompt", help="start of the sample at the end; by default that of the held-out text")
     return parser.parse_args()
 
@@ -59,11 +63,9 @@ if __name__ == "__main__":
 import torch
 from peft import LoraConfig, get_peft_model
 from run_folder import (
+    EndOnDivergence,
     ResumeLine,
-    StopOnDivergence,
-    check_finite,
     check_same,
-    is_finite,
     last_checkpoint,
     plot,
     write_results,
@@ -77,14 +79,15 @@ from modeling_stlm.training.long_runs import StopOnSignal
 
 
 def main(args: argparse.Namespace, text: bytes):
+    choose_precision(args)
     begun, interrupted = args.output / "begun.json", last_checkpoint(args.output)
     settings = {"text": f"{args.text.name}, {len(text):,} bytes", "checkpoint": args.checkpoint}
-    settings |= {"lora_rank": str(args.lora_rank)}
+    settings |= {name: str(getattr(args, name)) for name in ("lora_rank", "seed", "bf16")}
     if interrupted is not None:
         check_same(begun, settings)
     args.output.mkdir(parents=True, exist_ok=True)
     begun.write_text(json.dumps(settings, indent=1) + "\n")
-    set_seed(1)
+    set_seed(args.seed)
     tokenizer = AutoTokenizer.from_pretrained(args.checkpoint)
     model = AutoModelForCausalLM.from_pretrained(args.checkpoint, dtype=torch.float32)
     print(f"{args.checkpoint}: {model.num_parameters():,} parameters, {model.device}, {model.dtype}")
@@ -117,6 +120,8 @@ def main(args: argparse.Namespace, text: bytes):
             save_total_limit=1,
             batch_eval_metrics=True,
             report_to="none",
+            seed=args.seed,
+            bf16=args.bf16,
             use_cpu=not torch.cuda.is_available(),
         ),
         train_dataset=sets["train"],
@@ -127,16 +132,15 @@ def main(args: argparse.Namespace, text: bytes):
         callbacks=[
             stop,
             ResumeLine(lambda state: f"step {state.global_step} of {args.max_steps}"),
-            StopOnDivergence(),
         ],
     )
+    trainer.add_callback(EndOnDivergence("--learning_rate, with a new --output"))
     trainer.train(resume_from_checkpoint=interrupted)
-    if stop.received is not None and is_finite(model):
+    if stop.received is not None:
         print(f"{stop.received.name}: saved at step {trainer.state.global_step}; the same command goes on from here")
         raise SystemExit(128 + stop.received)
     if interrupted is not None:
         shutil.rmtree(interrupted)  # the next run starts over
-    check_finite(model)
     if args.max_steps % eval_steps:
         trainer.evaluate()  # the last weights have no score yet
     logs = trainer.state.log_history
@@ -152,7 +156,7 @@ def main(args: argparse.Namespace, text: bytes):
     tokenizer.save_pretrained(args.output)
     arguments = {"train": f"nine tenths of {args.text.name}", "validation": f"last tenth of {args.text.name}"}
     arguments |= {"block_bytes": BLOCK_BYTES}
-    arguments |= {name: getattr(args, name) for name in ("batch_size", "learning_rate", "lora_rank")}
+    arguments |= {name: getattr(args, name) for name in ("batch_size", "learning_rate", "lora_rank", "bf16", "seed")}
     write_results(
         args.output,
         args.checkpoint,

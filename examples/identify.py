@@ -28,7 +28,7 @@ from inputs import (
     at_least_one,
     checkpoint,
     choose_precision,
-    output_folder,
+    output_of,
     positive,
     quiet_exit,
     read_json_lines,
@@ -77,7 +77,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--train", type=text_file, nargs="+", help="JSON lines with text and lang: train a model")
     parser.add_argument("--validation", type=text_file, nargs="+", default=[], help="JSON lines: accuracy at the end")
     parser.add_argument(
-        "--output", type=output_folder, default=Path("runs/langid"), help="folder of the trained model"
+        "--output",
+        type=output_of("STLMForTokenClassification"),
+        default=Path("runs/langid"),
+        help="folder of the trained model",
     )
     parser.add_argument("--max_minutes", type=positive, default=30, help="of training, in CPU time")
     parser.add_argument("--batch_size", type=at_least_one, default=64, help="lines per step")
@@ -285,7 +288,7 @@ def train(args: argparse.Namespace) -> None:
         raise SystemExit(f"--validation has languages that --train has not: {unknown}")
 
     import torch
-    from run_folder import ResumeLine, last_checkpoint, run_info
+    from run_folder import EndOnDivergence, ResumeLine, is_spent, last_checkpoint, run_info
     from transformers import DataCollatorForTokenClassification, Trainer, TrainingArguments, set_seed
 
     from modeling_stlm import STLMConfig, STLMForTokenClassification, STLMTokenizer
@@ -328,7 +331,10 @@ def train(args: argparse.Namespace) -> None:
         optimizer_cls_and_kwargs=(MuonRecipe, {"muon_lr": args.muon_lr, "adamw_lr": args.adamw_lr}),
         callbacks=[budget, resume, stop, SaveByTime(minutes=5)],
     )
-    trainer.train(resume_from_checkpoint=last_checkpoint(args.output))
+    trainer.add_callback(EndOnDivergence("--muon_lr or --adamw_lr, with a new --output"))
+    checkpoint = last_checkpoint(args.output)
+    if not is_spent(trainer, checkpoint, args.max_minutes):
+        trainer.train(resume_from_checkpoint=checkpoint)
     if stop.received is not None:
         print(f"{stop.received.name}: saved after {budget.elapsed_seconds / 60:.1f} min; the same command goes on")
         raise SystemExit(128 + stop.received)

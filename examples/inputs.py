@@ -81,7 +81,7 @@ def causal_checkpoint(value: str) -> str:
 
 
 def config_change(value: str) -> str:
-    """`FIELD=VALUE`, of a field of `STLMConfig`, whose source is read: its import takes seconds."""
+    """`FIELD=VALUE` of a field that `STLMConfig` adds; its source is read, for its import takes seconds."""
     name, equals, _ = value.partition("=")
     if not equals:
         raise argparse.ArgumentTypeError(f"{value}: expected FIELD=VALUE")
@@ -110,18 +110,14 @@ def text_file(value: str) -> Path:
 
 
 def output_folder(value: str) -> Path:
-    """A folder to write to, there or not; no part of its name is a file, and nobody works in it."""
+    """A folder to write to, there or not; no part of its name is a file."""
     path = Path(value)
     if taken := next((part for part in (path, *path.parents) if part.is_file()), None):
         raise argparse.ArgumentTypeError(f"{taken} is a file: expected a folder, new or to go on with")
-    if Path.cwd().is_relative_to(path.resolve()) and any(path.iterdir()):
-        raise argparse.ArgumentTypeError(
-            f"{value} is the folder you are in, or above it: expected a folder of its own"
-        )
     return path
 
 
-def another_job(folder: Path, architecture: str, own: tuple[str, ...]) -> str | None:
+def another_job(folder: Path, architectures: tuple[str, ...], own: tuple[str, ...]) -> str | None:
     """What in `folder` this script did not write: a model of another kind, a card, the start or the results of another script."""
     read = {}
     for name in ("config.json", "results.json"):
@@ -132,7 +128,7 @@ def another_job(folder: Path, architecture: str, own: tuple[str, ...]) -> str | 
                 return f"a {name} that is no JSON"
     if "config.json" in read:
         found = read["config.json"].get("architectures") or ["model of no known kind"]
-        if found[0] != architecture:
+        if found[0] not in architectures:
             return f"a {found[0]}"
     for name in ("README.md", "begun.json"):
         if name not in own and (folder / name).is_file():
@@ -141,12 +137,15 @@ def another_job(folder: Path, architecture: str, own: tuple[str, ...]) -> str | 
     return None if script in (None, Path(sys.argv[0]).name) else f"results of {script}"
 
 
-def output_of(architecture: str, *own: str) -> Callable[[str], Path]:
-    """An [`output_folder`] without [`another_job`], whose files would stay beside the new ones and be published."""
+def output_of(*architectures: str, own: tuple[str, ...] = ()) -> Callable[[str], Path]:
+    """An [`output_folder`] without [`another_job`], whose files would stay beside the new ones and be published.
+
+    `own` are files that this script writes as it begins.
+    """
 
     def check(value: str) -> Path:
         folder = output_folder(value)
-        if found := another_job(folder, architecture, own):
+        if found := another_job(folder, architectures, own):
             raise argparse.ArgumentTypeError(f"{value} holds {found}, of another job: use another folder")
         return folder
 

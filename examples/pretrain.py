@@ -10,7 +10,6 @@ folder gets the checkpoint with tokenizer and generation config, `history.json`,
 
 import argparse
 import json
-import math
 from pathlib import Path
 
 from inputs import (
@@ -24,7 +23,7 @@ from inputs import (
     config_change,
     file_pattern,
     naming,
-    output_folder,
+    output_of,
     positive,
     quiet_exit,
     require,
@@ -56,7 +55,12 @@ def argument_parser(controls: tuple[str, ...] = ()):
     parser.add_argument(
         "--test", type=file_pattern, nargs="+", default=[], help="files or patterns, evaluated once at the end"
     )
-    parser.add_argument("--output", type=output_folder, required=True, help="folder of the run, new or to go on with")
+    parser.add_argument(
+        "--output",
+        type=output_of("STLMForCausalLM", *(["LlamaForCausalLM"] if controls else []), own=("begun.json",)),
+        required=True,
+        help="folder of the run, new or to go on with",
+    )
     parser.add_argument(
         "--noise", type=share, default=0.0, help="share of the training documents that get the errors of noise.py"
     )
@@ -110,20 +114,16 @@ if __name__ == "__main__":
 import torch
 from alterations import ALTERATIONS, altered
 from huggingface_hub.errors import StrictDataclassError
-from run_folder import ProgressLines, check_same, last_checkpoint, run_info, save
-from safetensors.torch import load_file
+from run_folder import EndOnDivergence, ProgressLines, check_same, is_spent, last_checkpoint, run_info, save
 from score import documents
 from transformers import (
     AutoModelForCausalLM,
     PrinterCallback,
     Trainer,
-    TrainerCallback,
-    TrainerState,
     TrainingArguments,
     logging,
     set_seed,
 )
-from transformers.trainer_callback import ExportableState
 
 from modeling_stlm import STLMConfig, STLMForCausalLM, STLMTokenizer
 from modeling_stlm.training.bits_per_byte import BitsPerByteEvaluator
@@ -243,55 +243,6 @@ def optimizer_arguments(args: argparse.Namespace) -> dict[str, float]:
     return {name: getattr(args, name) for name in ("muon_lr", "adamw_lr", "weight_decay")}
 
 
-class EndOnDivergence(TrainerCallback):
-    """Ends the program before weights that are not finite are saved. It stands last, after those that ask for a checkpoint."""
-
-    def __init__(self, muon_lr: float, adamw_lr: float):
-        self.rates = f"--muon_lr {muon_lr:g} or --adamw_lr {adamw_lr:g}"
-
-    def _end(self, state) -> None:
-        raise SystemExit(
-            f"step {state.global_step}: the loss is not finite, the training diverged. Lower {self.rates}, with a new --output"
-        )
-
-    def on_step_end(self, args, state, control, model=None, **kwargs):
-        is_due = control.should_log or control.should_save
-        if is_due and not all(parameter.isfinite().all() for parameter in model.parameters()):
-            self._end(state)
-
-    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
-        if not all(math.isfinite(score) for name, score in metrics.items() if name.endswith("bits_per_byte")):
-            self._end(state)
-
-
-def is_spent(args: argparse.Namespace, trainer: Trainer, checkpoint: str) -> bool:
-    """Whether `checkpoint` has spent the budget; `Trainer.train` would add a step.
-
-    Then `trainer` gets its weights and state, and the program ends if the results are there already.
-    """
-    state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
-    if args.max_minutes is None:
-        spent = state.global_step >= trainer.args.max_steps
-    else:
-        saved = state.stateful_callbacks.get("TimeBudget", {"attributes": {"elapsed_seconds": 0.0}})
-        spent = saved["attributes"]["elapsed_seconds"] >= 60 * args.max_minutes
-    if not spent:
-        return False
-    print(
-        f"the budget is spent after {state.global_step} steps: nothing is trained; with a larger one the run goes on"
-    )
-    results = args.output / "results.json"
-    if results.is_file() and json.loads(results.read_text())["steps"] == state.global_step:
-        raise SystemExit(0)
-    weights = load_file(Path(checkpoint) / "model.safetensors")
-    trainer.model.load_state_dict(weights, strict=False)  # a tied head is not in the file
-    trainer.state = state
-    for callback in trainer.callback_handler.callbacks:
-        if isinstance(callback, ExportableState) and (saved := state.stateful_callbacks.get(type(callback).__name__)):
-            vars(callback).update(saved["attributes"])
-    return True
-
-
 def train(args: argparse.Namespace, trainer: Trainer, step_bytes: float) -> None:
     """Train, or go on from the newest checkpoint; after a signal, leave."""
     budget = [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, TimeBudget)]
@@ -313,10 +264,10 @@ def train(args: argparse.Namespace, trainer: Trainer, step_bytes: float) -> None
     begun.write_text(json.dumps(settings, indent=1) + "\n")
     stop = StopOnSignal()
     trainer.remove_callback(PrinterCallback)
-    divergence = EndOnDivergence(args.muon_lr, args.adamw_lr)
-    for callback in (stop, SaveByTime(minutes=10), ProgressLines(progress), divergence):
+    rates = f"--muon_lr {args.muon_lr:g} or --adamw_lr {args.adamw_lr:g}, with a new --output"
+    for callback in (stop, SaveByTime(minutes=10), ProgressLines(progress), EndOnDivergence(rates)):
         trainer.add_callback(callback)
-    if checkpoint is not None and is_spent(args, trainer, checkpoint):
+    if is_spent(trainer, checkpoint, args.max_minutes):
         return
     trainer.train(resume_from_checkpoint=checkpoint)
     if stop.received is not None:

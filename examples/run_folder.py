@@ -14,7 +14,9 @@ from pathlib import Path
 import torch
 import transformers
 from matplotlib.figure import Figure
+from safetensors.torch import load_file
 from transformers import GenerationConfig, ProgressCallback, Trainer, TrainerCallback, TrainerState, set_seed
+from transformers.trainer_callback import ExportableState
 
 from modeling_stlm.training.model_card import describe_base
 
@@ -38,6 +40,36 @@ def check_same(record: Path, settings: dict[str, str]) -> None:
     names = sorted(made_with.keys() | settings.keys())
     if other := {name: made_with.get(name) for name in names if made_with.get(name) != settings.get(name)}:
         raise SystemExit(f"{record} was made with {other}: use another folder")
+
+
+def is_spent(trainer: Trainer, checkpoint: str | None, max_minutes: float | None = None) -> bool:
+    """Whether `checkpoint` has spent the budget, of minutes or steps; `Trainer.train` would add a step.
+
+    Then `trainer` gets its weights and state, and the program ends if the results are there already.
+    """
+    if checkpoint is None:
+        return False
+    state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
+    if max_minutes is None:
+        spent = state.global_step >= trainer.args.max_steps
+    else:
+        saved = state.stateful_callbacks.get("TimeBudget", {"attributes": {"elapsed_seconds": 0.0}})
+        spent = saved["attributes"]["elapsed_seconds"] >= 60 * max_minutes
+    if not spent:
+        return False
+    print(
+        f"the budget is spent after {state.global_step} steps: nothing is trained; with a larger one the run goes on"
+    )
+    results = Path(trainer.args.output_dir) / "results.json"
+    if results.is_file() and json.loads(results.read_text())["steps"] == state.global_step:
+        raise SystemExit(0)
+    weights = load_file(Path(checkpoint) / "model.safetensors")
+    trainer.model.load_state_dict(weights, strict=False)  # a tied head is not in the file
+    trainer.state = state
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, ExportableState) and (saved := state.stateful_callbacks.get(type(callback).__name__)):
+            vars(callback).update(saved["attributes"])
+    return True
 
 
 class ResumeLine(TrainerCallback):
@@ -87,29 +119,40 @@ def is_finite(model: torch.nn.Module) -> bool:
     return all(parameter.isfinite().all() for parameter in model.parameters())
 
 
-def check_finite(model: torch.nn.Module) -> None:
-    """End the program after a training that diverged; nothing is saved."""
-    if not is_finite(model):
-        raise SystemExit(
-            "the training diverged, its weights are not finite: nothing is saved. Lower the learning rate"
-        )
+class EndOnDivergence(TrainerCallback):
+    """Ends the program at the first log, checkpoint or score that is not finite, before anything is saved.
 
+    Add it to the `Trainer` last: after those that ask for a checkpoint, and those that close a progress bar.
 
-class StopOnDivergence(TrainerCallback):
-    """Stops at the first log with weights that are not finite; [`check_finite`] comes after the training.
-
-    It stands last: what others ask to save is not saved then.
+    Args:
+        remedy (`str`): what to lower.
     """
+
+    def __init__(self, remedy: str = "the learning rate"):
+        self.remedy = remedy
+
+    def _end(self, state, what: str) -> None:
+        raise SystemExit(
+            f"step {state.global_step}: the training diverged, {what} not finite and not saved. Lower {self.remedy}"
+        )
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         if (control.should_log or control.should_save) and not is_finite(model):
             control.should_training_stop, control.should_save, control.should_evaluate = True, False, False
 
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        if not all(math.isfinite(score) for name, score in metrics.items() if name.endswith(("_loss", "_per_byte"))):
+            self._end(state, "its scores are")
+
+    def on_train_end(self, args, state, control, model=None, **kwargs):
+        if not is_finite(model):
+            self._end(state, "its weights are")
+
 
 @contextmanager
 def saved_at_the_end(trainer: Trainer) -> Iterator[None]:
     """Around a training without checkpoints: one that diverges ends the program, and Ctrl-C says that nothing is saved."""
-    trainer.add_callback(StopOnDivergence())
+    trainer.add_callback(EndOnDivergence())
     try:
         yield
     except KeyboardInterrupt:
@@ -118,7 +161,6 @@ def saved_at_the_end(trainer: Trainer) -> Iterator[None]:
                 callback.training_bar.close()  # or it would write over the line
         print("interrupted: nothing of this training is saved", file=sys.stderr)
         raise
-    check_finite(trainer.model)
 
 
 def train_runs(trainer: Trainer, runs: int) -> None:

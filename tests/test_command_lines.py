@@ -107,10 +107,6 @@ MISTAKES = {
     "no such field": (["pretrain.py", "--set", "foo=3"], "argument --set: foo is not a field of STLMConfig"),
     "no such field of a smaller one": (["inherit.py", "--set", "foo=3"], "argument --set: foo is not a field of"),
     "no value": (["pretrain.py", "--set", "patching"], "argument --set: patching: expected FIELD=VALUE"),
-    "where one stands": (
-        ["finetune.py", "--output", "."],
-        ". is the folder you are in, or above it: expected a folder of its own",
-    ),
     "no match": (["pretrain.py", "--train", "none/*.txt"], "no file matches none/*.txt"),
     "a folder matches": (
         ["inherit.py", "--train", "fol*"],
@@ -189,7 +185,7 @@ def test_scripts_that_need_next_bytes_refuse_an_encoder(name, tmp_path):
 
 
 SMALL = {  # numbers that make no sense: option and value, by script
-    "chat_sft.py": "max_steps 0, batch_size 0, max_length 0, learning_rate 0",
+    "chat_sft.py": "max_steps 0, batch_size 0, max_length 0, learning_rate 0, seed -1",
     "classify.py": "epochs 0, epochs -1, learning_rate 0, batch_size 0, max_bytes 0, seed -1",
     "committee.py": "deep 0, shallow 0, members 0, articles -1, rows 0, max_bytes 0, pretraining_epochs 0, "
     "finetuning_epochs -1, batch_size 0, seeds 0",
@@ -197,7 +193,7 @@ SMALL = {  # numbers that make no sense: option and value, by script
     "encoder.py": "passages 0, max_bytes 0, max_minutes 0, batch_size 0, muon_lr 0, adamw_lr -1, seed -1",
     "evaluate_lm.py": "limit 0, batch_size 0",
     "export_onnx.py": "max_length 0, num_bytes 0",
-    "finetune.py": "max_steps 0, batch_size 0, learning_rate 0, lora_rank -1",
+    "finetune.py": "max_steps 0, batch_size 0, learning_rate 0, lora_rank -1, seed -1",
     "generate.py": "max_new_tokens 0, temperature -1, temperature nan",
     "identify.py": "max_minutes 0, batch_size 0, muon_lr 0, adamw_lr 0, seed -1",
     "inherit.py": "data_batches -1, max_steps 0, batch_size 0, muon_lr 0, adamw_lr 0, seed -1",

@@ -89,9 +89,12 @@ def test_labels_of_spans_are_no_languages(trained, tmp_path):
 def test_the_same_command_goes_on_and_says_so(trained, data, tmp_path):
     output, printed = trained
     shutil.copytree(output, tmp_path / "run")
-    again = run(*train_on(data, tmp_path / "run", 0.1), cwd=tmp_path)
-    assert re.search(rf"^0\.1 of 0\.1 min: goes on from {tmp_path}/run/checkpoint-\d+$", again, re.MULTILINE)
-    assert "goes on" not in printed
+    weights = (output / "model.safetensors").read_bytes()
+    assert "nothing is trained" in run(*train_on(data, tmp_path / "run", 0.1), cwd=tmp_path)
+    assert (tmp_path / "run" / "model.safetensors").read_bytes() == weights
+    again = run(*train_on(data, tmp_path / "run", 0.12), cwd=tmp_path)
+    assert re.search(rf"^0\.1 of 0\.12 min: goes on from {tmp_path}/run/checkpoint-\d+$", again, re.MULTILINE)
+    assert (tmp_path / "run" / "model.safetensors").read_bytes() != weights and "goes on from" not in printed
 
 
 def test_lines_of_standard_input_are_identified(trained):

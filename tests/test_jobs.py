@@ -24,6 +24,8 @@ from transformers import (
     AutoTokenizer,
     Trainer,
     TrainerCallback,
+    TrainerControl,
+    TrainerState,
     TrainingArguments,
     set_seed,
 )
@@ -420,13 +422,22 @@ def test_the_same_kind_of_model_of_another_job_is_not_written_over(script, name,
     assert result.returncode == 2 and words in result.stderr.splitlines()[-1]
 
 
-def test_weights_that_are_not_finite_are_not_saved():
-    model = tiny_model()
-    run_folder.check_finite(model)
+@pytest.mark.parametrize("is_asked_to_save", [False, True])
+def test_weights_and_scores_that_are_not_finite_are_not_saved(is_asked_to_save):
+    model, callback, state = tiny_model(), run_folder.EndOnDivergence("x"), TrainerState(global_step=7)
+    control = TrainerControl(should_save=is_asked_to_save, should_log=True)
+    callback.on_step_end(None, state, control, model=model)
+    callback.on_evaluate(None, state, control, metrics={"eval_loss": 1.0, "eval_runtime": math.inf})
+    callback.on_train_end(None, state, control, model=model)
+    assert not control.should_training_stop and control.should_save == is_asked_to_save
+    with pytest.raises(SystemExit, match=r"step 7: .* its scores are not finite .* Lower x"):
+        callback.on_evaluate(None, state, control, metrics={"eval_bits_per_byte": math.nan})
     with torch.no_grad():
         model.model.final_norm.weight[3] = torch.nan
-    with pytest.raises(SystemExit, match="diverged, its weights are not finite"):
-        run_folder.check_finite(model)
+    callback.on_step_end(None, state, control, model=model)
+    assert control.should_training_stop and not control.should_save and not control.should_evaluate
+    with pytest.raises(SystemExit, match=r"step 7: .* its weights are not finite .* Lower x"):
+        callback.on_train_end(None, state, control, model=model)
 
 
 def test_a_training_that_diverges_ends_at_the_next_log(tmp_path):
@@ -573,10 +584,16 @@ def test_an_encoder_from_a_causal_checkpoint_and_a_teacher(encoder_folder, tmp_p
     assert not loaded.config.is_causal
     assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template is None
     assert SentenceTransformer(str(tmp_path / "out"), device="cpu").encode("a text").shape == (16,)
-    again = run("encoder.py", *options, cwd=tmp_path)  # a finished one goes on from its end
+    weights = (tmp_path / "out" / "model.safetensors").read_bytes()
+    (tmp_path / "out" / "results.json").unlink()  # as if it had been killed before
+    again = run("encoder.py", *options, cwd=tmp_path)
     assert "embeddings of" in printed and "embeddings of" not in again
-    assert re.search(r"^0\.[01] of 0\.05 min: goes on from \S+/checkpoint-\d+$", again, re.MULTILINE)
-    assert "goes on" not in printed
+    assert "nothing is trained" in again and f"held out: {cosine:.3f}" in again
+    assert "goes on from" not in printed and "next: " not in run("encoder.py", *options, cwd=tmp_path)
+    options[options.index("--max_minutes") + 1] = 0.08
+    longer = run("encoder.py", *options, cwd=tmp_path)
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() != weights
+    assert re.search(r"^0\.[01] of 0\.08 min: goes on from \S+/checkpoint-\d+$", longer, re.MULTILINE)
 
 
 def test_noise_of_the_encoder_is_that_of_its_generator(monkeypatch):
