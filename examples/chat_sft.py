@@ -1,16 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fine-tune a checkpoint on chats with `SFTTrainer` of trl, so that it answers and ends its turn.
 
-    python examples/chat_sft.py                                    # 16 shipped chats: a minute, and no result
+    python examples/chat_sft.py                                    # 16 shipped chats: seconds, too few to answer
     python examples/chat_sft.py --train my_chats.jsonl --max_steps 2000 --output runs/my-chat
     python examples/generate.py --chat --checkpoint runs/my-chat
 
 The file has one chat a line: `{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]}`.
 Only what the assistant says, with the mark that ends it, is learned. That mark is an end in the generation config that is
-saved, so `generate`, pipelines, servers and the engine stop there. Prints one reply.
+saved, so `generate`, pipelines, servers and the engine stop there. Prints one reply, and the bits per byte of what the
+assistant says in chats that were held out, before and after: more steps than your chats are worth make it worse.
 """
 
 import argparse
+import math
+import random
 from pathlib import Path
 
 from inputs import (
@@ -38,7 +41,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--train", type=text_file, default=HERE / "data" / "chats.jsonl", help="JSON lines")
     parser.add_argument("--output", type=output_of("STLMForCausalLM"), default="runs/chat", help="folder")
-    parser.add_argument("--max_steps", type=at_least_one, default=60, help="of training")
+    parser.add_argument("--max_steps", type=at_least_one, default=16, help="of training")
     parser.add_argument("--batch_size", type=at_least_one, default=8, help="chats per step")
     parser.add_argument("--max_length", type=at_least_one, default=2048, help="bytes of a chat; the rest is cut")
     parser.add_argument("--learning_rate", type=positive, default=1e-3, help="of AdamW")
@@ -62,10 +65,19 @@ def read_chats(path: Path) -> list[dict]:
     return [{"messages": row["messages"]} for row in rows]
 
 
+def hold_out(chats: list[dict], seed: int) -> tuple[list[dict], list[dict]]:
+    """Chats to train on and, a tenth of them but at least four if there are eight, held out."""
+    if len(chats) < 2:
+        raise SystemExit(f"found {len(chats)} chat, expected at least 2: a tenth is held out")
+    order = random.Random(seed).sample(chats, len(chats))
+    cut = max(len(chats) // 10, min(4, len(chats) // 2))
+    return order[cut:], order[:cut]
+
+
 if __name__ == "__main__":
     args = parse_arguments()
     with quiet_exit():
-        chats = read_chats(args.train)  # before the slow imports: a mistake is told at once
+        sets = hold_out(read_chats(args.train), args.seed)  # before the slow imports: a mistake is told at once
 
 import torch
 from datasets import Dataset
@@ -83,11 +95,30 @@ def reply(model, tokenizer, prompt: str) -> str:
     return tokenizer.decode(new[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
-def main(args: argparse.Namespace, chats: list[dict]):
+@torch.no_grad()
+def bits_of_answers(model, tokenizer, chats: list[dict], max_length: int) -> float:
+    """Bits per byte of what the assistant says; the mark at the end of a turn is a byte, too."""
+    nats = count = 0
+    for chat in chats:
+        options = {"return_dict": True, "return_assistant_tokens_mask": True, "return_tensors": "pt"}
+        row = tokenizer.apply_chat_template(chat["messages"], **options).to(model.device)
+        ids, is_answer = (row[name][:, :max_length] for name in ("input_ids", "assistant_masks"))
+        if number := int(is_answer.sum()):
+            nats += number * float(model(ids, labels=ids.masked_fill(is_answer == 0, -100)).loss)
+            count += number
+    if not count:
+        raise SystemExit(f"no answer in the first {max_length:,} bytes of the chats held out: raise --max_length")
+    return nats / math.log(2) / count
+
+
+def main(args: argparse.Namespace, chats: list[dict], held_out: list[dict]):
     choose_precision(args)
     tokenizer = AutoTokenizer.from_pretrained(args.checkpoint)
     model = AutoModelForCausalLM.from_pretrained(args.checkpoint, dtype=torch.float32)
-    print(f"{args.checkpoint}: {model.num_parameters():,} parameters, {len(chats):,} chats")
+    print(
+        f"{args.checkpoint}: {model.num_parameters():,} parameters, {len(chats):,} chats, {len(held_out):,} held out"
+    )
+    before = bits_of_answers(model.eval(), tokenizer, held_out, args.max_length)
     end_of_turn = tokenizer.convert_tokens_to_ids("<|im_end|>")
     model.generation_config.eos_token_id = [tokenizer.eos_token_id, end_of_turn]
     trainer = SFTTrainer(
@@ -118,13 +149,24 @@ def main(args: argparse.Namespace, chats: list[dict]):
     tokenizer.save_pretrained(args.output)
     names = ("batch_size", "learning_rate", "bf16", "seed")
     arguments = {"train": args.train.name} | {name: getattr(args, name) for name in names}
-    rows = {"train": len(chats)}
-    write_results(args.output, args.checkpoint, steps=args.max_steps, arguments=arguments, rows=rows)
+    after = bits_of_answers(model.eval(), tokenizer, held_out, args.max_length)
+    write_results(
+        args.output,
+        args.checkpoint,
+        steps=args.max_steps,
+        scores={"answers held out": {"bits_per_byte": after}},
+        baselines={"answers held out, before fine-tuning": {"bits_per_byte": before}},
+        arguments=arguments,
+        rows={"train": len(chats), "held out": len(held_out)},
+    )
 
-    print(f"\n> {args.prompt}\n{reply(model.eval(), tokenizer, args.prompt)}")
-    print(f"\nnext: python examples/generate.py --chat --checkpoint {args.output}")
+    print(f"\n> {args.prompt}\n{reply(model, tokenizer, args.prompt)}")
+    print(
+        f"\nbits per byte of the answers in {len(held_out):,} chats held out: {before:.3f} before, {after:.3f} after"
+    )
+    print(f"next: python examples/generate.py --chat --checkpoint {args.output}")
 
 
 if __name__ == "__main__":
     with quiet_exit():
-        main(args, chats)
+        main(args, *sets)

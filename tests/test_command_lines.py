@@ -339,6 +339,11 @@ def test_chats_are_checked(inputs, tmp_path, monkeypatch):
     user, assistant = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}
     path.write_text(json.dumps({"messages": [user, assistant], "id": 3}))
     assert chat_sft.read_chats(path) == [{"messages": [user, assistant]}]
+    with pytest.raises(SystemExit, match="found 1 chat, expected at least 2: a tenth is held out"):
+        chat_sft.hold_out(chat_sft.read_chats(path), 1)
+    for count, held_out in ((2, 1), (7, 3), (16, 4), (39, 4), (200, 20)):
+        train, other = chat_sft.hold_out(list(range(count)), 1)
+        assert len(other) == held_out and sorted(train + other) == list(range(count))
     for row, words in (
         ({"text": "Hi"}, r"row 1 has fields \['text'\]: expected `messages`"),
         ({"messages": []}, r"row 1 has messages \[\]: expected"),

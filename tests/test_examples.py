@@ -4,7 +4,9 @@
 import argparse
 import importlib
 import json
+import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -398,7 +400,10 @@ def test_generation_in_the_terminal(tmp_path):
 
 def test_a_chat_model_ends_its_turns_and_is_no_base_model(tmp_path):
     output = run("chat_sft.py", "--max_steps", 2, "--output", "chat", "--prompt", "Hello?", cwd=tmp_path)
-    assert "16 chats" in output and "> Hello?\n" in output
+    assert "12 chats, 4 held out" in output and "> Hello?\n" in output
+    before, after = map(float, re.search(r"4 chats held out: (\S+) before, (\S+) after", output).groups())
+    results = json.loads((tmp_path / "chat" / "results.json").read_text())
+    assert after == pytest.approx(results["scores"]["answers held out"]["bits_per_byte"], abs=6e-4) and after < before
     assert "next: python examples/generate.py --chat --checkpoint chat" in output
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "chat")
     assert model.generation_config.eos_token_id == [258, 261] and model.config.use_cache
@@ -457,6 +462,32 @@ def test_the_shipped_checkpoints_are_complete_and_learned_english(checkpoint):
     with torch.no_grad():
         bits = model(ids, labels=ids).loss.item() / 0.6931
     assert bits < 2.5
+
+
+def test_bits_of_answers_are_those_of_what_the_assistant_says(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    chat_sft, model, tokenizer = (
+        importlib.import_module("chat_sft"),
+        tiny_model().eval(),
+        modeling_stlm.STLMTokenizer(),
+    )
+    answers, nats, count, chats = [["Yes", "Yo é"], ["No."]], 0.0, 0, []
+    for said in answers:
+        turns = [({"role": "user", "content": "Hi"}, {"role": "assistant", "content": answer}) for answer in said]
+        chats.append({"messages": [message for turn in turns for message in turn]})
+        ids = tokenizer.apply_chat_template(chats[-1]["messages"], return_dict=True)["input_ids"]
+        with torch.no_grad():
+            log_probs = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+        for answer in said:
+            wanted = [*answer.encode(), 261]
+            (start,) = [t for t in range(len(ids)) if ids[t : t + len(wanted)] == wanted]
+            nats -= sum(float(log_probs[t - 1, ids[t]]) for t in range(start, start + len(wanted)))
+            count += len(wanted)
+    found = chat_sft.bits_of_answers(model, tokenizer, chats, 2048)
+    assert found == pytest.approx(nats / math.log(2) / count, rel=1e-5)
+    assert chat_sft.bits_of_answers(model, tokenizer, chats, len(ids) - 3) != pytest.approx(found, rel=1e-5)
+    with pytest.raises(SystemExit, match="no answer in the first 5 bytes of the chats held out: raise --max_length"):
+        chat_sft.bits_of_answers(model, tokenizer, chats, 5)
 
 
 def test_chat_turns_follow_the_chat_template(monkeypatch):
