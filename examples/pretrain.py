@@ -164,6 +164,18 @@ def write_once(path: Path, patterns: list[str], tokenizer, **shares: float) -> P
     return path
 
 
+def tell_of_known(sets: dict[str, PackedWindows]) -> None:
+    """Print how many documents of the other splits are among those to train on, if any."""
+    known = set(map(hash, sets["train"].documents()))
+    for split, windows in sets.items():
+        found = [hash(document) in known for document in windows.documents()] if split != "train" else []
+        if any(found):
+            print(
+                f"{sum(found):,} of the {len(found):,} documents of --{split} are among those to train on: "
+                "the score is not that of new texts"
+            )
+
+
 def field_value(value: str):
     """A value as JSON, or the word itself: `patching=fixed` needs no quotes."""
     try:
@@ -284,6 +296,7 @@ def main(args: argparse.Namespace):
     for split, path in write_corpora(args, tokenizer, args.output / "data").items():
         with naming(split, getattr(args, split), "Take longer texts and a new --output, or smaller --block_bytes"):
             sets[split] = PackedWindows(path, tokenizer, args.block_bytes)
+    tell_of_known(sets)
     print(f"{args.checkpoint or args.model}: {model.num_parameters():,} parameters, {model.device}, {model.dtype}")
     evaluator, step_bytes = BitsPerByteEvaluator(), args.batch_size * args.block_bytes
     timed = args.max_minutes is not None

@@ -55,6 +55,12 @@ def pretrain(small_text: Path, output: Path, *more, script: str = "pretrain.py")
 def test_pretraining_goes_from_text_to_a_checkpoint(small_text, tmp_path, script):
     results = pretrain(small_text, tmp_path / "run", "--max_steps", 8, "--model", "stlm-3m", script=script)
     check_a_run(tmp_path / "run", results)
+    printed = (tmp_path / "run" / "printed.txt").read_text()
+    known = "of the 1 documents of --validation are among those to train on: the score is not that of new texts\n"
+    assert f"1 {known}" in printed
+    (tmp_path / "other.txt").write_text(small_text.read_text(encoding="utf-8")[5:], encoding="utf-8")
+    pretrain(small_text, tmp_path / "new", "--max_steps", 1, "--validation", tmp_path / "other.txt", script=script)
+    assert known not in (tmp_path / "new" / "printed.txt").read_text()
 
 
 def check_a_run(folder: Path, results: dict) -> None:

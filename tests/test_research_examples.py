@@ -31,8 +31,10 @@ from .tiny import tiny_model
 
 RESEARCH = ROOT / "examples" / "research"
 sys.path[:0] = [str(RESEARCH), str(ROOT / "examples")]
-EXAMPLES = ("ablate", "alterations", "controls", "costs", "noise", "report", "score")
-ablate, alterations, controls, costs, noise, report, score = (importlib.import_module(name) for name in EXAMPLES)
+EXAMPLES = ("ablate", "alterations", "controls", "costs", "curves", "noise", "report", "score")
+ablate, alterations, controls, costs, curves, noise, report, score = (
+    importlib.import_module(name) for name in EXAMPLES
+)
 
 
 def train(small_text: Path, output: Path, *more) -> dict:
@@ -578,3 +580,19 @@ def test_export_takes_the_mean_of_weights_before_and_after(small_text, tmp_path)
     config = tmp_path / "other" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"match_doublings": 0}))
     assert "differ in ['match_doublings']" in refused(*arguments, "--output", tmp_path / "another")
+
+
+@pytest.mark.parametrize("model", ["stlm", "llama-bpe"])
+def test_learning_curves_are_in_bits_per_byte(small_text, tmp_path, model):
+    size = ["--model", "llama-bpe", "--vocab_size", 300, "--like", "stlm-3m"] if model == "llama-bpe" else []
+    results = train(small_text, tmp_path / "run", "--max_steps", 1, *size)
+    unit = results["bytes_per_patch_or_token"] if model == "llama-bpe" else 1
+    logs = [{"step": step, "loss": bits * unit * math.log(2)} for step, bits in ((1, 8.0), (50, 2.5), (100, 2.0))]
+    (tmp_path / "run" / "history.json").write_text(json.dumps([*logs, {"step": 100, "eval_loss": 1.0}]))
+    run("research/curves.py", f"mine={tmp_path / 'run'}", "--record", "curves.json", cwd=tmp_path)
+    record = json.loads((tmp_path / "curves.json").read_text())["mine"]
+    assert record["curve"] == [[50, pytest.approx(2.5)], [100, pytest.approx(2.0)]]
+    assert record["bytes_seen"] == results["bytes_seen"] and record["minutes"] == results["cpu_seconds"] / 60
+    run("research/curves.py", f"again={tmp_path / 'run'}", "--record", "curves.json", cwd=tmp_path)
+    assert sorted(json.loads((tmp_path / "curves.json").read_text())) == ["again", "mine"]
+    assert (tmp_path / "curves.png").stat().st_size > 10_000

@@ -65,6 +65,7 @@ def test_windows_are_the_packed_documents(windows):
         assert item["position_ids"].tolist() == [p - first if t < cut else p for t, p in enumerate(positions[here])]
     with pytest.raises(IndexError):
         windows[len(windows)]
+    assert list(windows.documents()) == [text.encode() for text in DOCUMENTS if text]
 
 
 def test_any_file_of_bytes_is_a_corpus(tmp_path):

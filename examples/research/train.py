@@ -130,6 +130,7 @@ def main():
     id_bytes = bytes_per_token(ids, sizes)
     block_size = round(args.block_bytes / id_bytes)
     sets = {split: PackedWindows(path, tokenizer, block_size) for split, path in corpora.items()}
+    pretrain.tell_of_known(sets)
     windows = sets["validation"]
     sample = torch.stack([windows[i]["input_ids"] for i in range(0, len(windows), -(-len(windows) // 16))])
 

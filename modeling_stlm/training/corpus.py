@@ -7,7 +7,8 @@ from the endless row `<bos> document <eos> <bos> ...`; documents that share a wi
 """
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -152,6 +153,11 @@ class PackedWindows(Dataset):
     def __setstate__(self, state: dict) -> None:
         vars(self).update(state)
         self._open()
+
+    def documents(self) -> Iterator[bytes]:
+        """The ids of each document, as they are in the file."""
+        for start, end in pairwise(self.starts):
+            yield self.ids[start:end].tobytes()
 
     def __len__(self) -> int:
         return int(self.packed_starts[-1]) // self.block_size
