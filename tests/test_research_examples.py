@@ -405,6 +405,17 @@ def test_bits_of_a_doubled_text_are_those_of_a_loop():
     assert bits == pytest.approx(nats / math.log(2) / len(text), rel=1e-4)
 
 
+def test_results_and_curves_are_those_of_the_files_here(tmp_path):
+    (tmp_path / "RESULTS.md").write_text((ROOT / "RESULTS.md").read_text(encoding="utf-8"), encoding="utf-8")
+    run("research/report.py", "write", "--output", "RESULTS.md", cwd=tmp_path)
+    assert (tmp_path / "RESULTS.md").read_text(encoding="utf-8") == (ROOT / "RESULTS.md").read_text(encoding="utf-8")
+    record = RESEARCH / "results" / "curves" / "curves.json"
+    (tmp_path / "curves.json").write_bytes(record.read_bytes())
+    run("research/curves.py", "--record", "curves.json", cwd=tmp_path)
+    assert (tmp_path / "curves.json").read_bytes() == record.read_bytes()
+    assert (tmp_path / "curves.png").stat().st_size > 10_000
+
+
 def test_the_report_measures_and_writes(tmp_path):
     model = tiny_model()
     model.generation_config.max_new_tokens = 8

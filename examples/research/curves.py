@@ -5,7 +5,7 @@
     python examples/research/curves.py                                                    # draws
 
 A run is a folder of `train.py` with its history and results, of the plain objective. What is drawn is kept in
-`results/curves.json`. A point is the mean loss of the steps since the one before, on text that the model reads for the first time
+`results/curves/`. A point is the mean loss of the steps since the one before, on text that the model reads for the first time
 (or once more, where the run has passes). Minutes are shares of the whole by steps, which all take as long.
 """
 
@@ -25,7 +25,7 @@ AXES = {"bytes_seen": (1e6, "MB read"), "minutes": (1, "minutes of the device"),
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="*", metavar="NAME=FOLDER", help="runs to add")
-    parser.add_argument("--record", type=Path, default=HERE / "results" / "curves.json")
+    parser.add_argument("--record", type=Path, default=HERE / "results" / "curves" / "curves.json")
     return parser.parse_args()
 
 

@@ -142,7 +142,7 @@ def doubled_bits(model, tokenizer, rows: list[dict]) -> float:
     for row in rows:
         text = row["text"].encode()[:2048].decode(errors="ignore")
         half = tokenizer(text, add_special_tokens=False)["input_ids"]
-        ids = torch.tensor([[tokenizer.bos_token_id, *half, *half]])
+        ids = torch.tensor([[tokenizer.bos_token_id, *half, *half]], device=model.device)
         logits = model(ids).logits[0, len(half) : -1]  # those that predict the second half
         nats += cross_entropy(logits, ids[0, -len(half) :], reduction="sum").item()
         num_bytes += len(text.encode())
@@ -155,7 +155,7 @@ def repeated_share(model, tokenizer, rows: list[dict]) -> float:
     step, length = len(text) // GREEDY_TEXTS, 256 if len(tokenizer) < 512 else 80
     prompts = [text[i * step : i * step + 64] for i in range(GREEDY_TEXTS)]
     inputs = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left", return_token_type_ids=False)
-    new = model.generate(**inputs, max_new_tokens=length, do_sample=False)[:, inputs["input_ids"].shape[1] :]
+    new = model.generate(**inputs.to(model.device), max_new_tokens=length, do_sample=False)[:, inputs["input_ids"].shape[1] :]
     repeated = num_windows = 0
     for continuation in tokenizer.batch_decode(new, skip_special_tokens=True):
         written = continuation.encode()
