@@ -8,7 +8,7 @@
 The file has one chat a line: `{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]}`.
 Only what the assistant says, with the mark that ends it, is learned. That mark is an end in the generation config that is
 saved, so `generate`, pipelines, servers and the engine stop there. Prints one reply, and the bits per byte of what the
-assistant says in chats that were held out, before and after: more steps than your chats are worth make it worse.
+assistant says in chats that were held out, before and after: more steps than the chats are worth make it worse.
 """
 
 import argparse
@@ -41,7 +41,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--train", type=text_file, default=HERE / "data" / "chats.jsonl", help="JSON lines")
     parser.add_argument("--output", type=output_of("STLMForCausalLM"), default="runs/chat", help="folder")
-    parser.add_argument("--max_steps", type=at_least_one, default=16, help="of training")
+    parser.add_argument("--max_steps", type=at_least_one, default=8, help="of training")
     parser.add_argument("--batch_size", type=at_least_one, default=8, help="chats per step")
     parser.add_argument("--max_length", type=at_least_one, default=2048, help="bytes of a chat; the rest is cut")
     parser.add_argument("--learning_rate", type=positive, default=1e-3, help="of AdamW")
@@ -82,6 +82,7 @@ if __name__ == "__main__":
 import torch
 from datasets import Dataset
 from run_folder import saved_at_the_end, write_results
+from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
@@ -96,19 +97,23 @@ def reply(model, tokenizer, prompt: str) -> str:
 
 
 @torch.no_grad()
-def bits_of_answers(model, tokenizer, chats: list[dict], max_length: int) -> float:
-    """Bits per byte of what the assistant says; the mark at the end of a turn is a byte, too."""
-    nats = count = 0
+def bits_of_answers(model, tokenizer, chats: list[dict], max_length: int) -> tuple[float, float]:
+    """Bits per byte of what the assistant says, and bits of the mark that ends each answer."""
+    nats, counts = [0.0, 0.0], [0, 0]  # of bytes, of marks
     for chat in chats:
         options = {"return_dict": True, "return_assistant_tokens_mask": True, "return_tensors": "pt"}
         row = tokenizer.apply_chat_template(chat["messages"], **options).to(model.device)
         ids, is_answer = (row[name][:, :max_length] for name in ("input_ids", "assistant_masks"))
-        if number := int(is_answer.sum()):
-            nats += number * float(model(ids, labels=ids.masked_fill(is_answer == 0, -100)).loss)
-            count += number
-    if not count:
-        raise SystemExit(f"no answer in the first {max_length:,} bytes of the chats held out: raise --max_length")
-    return nats / math.log(2) / count
+        is_mark = ids == tokenizer.convert_tokens_to_ids("<|im_end|>")
+        losses = cross_entropy(model(ids).logits[0, :-1], ids[0, 1:], reduction="none")
+        for i, chosen in enumerate((is_answer.bool() & ~is_mark, is_answer.bool() & is_mark)):
+            nats[i] += float(losses[chosen[0, 1:]].sum())
+            counts[i] += int(chosen.sum())
+    if 0 in counts:
+        raise SystemExit(
+            f"no whole answer in the first {max_length:,} bytes of the chats held out: raise --max_length"
+        )
+    return tuple(nat / math.log(2) / count for nat, count in zip(nats, counts))
 
 
 def main(args: argparse.Namespace, chats: list[dict], held_out: list[dict]):
@@ -142,6 +147,8 @@ def main(args: argparse.Namespace, chats: list[dict], held_out: list[dict]):
         train_dataset=Dataset.from_list(chats),
         processing_class=tokenizer,
     )
+    if left_out := len(chats) - len(trainer.train_dataset):
+        print(f"{left_out:,} of the chats have no answer in their first {args.max_length:,} bytes and are left out")
     with saved_at_the_end(trainer):
         trainer.train()
     model.config.use_cache = True  # Trainer turns it off, and would save it so
@@ -154,16 +161,18 @@ def main(args: argparse.Namespace, chats: list[dict], held_out: list[dict]):
         args.output,
         args.checkpoint,
         steps=args.max_steps,
-        scores={"answers held out": {"bits_per_byte": after}},
-        baselines={"answers held out, before fine-tuning": {"bits_per_byte": before}},
+        scores={"answers held out": {"bits_per_byte": after[0]}},
+        baselines={"answers held out, before fine-tuning": {"bits_per_byte": before[0]}},
         arguments=arguments,
-        rows={"train": len(chats), "held out": len(held_out)},
+        rows={"train": len(trainer.train_dataset), "held out": len(held_out)},
     )
 
     print(f"\n> {args.prompt}\n{reply(model, tokenizer, args.prompt)}")
+    (bits, mark), (new_bits, new_mark) = before, after
     print(
-        f"\nbits per byte of the answers in {len(held_out):,} chats held out: {before:.3f} before, {after:.3f} after"
+        f"\nbits per byte of the answers in {len(held_out):,} chats held out: {bits:.3f} before, {new_bits:.3f} after"
     )
+    print(f"bits of the mark that ends an answer: {mark:.1f} before, {new_mark:.1f} after")
     print(f"next: python examples/generate.py --chat --checkpoint {args.output}")
 
 

@@ -155,7 +155,9 @@ def repeated_share(model, tokenizer, rows: list[dict]) -> float:
     step, length = len(text) // GREEDY_TEXTS, 256 if len(tokenizer) < 512 else 80
     prompts = [text[i * step : i * step + 64] for i in range(GREEDY_TEXTS)]
     inputs = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left", return_token_type_ids=False)
-    new = model.generate(**inputs.to(model.device), max_new_tokens=length, do_sample=False)[:, inputs["input_ids"].shape[1] :]
+    new = model.generate(**inputs.to(model.device), max_new_tokens=length, do_sample=False)[
+        :, inputs["input_ids"].shape[1] :
+    ]
     repeated = num_windows = 0
     for continuation in tokenizer.batch_decode(new, skip_special_tokens=True):
         written = continuation.encode()
