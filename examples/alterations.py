@@ -34,8 +34,13 @@ def altered(
         repeat: share of the documents that a document with one of their passages, written twice, precedes.
         sentences: share of the documents that are replaced by their sentences (`sentences_of`), each a document of its own,
             in random order; the rest of their text is left out. A document without such a sentence stays.
+
+    Raises:
+        ValueError: after the last document, if a share of them is less than ten documents.
     """
+    count = 0
     for text in texts:
+        count += 1
         data = text.encode("utf-8", errors="surrogatepass") if isinstance(text, str) else bytes(text)
         text = data.decode("utf-8", errors="surrogateescape")
         choose = random.Random(b"repeat " + data)
@@ -52,3 +57,9 @@ def altered(
                 kind, rate = choose.choice(sorted(KINDS)), choose.uniform(0.01, 0.1)
                 data = add_noise(piece, kind, rate, seed=choose.random()).encode("utf-8", errors="surrogateescape")
             yield data
+    for name, share in zip(ALTERATIONS, (noise, repeat, sentences)):
+        if 0 < share < 1 and share * count < 10:
+            raise ValueError(
+                f"--{name} {share:g} of {count:,} documents is less than ten of them: a plain text file is one document, "
+                "a file of JSON lines has one a line"
+            )

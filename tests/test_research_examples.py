@@ -47,6 +47,13 @@ def json_lines(path: Path, rows: list[dict]) -> Path:
     return path
 
 
+@pytest.fixture
+def small_documents(small_text, tmp_path) -> Path:
+    """Sixty documents."""
+    text = small_text.read_text(encoding="utf-8")
+    return json_lines(tmp_path / "small.jsonl.gz", [{"text": text[i : i + 200]} for i in range(0, 12_000, 200)])
+
+
 @given(st.text(max_size=60), st.sampled_from(sorted(noise.KINDS)), st.integers(0, 9))
 def test_noise_touches_letters_only_and_is_repeatable(text, kind, seed):
     noised = noise.add_noise(text, kind, 0.5, seed)
@@ -206,17 +213,19 @@ def test_sentences_stand_alone_in_random_order():
     assert len(noised) == len(alone) and sum(a.encode() != b for a, b in zip(alone, noised)) > 10
 
 
-def test_corpora_say_how_they_were_altered(small_text, tmp_path):
+def test_corpora_say_how_they_were_altered(small_documents, small_text, tmp_path):
+    with pytest.raises(AssertionError, match=r"--sentences 0\.2 of 1 documents is less than ten of them"):
+        train(small_text, tmp_path / "one", "--sentences", "0.2", "--max_steps", "1")
     options = ["--noise", "0.5", "--repeat", "0.5", "--sentences", "0.2", "--max_steps", "1"]
-    train(small_text, tmp_path / "run", *options)
+    train(small_documents, tmp_path / "run", *options)
     made_from = json.loads((tmp_path / "run" / "data" / "bytes" / "train.json").read_text())
     assert made_from[-1] == {"noise": 0.5, "repeat": 0.5, "sentences": 0.2}
     assert json.loads((tmp_path / "run" / "data" / "bytes" / "validation.json").read_text()) == made_from[:-1]
     with pytest.raises(AssertionError, match="use another folder"):
-        train(small_text, tmp_path / "run", "--max_steps", "1")
+        train(small_documents, tmp_path / "run", "--max_steps", "1")
     (tmp_path / "run" / "data" / "bytes" / "train.json").unlink()
     with pytest.raises(AssertionError, match="nothing says what"):
-        train(small_text, tmp_path / "run", *options)
+        train(small_documents, tmp_path / "run", *options)
 
 
 def test_presets_train_one_after_the_other_and_go_on(small_text, tmp_path):
@@ -319,7 +328,7 @@ def test_records_are_not_run(tmp_path):
     assert refused.returncode != 0 and "is a record: made with trials-3m/changes.patch" in refused.stderr
 
 
-def test_ablations_leave_a_table_and_are_not_repeated(small_text, tmp_path):
+def test_ablations_leave_a_table_and_are_not_repeated(small_documents, tmp_path):
     tiny = {"trunk_intermediate_size": 8, "intermediate_size": 8}
     listed = {
         "arguments": {"max_bytes": 1024, "block_bytes": 128, "batch_size": 2},
@@ -332,7 +341,7 @@ def test_ablations_leave_a_table_and_are_not_repeated(small_text, tmp_path):
     }
     path = tmp_path / "tiny.json"
     path.write_text(json.dumps(listed))
-    arguments = ["--train", small_text, "--validation", small_text, "--output", tmp_path / "runs"]
+    arguments = ["--train", small_documents, "--validation", small_documents, "--output", tmp_path / "runs"]
     first = run("research/ablate.py", path, *arguments, "--only", "base", "fixed", "noisy", cwd=tmp_path)
     assert "3 runs, 3 to do" in first
     assert {file.stem for file in (tmp_path / "tiny").glob("*.json")} == {"base-s2", "fixed-s1", "noisy-s1"}
