@@ -333,7 +333,7 @@ def train(args: argparse.Namespace) -> None:
     )
     trainer.add_callback(EndOnDivergence("--muon_lr or --adamw_lr, with a new --output"))
     checkpoint = last_checkpoint(args.output)
-    if not is_spent(trainer, checkpoint, args.max_minutes):
+    if not is_spent(trainer, checkpoint, args.max_minutes, ["validation"] if tests else []):
         trainer.train(resume_from_checkpoint=checkpoint)
     if stop.received is not None:
         print(f"{stop.received.name}: saved after {budget.elapsed_seconds / 60:.1f} min; the same command goes on")

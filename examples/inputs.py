@@ -182,6 +182,12 @@ def unpacking(path: Path) -> Iterator[None]:
         raise SystemExit(f"{path} cannot be unpacked ({error}): expected a whole file that gzip has written") from None
 
 
+def kind_of(path: Path) -> str | None:
+    """`"csv"`, `"json"` (one object a line) or `"parquet"`, packed or not, by the suffixes; `None` for anything else."""
+    kinds = {".csv": "csv", ".json": "json", ".jsonl": "json", ".ndjson": "json", ".parquet": "parquet"}
+    return next((kinds[suffix] for suffix in map(str.lower, path.suffixes) if suffix in kinds), None)
+
+
 def read_bytes(path: Path) -> bytes:
     """What a file holds, unpacked if its name ends in `.gz`."""
     with unpacking(path):

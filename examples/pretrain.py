@@ -279,7 +279,8 @@ def train(args: argparse.Namespace, trainer: Trainer, step_bytes: float) -> None
     rates = f"--muon_lr {args.muon_lr:g} or --adamw_lr {args.adamw_lr:g}, with a new --output"
     for callback in (stop, SaveByTime(minutes=10), ProgressLines(progress), EndOnDivergence(rates)):
         trainer.add_callback(callback)
-    if is_spent(trainer, checkpoint, args.max_minutes):
+    splits = [split for split in SPLITS if split != "train" and getattr(args, split)]
+    if is_spent(trainer, checkpoint, args.max_minutes, splits):
         return
     trainer.train(resume_from_checkpoint=checkpoint)
     if stop.received is not None:

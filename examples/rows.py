@@ -10,15 +10,16 @@ import re
 from collections import Counter
 from pathlib import Path
 
-from inputs import read_json_lines, read_utf8
+from inputs import kind_of, read_json_lines, read_utf8
 
 
 def read_labelled(path: Path, fewest_labels: int = 2) -> tuple[list[str], list[str]]:
     """Texts and labels of a csv or of JSON lines, also packed (.gz), with columns `text` and `label`."""
-    suffixes = {suffix.lower() for suffix in path.suffixes}
-    if ".csv" in suffixes:
+    kind = kind_of(path)
+    if kind == "csv":
+        csv.field_size_limit(2**31 - 1)  # 131,072 by default
         rows = csv.DictReader(io.StringIO(read_utf8(path), newline=""))
-    elif {".json", ".jsonl", ".ndjson"} & suffixes:
+    elif kind == "json":
         rows = read_json_lines(path)
     else:
         raise SystemExit(f"{path} is neither .csv nor .jsonl (or these with .gz): expected rows in one of these forms")

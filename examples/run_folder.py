@@ -7,7 +7,7 @@ import math
 import platform
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -42,10 +42,12 @@ def check_same(record: Path, settings: dict[str, str]) -> None:
         raise SystemExit(f"{record} was made with {other}: use another folder")
 
 
-def is_spent(trainer: Trainer, checkpoint: str | None, max_minutes: float | None = None) -> bool:
+def is_spent(
+    trainer: Trainer, checkpoint: str | None, max_minutes: float | None = None, splits: Iterable[str] = ()
+) -> bool:
     """Whether `checkpoint` has spent the budget, of minutes or steps; `Trainer.train` would add a step.
 
-    Then `trainer` gets its weights and state, and the program ends if the results are there already.
+    Then `trainer` gets its weights and state, and the program ends if the results are there already, with scores of all `splits`.
     """
     if checkpoint is None:
         return False
@@ -61,7 +63,9 @@ def is_spent(trainer: Trainer, checkpoint: str | None, max_minutes: float | None
         f"the budget is spent after {state.global_step} steps: nothing is trained; with a larger one the run goes on"
     )
     results = Path(trainer.args.output_dir) / "results.json"
-    if results.is_file() and json.loads(results.read_text())["steps"] == state.global_step:
+    found = json.loads(results.read_text()) if results.is_file() else {"steps": None}
+    scores = {**found.get("bits_per_byte", {}), **found.get("scores", {})}
+    if found["steps"] == state.global_step and all(any(name.startswith(split) for name in scores) for split in splits):
         raise SystemExit(0)
     weights = load_file(Path(checkpoint) / "model.safetensors")
     trainer.model.load_state_dict(weights, strict=False)  # a tied head is not in the file
@@ -103,12 +107,23 @@ class ProgressLines(ResumeLine):
             print(f"{self.progress(state)}: validation {logs['eval_bits_per_byte']:.4f} bits per byte", flush=True)
 
 
+def commit() -> str:
+    """Of the code that runs; empty where there is no git, or no repository."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    except OSError:
+        return ""
+
+
+COMMIT = commit()  # now: a training may take longer than a commit lasts
+
+
 def run_info(device: torch.device) -> dict[str, str]:
     """Script, commit, device and versions, for `results.json`; `inputs.another_job` compares the script."""
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     return {
         "script": Path(sys.argv[0]).name,
-        "commit": subprocess.run(git, capture_output=True, text=True).stdout.strip(),
+        "commit": COMMIT,
         "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.machine(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,

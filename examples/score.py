@@ -10,6 +10,7 @@ tokenizer does not add by itself: without it a model takes the text for the midd
 """
 
 import argparse
+import codecs
 import json
 import sys
 import tempfile
@@ -21,6 +22,7 @@ from inputs import (
     HelpFormatter,
     causal_checkpoint,
     file_pattern,
+    kind_of,
     quiet_exit,
     read_bytes,
     read_utf8,
@@ -59,19 +61,29 @@ from modeling_stlm.training.bits_per_byte import BitsPerByteEvaluator, bits_per_
 from modeling_stlm.training.corpus import PackedWindows, write_corpus
 
 
+def first_bad_byte(data: bytes, piece: int = 2**24) -> int | None:
+    """Where `data` stops to be UTF-8, if it does; decoded in pieces, for text takes up to four times the memory of its bytes."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    for start in range(0, len(data), piece):
+        (kept, _) = decoder.getstate()  # the beginning of a character
+        try:
+            decoder.decode(data[start : start + piece], final=start + piece >= len(data))
+        except UnicodeDecodeError as error:
+            return start - len(kept) + error.start
+    return None
+
+
 def documents(patterns: list[str]) -> Iterable[str | bytes]:
     """Texts of all files that match."""
     files = sorted(file for pattern in patterns for file in glob(pattern))
     if not files:
         raise SystemExit(f"no file matches {patterns}")
     for file in files:
-        kind = next((kind for kind in ("json", "csv", "parquet") if f".{kind}" in Path(file).name), None)
+        kind = kind_of(Path(file))
         if kind is None:
             data = read_bytes(Path(file))
-            try:
-                data.decode("utf-8")
-            except UnicodeDecodeError as error:
-                offset = f"byte 0x{data[error.start]:02x} at offset {error.start}"
+            if (bad := first_bad_byte(data)) is not None:
+                offset = f"byte 0x{data[bad]:02x} at offset {bad}"
                 print(f"{file} is not UTF-8 ({offset}): taken byte by byte as it is", file=sys.stderr)
             yield data
         else:
@@ -85,7 +97,10 @@ def documents(patterns: list[str]) -> Iterable[str | bytes]:
                 raise SystemExit(f"{file} cannot be read as {kind}: {reason}") from None
             if "text" not in rows.column_names:
                 raise SystemExit(f"{file} has the columns {rows.column_names}, expected one of the name text")
-            yield from rows["text"]
+            for number, text in enumerate(rows["text"], 1):
+                if not isinstance(text, str):
+                    raise SystemExit(f"row {number} of {file} has the text {json.dumps(text)[:80]}, expected a string")
+                yield text
 
 
 def token_bytes(tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
@@ -163,7 +178,8 @@ def score_lines(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, line
     sizes = token_bytes(tokenizer)
     print("log-probability (nats)  bits per byte  text")
     for line in filter(None, (line.rstrip("\r\n") for line in lines)):
-        ids = tokenizer(line, add_special_tokens=False, return_tensors="pt")["input_ids"][0]
+        # `<eos>` in a line is five bytes, as in the texts of a training.
+        ids = tokenizer(line, add_special_tokens=False, split_special_tokens=True, return_tensors="pt")["input_ids"][0]
         nats = nats_of_text(model, ids, tokenizer.bos_token_id)
         print(f"{-nats:22.2f}  {bits_per_byte(nats, int(sizes[ids].sum())):13.3f}  {line}", flush=True)
 
@@ -173,7 +189,10 @@ def main(args: argparse.Namespace):
     model = AutoModelForCausalLM.from_pretrained(args.checkpoint, dtype=torch.float32).eval()
     if not args.files:
         sys.stdin.reconfigure(encoding="utf-8")
-        return score_lines(model, tokenizer, sys.stdin)
+        try:
+            return score_lines(model, tokenizer, sys.stdin)
+        except UnicodeDecodeError as error:
+            raise SystemExit(f"standard input is not UTF-8 ({error.reason}): convert it first") from None
     try:
         scores = bits_of_documents(model, tokenizer, documents(args.files))
     except ValueError as error:

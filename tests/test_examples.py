@@ -215,6 +215,8 @@ def test_a_budget_that_is_spent_trains_nothing(small_text, tmp_path, script):
     pretrain(small_text, folder, "--max_steps", 3, script=script)
     assert (folder / "printed.txt").read_text().endswith(spent)
     assert written == {path: path.read_bytes() for path in written} and not (folder / "checkpoint-4").exists()
+    asked = pretrain(small_text, folder, "--max_steps", 3, "--test", small_text, script=script)
+    assert asked["bits_per_byte"] == dict.fromkeys(("validation", "test"), results["bits_per_byte"]["validation"])
     # Killed between the last checkpoint and the results: they are written without another step.
     for name in ("results.json", "model.safetensors"):
         (folder / name).unlink()

@@ -463,6 +463,17 @@ def test_ctrl_c_says_that_nothing_is_saved(encoder_folder, animals_and_tools, tm
     assert not (tmp_path / "out" / "model.safetensors").exists()
 
 
+def test_the_commit_is_empty_where_there_is_no_git(monkeypatch):
+    assert run_folder.commit() == run_folder.COMMIT
+    monkeypatch.setenv("PATH", "")
+    assert run_folder.commit() == ""
+
+
+def test_a_text_of_a_csv_may_be_long(tmp_path):
+    long = labelled(tmp_path / "rows.csv", [("a" * 200_000, "x"), ("b", "y")])
+    assert [len(text) for text in rows.read_labelled(Path(long))[0]] == [200_000, 1]
+
+
 def test_labels_may_be_numbers_and_texts_of_many_lines(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"text": "a", "label": 0}\n{"text": "b\\nc", "label": 1}\n')
@@ -619,10 +630,14 @@ def test_log_probabilities_of_lines(tmp_path):
     model = tiny_model()
     model.save_pretrained(tmp_path)
     TOKENIZER.save_pretrained(tmp_path)
-    lines = "The cat sat.\n\nZoë\n"
+    lines = "The cat sat.\n\nZoë\n<eos>\n"
+    command = [sys.executable, ROOT / "examples" / "score.py", "."]
+    refused = subprocess.run(command, capture_output=True, input="Zo\xeb\n".encode("latin-1"), cwd=tmp_path)
+    last = refused.stderr.decode().splitlines()[-1]
+    assert refused.returncode == 1 and last.startswith("standard input is not UTF-8 (") and "convert it first" in last
     printed = run("score.py", tmp_path, cwd=tmp_path, input=lines).splitlines()
     rows = [re.fullmatch(r" *(-[\d.]+) +([\d.]+)  (.+)", line).groups() for line in printed if line.startswith(" ")]
-    assert [text for _, _, text in rows] == ["The cat sat.", "Zoë"]
+    assert [text for _, _, text in rows] == ["The cat sat.", "Zoë", "<eos>"]
     for nats, bits, text in rows:
         ids = [257, *ids_of(text)]
         with torch.no_grad():

@@ -385,6 +385,35 @@ def test_packed_documents_that_cannot_be_unpacked_are_named(name, tmp_path):
             list(score.documents([str(tmp_path / name)]))
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("A.CSV", "text\none\ntwo\n"), ("a.ndjson", '{"text": "one"}\n{"text": "two"}\n'), ("a.txt", "one two")],
+)
+def test_documents_are_rows_or_whole_files(name, content, tmp_path):
+    (tmp_path / name).write_text(content)
+    assert list(score.documents([str(tmp_path / name)])) == ([b"one two"] if name == "a.txt" else ["one", "two"])
+
+
+def test_rows_without_a_text_are_named(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"text": null}\n')
+    with pytest.raises(SystemExit, match=r"row 2 of .*a\.jsonl has the text null, expected a string"):
+        list(score.documents([str(tmp_path / "a.jsonl")]))
+
+
+@given(
+    st.lists(st.sampled_from([b"a", "é".encode(), "東".encode(), "🙂".encode(), b"\xff", b"\xe6\x9d"])),
+    st.integers(1, 5),
+)
+def test_the_first_bad_byte_is_that_of_one_decoding(parts, piece):
+    data = b"".join(parts)
+    try:
+        data.decode()
+        expected = None
+    except UnicodeDecodeError as error:
+        expected = error.start
+    assert score.first_bad_byte(data, piece) == expected
+
+
 def test_repetition_is_told_from_text_that_goes_on():
     class Writes(torch.nn.Module):
         """Writes the bytes of `text`, whatever it reads."""
