@@ -515,6 +515,14 @@ def test_tags_of_bytes_and_spans_that_were_found():
     assert ner.looked_up([row], [{"text": "Al saw Zoë and Alan"}]) == [{(0, 2, "NAME"), (7, 10, "NAME")}]
 
 
+def test_spans_that_are_looked_up_are_whole_words_and_have_the_commonest_label():
+    rows = [{"text": f"{span} ", "spans": [[0, len(span), label]]} for span, label in (("C++", "L"), ("東京", "P"))]
+    rows += [{"text": "May", "spans": [[0, 3, label]]} for label in ("P", "P", "T")]
+    texts = ["in C++, or C++17", "我在東京住", "Maya met May."]
+    found = ner.looked_up(rows, [{"text": text} for text in texts])
+    assert found == [{(3, 6, "L"), (11, 14, "L")}, {(2, 4, "P")}, {(9, 12, "P")}]
+
+
 @pytest.mark.parametrize(
     "spans",
     [

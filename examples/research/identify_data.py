@@ -106,9 +106,9 @@ def tatoeba(folder: Path) -> dict[str, list[tuple[str, str]]]:
     for split, share, most in (("test", 10, 50), ("validation", 20, 25)):
         given = {lang for _, lang in sets[split]}
         for lang in sorted(set(train) - given):
-            count = min(most, len(train[lang]) // share)
-            sets[split] += train[lang][-count:]
-            del train[lang][-count:]
+            cut = len(train[lang]) - min(most, len(train[lang]) // share)
+            sets[split] += train[lang][cut:]
+            del train[lang][cut:]
     return sets | {"train": [row for lang in sorted(train) for row in train[lang]]}
 
 
@@ -155,8 +155,9 @@ def main():
     for row in declarations:
         texts = sentences(row["text"])
         cut = len(texts) * 4 // 5
+        known = set(map(letters, texts[:cut]))  # of one language: "Artigo 27º" is not new after "Artigo 1º"
         sets["udhr359_train"] += [(text, row["lang"]) for text in texts[:cut]]
-        sets["udhr359_test"] += [(text, row["lang"]) for text in spread(texts[cut:], 20)]
+        sets["udhr359_test"] += [(t, row["lang"]) for t in spread(texts[cut:], 20) if letters(t) not in known]
 
     held_out = {letters(text) for name in ("test", "validation", "udhr", "pud") for text, _ in sets[name]}
     kept = [row for row in sets["train"] if letters(row[0]) not in held_out and letters(row[0])]
