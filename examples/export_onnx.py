@@ -19,12 +19,20 @@ from inputs import HelpFormatter, at_least_one, causal_checkpoint, output_folder
 HERE = Path(__file__).parent
 
 
+def graphs_folder(value: str) -> Path:
+    """An [`output_folder`] without a checkpoint, whose config and tokenizer would be replaced."""
+    folder = output_folder(value)
+    if (folder / "model.safetensors").is_file():
+        raise argparse.ArgumentTypeError(f"{value} holds the weights of a model: use another folder")
+    return folder
+
+
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument(
         "--checkpoint", type=causal_checkpoint, default=str(HERE / "checkpoints" / "stlm-3m"), help="folder or Hub id"
     )
-    parser.add_argument("--output", type=output_folder, required=True, help="folder for the graphs")
+    parser.add_argument("--output", type=graphs_folder, required=True, help="folder for the graphs")
     parser.add_argument("--max_length", type=at_least_one, default=512, help="bytes of prompt and answer together")
     parser.add_argument("--prompt", default="The history of the", help="to continue")
     parser.add_argument("--num_bytes", type=at_least_one, default=100, help="to write")
