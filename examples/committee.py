@@ -16,12 +16,14 @@ import json
 import statistics
 import time
 from collections.abc import Iterable
+from glob import escape
 from itertools import islice
 from pathlib import Path
 
 from inputs import (
     HelpFormatter,
     add_bf16,
+    as_text,
     at_least_one,
     choose_precision,
     file_pattern,
@@ -71,7 +73,7 @@ if __name__ == "__main__":
 import torch
 from datasets import Dataset, load_dataset
 from matplotlib.figure import Figure
-from run_folder import check_same, run_info
+from run_folder import begin, check_same, names_and_sizes, run_info
 from score import documents
 from transformers import (
     AutoModelForSequenceClassification,
@@ -96,10 +98,25 @@ def encode(texts: list[str], max_bytes: int) -> list[list[int]]:
 
 def labelled(file: Path, args: argparse.Namespace) -> Dataset:
     kind = "csv" if ".csv" in file.name else "json"
-    rows = load_dataset(kind, data_files=str(file), split="train")
+    rows = load_dataset(kind, data_files=escape(str(file)), split="train")
     if not {args.column, "label"} <= set(rows.column_names):
         raise SystemExit(f"{file} has the columns {rows.column_names}, expected {args.column} (--column) and label")
     return Dataset.from_dict({"input_ids": encode(list(rows[args.column]), args.max_bytes), "labels": rows["label"]})
+
+
+def number_labels(sets: dict[str, Dataset]) -> list:
+    """Replace the labels, words or numbers, by their places among those of the rows to train on, which are returned."""
+    if any(None in rows["labels"] for rows in sets.values()):
+        raise SystemExit("--train and --test have rows without a label: leave them out")
+    labels = sorted(set(sets["train"]["labels"]))
+    if len(labels) < 2:
+        raise SystemExit(f"--train has the labels {labels}, expected at least two")
+    if unknown := sorted(set(sets["test"]["labels"]) - set(labels)):
+        raise SystemExit(f"--test has the labels {unknown}, which --train has not: expected some of {labels}")
+    for split, rows in sets.items():
+        numbers = [labels.index(label) for label in rows["labels"]]
+        sets[split] = rows.remove_columns("labels").add_column("labels", numbers)
+    return labels
 
 
 def trainer_of(model, data, args: argparse.Namespace, epochs: float, seed: int, **options) -> Trainer:
@@ -125,13 +142,9 @@ def trainer_of(model, data, args: argparse.Namespace, epochs: float, seed: int, 
 
 
 def settings_of(args: argparse.Namespace, names: Iterable[str]) -> dict[str, str]:
-    """For a record: files by their names and sizes."""
+    """For a record."""
     files = {"train": [args.train], "test": [args.test], "text": args.text}
-    given = {
-        name: ", ".join(f"{Path(file).name} ({Path(file).stat().st_size:,} bytes)" for file in paths)
-        for name, paths in files.items()
-    }
-    return {name: given.get(name, str(getattr(args, name))) for name in names}
+    return {name: names_and_sizes(files[name]) if name in files else str(getattr(args, name)) for name in names}
 
 
 def encoder_config(layers: int, args: argparse.Namespace, **fields) -> STLMConfig:
@@ -158,11 +171,12 @@ def pretrained(layers: int, articles: list[str], args: argparse.Namespace, seed:
     return folder
 
 
-def finetuned(folder: Path, sets: dict[str, Dataset], args: argparse.Namespace, seed: int):
+def finetuned(folder: Path, sets: dict[str, Dataset], labels: list, args: argparse.Namespace, seed: int):
     """A classifier that starts from `folder`."""
     set_seed(seed)
-    num_labels = len(set(sets["train"]["labels"]))
-    model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=num_labels)
+    names = dict(enumerate(map(str, labels)))
+    label2id = {name: number for number, name in names.items()}
+    model = AutoModelForSequenceClassification.from_pretrained(folder, id2label=names, label2id=label2id)
     trainer_of(model, sets["train"], args, args.finetuning_epochs, seed).train()
     return model.eval()
 
@@ -190,11 +204,13 @@ def spread(values: list[float]) -> str:
     return f"{100 * statistics.mean(values):.1f}{deviation}"
 
 
-def compare(articles: list[str], sets: dict[str, Dataset], args: argparse.Namespace, seed: int) -> dict[str, float]:
+def compare(
+    articles: list[str], sets: dict[str, Dataset], labels: list, args: argparse.Namespace, seed: int
+) -> dict[str, float]:
     """Accuracy of each arm after pre-training on `articles`; keeps the committee of most articles in the output folder."""
 
     def classifier(layers: int, number: int):
-        return finetuned(pretrained(layers, articles, args, number), sets, args, number)
+        return finetuned(pretrained(layers, articles, args, number), sets, labels, args, number)
 
     members = [classifier(args.shallow, seed * args.members + i) for i in range(args.members)]
     models = {"deep": classifier(args.deep, seed), "shallow": members[0]}
@@ -205,12 +221,12 @@ def compare(articles: list[str], sets: dict[str, Dataset], args: argparse.Namesp
     return {arm: accuracy(models[arm], sets, args) for arm in ARMS}
 
 
-def untrained(args: argparse.Namespace, num_labels: int) -> dict[str, torch.nn.Module]:
+def untrained(args: argparse.Namespace, num_labels: int, device: torch.device) -> dict[str, torch.nn.Module]:
     """Models of the sizes of all arms, to take the time of."""
 
     def classifier(layers: int):
         config = encoder_config(layers, args, num_labels=num_labels)
-        return AutoModelForSequenceClassification.from_config(config).eval()
+        return AutoModelForSequenceClassification.from_config(config).to(device).eval()
 
     members = [classifier(args.shallow) for _ in range(args.members)]
     committee = STLMCommittee.from_members(members).eval()
@@ -220,29 +236,28 @@ def untrained(args: argparse.Namespace, num_labels: int) -> dict[str, torch.nn.M
 def main(args: argparse.Namespace):
     logging.set_verbosity_error()  # every classifier starts with a fresh head: not worth a report each time
     choose_precision(args)
-    info = run_info(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    articles = list(islice((text for text in documents(args.text) if text), max(args.articles)))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    info = run_info(device)
+    articles = list(islice((as_text(text) for text in documents(args.text) if text), max(args.articles)))
     if len(articles) < max(args.articles):
         raise SystemExit(f"{args.text} hold {len(articles)} articles, expected at least {max(args.articles)}")
     sets = {"train": labelled(args.train, args), "test": labelled(args.test, args)}
+    labels = number_labels(sets)
     for split, rows in (("train", args.rows), ("test", args.test_rows)):
         shuffled = sets[split].shuffle(seed=0)
         if rows and rows > len(shuffled):
             raise SystemExit(f"{getattr(args, split)} has {len(shuffled):,} rows, expected at least {rows:,}")
         sets[split] = shuffled.select(range(rows or len(shuffled)))
-    args.output.mkdir(parents=True, exist_ok=True)
     path = args.output / "cells.json"  # accuracies, by seed and number of articles
     settings = settings_of(args, sorted(set(vars(args)) - {"articles", "encoders", "output", "seeds"}))
     begun = args.output / "begun.json"
-    if begun.is_file():
-        check_same(begun, settings)
-    begun.write_text(json.dumps(settings, indent=1) + "\n")
+    begin(begun, settings, goes_on=begun.is_file())
     cells = json.loads(path.read_text()) if path.is_file() else {}
     for seed in range(args.seeds):
         for size in (0, *args.articles):
             key = f"seed {seed}, {size} articles"
             if key not in cells:
-                cells[key] = compare(articles[:size], sets, args, seed)
+                cells[key] = compare(articles[:size], sets, labels, args, seed)
                 written = path.with_suffix(".part")
                 written.write_text(json.dumps(cells, indent=1) + "\n")
                 written.replace(path)  # nothing is lost where a run is stopped while it writes
@@ -253,7 +268,7 @@ def main(args: argparse.Namespace):
         }
         for arm in ARMS
     }
-    models = untrained(args, len(set(sets["train"]["labels"])))
+    models = untrained(args, len(labels), device)
     speed = {arm: {size: latency(model, sets, size) for size in (1, 32)} for arm, model in models.items()}
     parameters = {arm: model.num_parameters() for arm, model in models.items()}
     print(f"\n{'accuracy in %':<16}" + "".join(f"{f'{size} articles':>18}" for size in (0, *args.articles)))

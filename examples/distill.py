@@ -72,7 +72,7 @@ if __name__ == "__main__":
     require("train", "accelerate", "matplotlib")
 
 import torch
-from run_folder import run_info, saved_at_the_end
+from run_folder import begin, names_and_sizes, run_info, saved_at_the_end
 from torch.utils.data import Subset
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments, set_seed
 
@@ -89,14 +89,16 @@ RATES = {"muon_lr": 0.02, "adamw_lr": 4e-3}
 def load_teacher(names: list[str], gguf_file: str | None, bf16: bool):
     """A model of bytes, a committee of these, or a `SubwordTeacher`."""
     options = {"gguf_file": gguf_file} if gguf_file else {}
-    tokenizer = AutoTokenizer.from_pretrained(names[0], **options)
+    tokenizers = [AutoTokenizer.from_pretrained(name, **options) for name in names]
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    if ids_are_bytes(tokenizer):
+    if all(map(ids_are_bytes, tokenizers)):
         models = [AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, **options) for name in names]
         return (STLMCommittee.from_members(models) if len(models) > 1 else models[0]).to(device)
+    if len(names) > 1:
+        raise SystemExit(f"--teacher {' '.join(names)}: expected one model of subwords, or models of bytes alone")
     # On a CPU bfloat16 is twice as fast, and eager attention faster than sdpa, which has a mask to read here.
     options |= {"dtype": torch.bfloat16 if bf16 else torch.float32, "attn_implementation": "eager"}
-    return SubwordTeacher(AutoModelForCausalLM.from_pretrained(names[0], **options).to(device), tokenizer)
+    return SubwordTeacher(AutoModelForCausalLM.from_pretrained(names[0], **options).to(device), tokenizers[0])
 
 
 def train(args: argparse.Namespace, sets: dict, teacher, teacher_weight: float) -> tuple[DistillationTrainer, dict]:
@@ -153,6 +155,10 @@ def main(args: argparse.Namespace):
     teacher, results = load_teacher(args.teacher, args.gguf_file, args.bf16), {}
     if isinstance(teacher, SubwordTeacher):
         path, start = args.output / f"{Path(args.teacher[0]).name}.bin", time.monotonic()
+        begun, names = path.with_suffix(".begun.json"), ("gguf_file", "windows", "block_bytes", "bf16")
+        settings = {"teacher": str(Path(args.teacher[0])), "text": names_and_sizes([args.text])}
+        settings |= {name: getattr(args, name) for name in names}
+        begin(begun, settings, goes_on=begun.is_file() or path.is_file())
         if not path.is_file():
             store_teacher(path, teacher, sets["train"])
             results["teacher_seconds"] = time.monotonic() - start

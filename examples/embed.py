@@ -19,6 +19,7 @@ from rows import read_labelled, tell_of_known
 
 
 HERE = Path(__file__).parent
+QUERIES = 256  # compared at a time: all with all of 100,000 rows would be 40 GB
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -43,7 +44,11 @@ def read_sets(args: argparse.Namespace) -> tuple[list[tuple[list, list]], list[s
     """Labelled rows, if any are given, and texts to look in."""
     rows = [read_labelled(args.train), read_labelled(args.test, fewest_labels=1)] if args.train else []
     if args.texts:
-        return rows, [line for line in read_text(args.texts).splitlines() if line.strip()]
+        texts, fewest = [line for line in read_text(args.texts).splitlines() if line.strip()], 1 if args.query else 2
+        if len(texts) < fewest and not rows:
+            lines = f"{len(texts)} lines with text, expected at least {fewest}"
+            raise SystemExit(f"{args.texts} has {lines}: add lines" + ("" if args.query else ", or give --query"))
+        return rows, texts
     return rows, [row["dialogue"] for row in read_json_lines(HERE / "data" / "dialogues.jsonl")]
 
 
@@ -60,9 +65,13 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 import modeling_stlm  # noqa: F401  (registers the Auto classes)
 
 
-def neighbours(queries, embeddings):
+def neighbours(queries, embeddings) -> np.ndarray:
     """Index of the most similar embedding for each query: `(n, D)` and `(N, D)`, dense or sparse, of length one."""
-    return (queries @ embeddings.T).argmax(1)
+    found = [
+        np.asarray((queries[start : start + QUERIES] @ embeddings.T).argmax(1)).ravel()
+        for start in range(0, queries.shape[0], QUERIES)
+    ]
+    return np.concatenate(found)
 
 
 def label_accuracy(encoder, train: tuple[list, list], test: tuple[list, list]) -> None:
@@ -75,8 +84,7 @@ def label_accuracy(encoder, train: tuple[list, list], test: tuple[list, list]) -
     score = (labels[neighbours(found, known)] == right).mean()
     words = TfidfVectorizer(sublinear_tf=True)
     known = words.fit_transform(train[0])
-    nearest = np.asarray(neighbours(words.transform(test[0]), known)).ravel()
-    baseline = (labels[nearest] == right).mean()
+    baseline = (labels[neighbours(words.transform(test[0]), known)] == right).mean()
     print(f"label of the nearest of {len(labels):,} rows, for {len(right):,} rows: {100 * score:.1f}%")
     print(f"{milliseconds:.1f} ms per row    with TF-IDF: {100 * baseline:.1f}%")
 

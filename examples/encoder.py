@@ -18,6 +18,7 @@ from pathlib import Path
 from inputs import (
     HelpFormatter,
     add_bf16,
+    as_text,
     at_least_one,
     checkpoint,
     choose_precision,
@@ -33,6 +34,7 @@ from inputs import (
 
 HERE = Path(__file__).parent
 NUM_HELD_OUT = 500  # passages
+MAY_CHANGE = ("output", "max_minutes")  # where a run goes on
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -41,7 +43,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--teacher", type=sentence_encoder, required=True, help="a sentence-transformers folder or Hub id"
     )
-    parser.add_argument("--output", type=output_of("STLMForMaskedLM"), required=True, help="folder of the encoder")
+    parser.add_argument(
+        "--output", type=output_of("STLMForMaskedLM", own=("begun.json",)), required=True, help="folder of the encoder"
+    )
     parser.add_argument(
         "--checkpoint", type=checkpoint, default=str(HERE / "checkpoints" / "stlm-3m"), help="folder or Hub id"
     )
@@ -64,7 +68,15 @@ if __name__ == "__main__":
 import numpy as np
 import torch
 from noise import KINDS, add_noise
-from run_folder import EndOnDivergence, ResumeLine, is_spent, last_checkpoint, write_results
+from run_folder import (
+    EndOnDivergence,
+    ResumeLine,
+    begin,
+    is_spent,
+    last_checkpoint,
+    names_and_sizes,
+    write_results,
+)
 from score import documents
 from sentence_transformers import SentenceTransformer
 from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer, TrainingArguments, set_seed
@@ -90,7 +102,7 @@ def embedded_passages(args: argparse.Namespace):
     texts, vectors = folder / "passages.json", folder / "teacher.npy"
     if not vectors.is_file():
         generator = random.Random(args.seed)
-        passages = [p for text in documents(args.text) for p in passages_of(text, args.max_bytes, generator)]
+        passages = [p for text in documents(args.text) for p in passages_of(as_text(text), args.max_bytes, generator)]
         generator.shuffle(passages)
         passages = passages[: args.passages]
         if len(passages) < 2 * NUM_HELD_OUT:
@@ -101,7 +113,10 @@ def embedded_passages(args: argparse.Namespace):
             teacher = teacher.to(torch.bfloat16)
         print(f"{args.teacher}: embeddings of {len(passages):,} passages", flush=True)
         embeddings = teacher.encode(passages, batch_size=64, convert_to_tensor=True, show_progress_bar=False)
-        np.save(vectors, embeddings.cpu().to(torch.float16).numpy())
+        written = vectors.with_suffix(".part")
+        with written.open("wb") as file:
+            np.save(file, embeddings.cpu().to(torch.float16).numpy())
+        written.replace(vectors)  # whole, wherever the program is stopped
     embeddings = np.load(vectors, mmap_mode="r")
     return json.loads(texts.read_text())[: len(embeddings)], embeddings
 
@@ -115,8 +130,13 @@ def noisy(text: str, generator: random.Random) -> str:
 
 
 def main(args: argparse.Namespace):
-    set_seed(args.seed)
     choose_precision(args)
+    checkpoint_folder = last_checkpoint(args.output)
+    settings = {name: str(value) for name, value in vars(args).items() if name not in MAY_CHANGE}
+    settings["text"] = names_and_sizes(args.text)
+    goes_on = checkpoint_folder is not None or (args.output / "data" / "teacher.npy").is_file()
+    begin(args.output / "begun.json", settings, goes_on)
+    set_seed(args.seed)
     # The library's pipelines cannot pad an empty text on the left.
     tokenizer = AutoTokenizer.from_pretrained(args.checkpoint, padding_side="right")
     # Eager attention: in bfloat16 on a CPU, a step with rows this short takes 0.84 of the time (research/LOG.md).
@@ -155,7 +175,6 @@ def main(args: argparse.Namespace):
         callbacks=[budget, resume, SaveByTime(minutes=5), stop],
     )
     trainer.add_callback(EndOnDivergence("--muon_lr or --adamw_lr, with a new --output"))
-    checkpoint_folder = last_checkpoint(args.output)
     if not is_spent(trainer, checkpoint_folder, args.max_minutes):
         trainer.train(resume_from_checkpoint=checkpoint_folder)
     if stop.received is not None:

@@ -11,7 +11,6 @@ same command goes on.
 """
 
 import argparse
-import json
 import shutil
 from pathlib import Path
 
@@ -65,8 +64,10 @@ from peft import LoraConfig, get_peft_model
 from run_folder import (
     EndOnDivergence,
     ResumeLine,
-    check_same,
+    begin,
+    is_spent,
     last_checkpoint,
+    names_and_sizes,
     plot,
     write_results,
 )
@@ -81,12 +82,12 @@ from modeling_stlm.training.long_runs import StopOnSignal
 def main(args: argparse.Namespace, text: bytes):
     choose_precision(args)
     begun, interrupted = args.output / "begun.json", last_checkpoint(args.output)
-    settings = {"text": f"{args.text.name}, {len(text):,} bytes", "checkpoint": args.checkpoint}
-    settings |= {name: str(getattr(args, name)) for name in ("lora_rank", "seed", "bf16")}
-    if interrupted is not None:
-        check_same(begun, settings)
-    args.output.mkdir(parents=True, exist_ok=True)
-    begun.write_text(json.dumps(settings, indent=1) + "\n")
+    settings = {"text": names_and_sizes([args.text]), "checkpoint": args.checkpoint}
+    names = ("max_steps", "batch_size", "learning_rate", "lora_rank", "seed", "bf16")
+    settings |= {name: str(getattr(args, name)) for name in names}
+    begin(begun, settings, goes_on=interrupted is not None)
+    if interrupted is None:
+        (args.output / "results.json").unlink(missing_ok=True)  # of the run before
     set_seed(args.seed)
     tokenizer = AutoTokenizer.from_pretrained(args.checkpoint)
     model = AutoModelForCausalLM.from_pretrained(args.checkpoint, dtype=torch.float32)
@@ -135,7 +136,9 @@ def main(args: argparse.Namespace, text: bytes):
         ],
     )
     trainer.add_callback(EndOnDivergence("--learning_rate, with a new --output"))
-    trainer.train(resume_from_checkpoint=interrupted)
+    # Of an adapter, `is_spent` cannot take the weights.
+    if args.lora_rank or not is_spent(trainer, interrupted):
+        trainer.train(resume_from_checkpoint=interrupted)
     if stop.received is not None:
         print(f"{stop.received.name}: saved at step {trainer.state.global_step}; the same command goes on from here")
         raise SystemExit(128 + stop.received)

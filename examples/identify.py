@@ -78,7 +78,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--validation", type=text_file, nargs="+", default=[], help="JSON lines: accuracy at the end")
     parser.add_argument(
         "--output",
-        type=output_of("STLMForTokenClassification"),
+        type=output_of("STLMForTokenClassification", own=("begun.json",)),
         default=Path("runs/langid"),
         help="folder of the trained model",
     )
@@ -127,7 +127,8 @@ def byte_logits(model: "PreTrainedModel", texts: list[str]) -> list["torch.Tenso
         rows = [torch.tensor(list(windows[j][1])) for j in chosen]
         ids = pad_sequence(rows, batch_first=True, padding_value=model.config.pad_token_id)
         with torch.inference_mode():
-            logits = model(ids, attention_mask=(ids != model.config.pad_token_id).long()).logits
+            ids = ids.to(model.device)
+            logits = model(ids, attention_mask=(ids != model.config.pad_token_id).long()).logits.cpu()
         for j, row, of_row in zip(chosen, rows, logits):
             found[j] = of_row[: len(row)]
     pieces = defaultdict(list)
@@ -288,7 +289,7 @@ def train(args: argparse.Namespace) -> None:
         raise SystemExit(f"--validation has languages that --train has not: {unknown}")
 
     import torch
-    from run_folder import EndOnDivergence, ResumeLine, is_spent, last_checkpoint, run_info
+    from run_folder import EndOnDivergence, ResumeLine, begin, is_spent, last_checkpoint, names_and_sizes, run_info
     from transformers import DataCollatorForTokenClassification, Trainer, TrainingArguments, set_seed
 
     from modeling_stlm import STLMConfig, STLMForTokenClassification, STLMTokenizer
@@ -296,8 +297,12 @@ def train(args: argparse.Namespace) -> None:
     from modeling_stlm.training.optimizer import MuonRecipe
     from modeling_stlm.training.time_budget import TimeBudget
 
-    set_seed(args.seed)
     choose_precision(args)
+    checkpoint = last_checkpoint(args.output)
+    settings = {name: str(getattr(args, name)) for name in ("batch_size", "muon_lr", "adamw_lr", "bf16", "seed")}
+    settings["train"] = names_and_sizes(args.train)
+    begin(args.output / "begun.json", settings, goes_on=checkpoint is not None)
+    set_seed(args.seed)
     tokenizer = STLMTokenizer(padding_side="right")  # the library's pipelines cannot pad an empty text on the left
     model = STLMForTokenClassification(
         STLMConfig(**CONFIG, label2id=label2id, id2label={i: language for language, i in label2id.items()})
@@ -332,7 +337,6 @@ def train(args: argparse.Namespace) -> None:
         callbacks=[budget, resume, stop, SaveByTime(minutes=5)],
     )
     trainer.add_callback(EndOnDivergence("--muon_lr or --adamw_lr, with a new --output"))
-    checkpoint = last_checkpoint(args.output)
     if not is_spent(trainer, checkpoint, args.max_minutes, ["validation"] if tests else []):
         trainer.train(resume_from_checkpoint=checkpoint)
     if stop.received is not None:
@@ -365,10 +369,12 @@ def train(args: argparse.Namespace) -> None:
 
 def accuracy(model: "PreTrainedModel", sentences: dict[str, list[str]], length: int | None = None) -> float:
     """Mean over languages of the share of sentences, cut to so many characters, that are identified."""
-    texts, languages = zip(*((text[:length], language) for language, texts in sentences.items() for text in texts))
+    lines = [(text[:length], language) for language, texts in sentences.items() for text in texts]
     hits = defaultdict(list)
-    for language, (found, _) in zip(languages, identify(model, list(texts))):
-        hits[language].append(found == language)
+    for start in range(0, len(lines), CHUNK_LINES):  # the logits of all lines may be gigabytes
+        texts, languages = zip(*lines[start : start + CHUNK_LINES])
+        for language, (found, _) in zip(languages, identify(model, list(texts))):
+            hits[language].append(found == language)
     return sum(sum(hit) / len(hit) for hit in hits.values()) / len(hits)
 
 

@@ -72,7 +72,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--muon_lr", type=positive, default=0.02, help="learning rate of the matrices")
     parser.add_argument("--adamw_lr", type=positive, default=4e-3, help="learning rate of all other parameters")
     parser.add_argument("--seed", type=whole, default=1, help="of weights and order")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if bool(args.train) != bool(args.validation):
+        parser.error("give --train and --validation, or neither for the shipped text")
+    return args
 
 
 if __name__ == "__main__":
@@ -152,7 +155,7 @@ def main(args: argparse.Namespace):
     set_seed(args.seed)
     tokenizer = AutoTokenizer.from_pretrained(args.checkpoint)
     larger = AutoModelForCausalLM.from_pretrained(args.checkpoint, dtype=torch.float32)
-    config = load_config(args.checkpoint, args.set)
+    config = load_config(args.checkpoint, args.set, is_checkpoint=True)
     windows = make_windows(args, tokenizer)
     data = islice(DataLoader(windows["train"], args.batch_size), args.data_batches) if args.data_batches else None
     models = {

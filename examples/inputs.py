@@ -12,7 +12,7 @@ import os
 import re
 import sys
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from glob import glob
 from importlib.util import find_spec
@@ -152,9 +152,16 @@ def output_of(*architectures: str, own: tuple[str, ...] = ()) -> Callable[[str],
     return check
 
 
+def files_of(patterns: Iterable[str | Path]) -> list[str]:
+    """The files that patterns match, sorted. What is the name of a file is no pattern: `a [1].txt` is that file."""
+    return sorted(
+        file for pattern in patterns for file in ([str(pattern)] if Path(pattern).is_file() else glob(str(pattern)))
+    )
+
+
 def file_pattern(value: str) -> str:
     """The name of a file, or a pattern that matches some."""
-    names = glob(value)
+    names = files_of([value])
     if not names:
         raise argparse.ArgumentTypeError(f"no file matches {value}")
     if folders := [name for name in names if Path(name).is_dir()]:
@@ -168,7 +175,7 @@ def naming(split: str, patterns: list[str], remedy: str) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        files = sorted(file for pattern in patterns for file in glob(pattern))
+        files = files_of(patterns)
         more = f" and {len(files) - 3:,} more" if len(files) > 3 else ""
         raise SystemExit(f"--{split} {' '.join(files[:3])}{more}: {error}. {remedy}") from None
 
@@ -192,6 +199,11 @@ def read_bytes(path: Path) -> bytes:
     """What a file holds, unpacked if its name ends in `.gz`."""
     with unpacking(path):
         return gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+
+
+def as_text(document: str | bytes) -> str:
+    """A document of `score.documents`, which gives the bytes of files without rows."""
+    return document if isinstance(document, str) else document.decode(errors="replace")
 
 
 def read_utf8(path: Path) -> str:

@@ -22,6 +22,7 @@ from inputs import (
     choose_precision,
     config_change,
     file_pattern,
+    files_of,
     naming,
     output_of,
     positive,
@@ -114,7 +115,7 @@ if __name__ == "__main__":
 import torch
 from alterations import ALTERATIONS, altered
 from huggingface_hub.errors import StrictDataclassError
-from run_folder import EndOnDivergence, ProgressLines, check_same, is_spent, last_checkpoint, run_info, save
+from run_folder import EndOnDivergence, ProgressLines, begin, check_same, is_spent, last_checkpoint, run_info, save
 from score import documents
 from transformers import (
     AutoModelForCausalLM,
@@ -148,19 +149,19 @@ def write_once(path: Path, patterns: list[str], tokenizer, **shares: float) -> P
     """The tokenized texts of a split, which the file is named after, with `shares` of the documents altered; kept if made from
     the same files and shares."""
     shares = {name: value for name, value in shares.items() if value}
-    made_from, sources = [*patterns, *([shares] if shares else [])], path.with_suffix(".json")
+    made_from = {file: Path(file).stat().st_size for file in files_of(patterns)} | shares
+    record = path.with_suffix(".json")
     if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        sources.write_text(json.dumps(made_from))
+        begin(record, made_from, goes_on=False)
         texts = documents(patterns)
         with naming(path.stem, patterns, "Take other texts"):
             write_corpus(path, altered(texts, **shares) if shares else texts, tokenizer)
-    elif not sources.is_file():
-        raise SystemExit(f"nothing says what {path} was made from: use another folder")
-    elif json.loads(sources.read_text()) != made_from:
-        raise SystemExit(
-            f"{path} was made from {sources.read_text()}, not {json.dumps(made_from)}: use another folder"
-        )
+    elif record.is_file() and isinstance(recorded := json.loads(record.read_text()), list):
+        # Of an earlier version, which recorded the patterns: nothing tells whether they match other files now.
+        if recorded != [*patterns, *([shares] if shares else [])]:
+            raise SystemExit(f"{record} was made with {recorded}: use another folder")
+    else:
+        check_same(record, made_from)
     return path
 
 
@@ -272,8 +273,7 @@ def train(args: argparse.Namespace, trainer: Trainer, step_bytes: float) -> None
     if checkpoint is not None and begun.is_file():
         recorded = json.loads(begun.read_text())  # earlier versions recorded less
         check_same(begun, {name: value for name, value in settings.items() if name in recorded})
-    args.output.mkdir(parents=True, exist_ok=True)
-    begun.write_text(json.dumps(settings, indent=1) + "\n")
+    begin(begun, settings, goes_on=False)
     stop = StopOnSignal()
     trainer.remove_callback(PrinterCallback)
     rates = f"--muon_lr {args.muon_lr:g} or --adamw_lr {args.adamw_lr:g}, with a new --output"

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from inputs import files_of
 from matplotlib.figure import Figure
 from safetensors.torch import load_file
 from transformers import GenerationConfig, ProgressCallback, Trainer, TrainerCallback, TrainerState, set_seed
@@ -32,14 +33,30 @@ def last_checkpoint(output: Path) -> str | None:
     return None
 
 
-def check_same(record: Path, settings: dict[str, str]) -> None:
+def check_same(record: Path, settings: dict) -> None:
     """Raise where what `record` keeps was made with other settings."""
     if not record.is_file():
         raise SystemExit(f"{record.parent} does not say what it was made with: use another folder")
     made_with = json.loads(record.read_text())
     names = sorted(made_with.keys() | settings.keys())
     if other := {name: made_with.get(name) for name in names if made_with.get(name) != settings.get(name)}:
-        raise SystemExit(f"{record} was made with {other}: use another folder")
+        shown = dict(list(other.items())[:5])
+        more = f" and {len(other) - 5:,} more" if len(other) > 5 else ""
+        raise SystemExit(f"{record} was made with {shown}{more}: use another folder")
+
+
+def begin(record: Path, settings: dict, goes_on: bool) -> None:
+    """Write to `record` what a job is made with; one that goes on with what is there must be made with the same."""
+    if goes_on:
+        check_same(record, settings)
+    record.parent.mkdir(parents=True, exist_ok=True)
+    record.write_text(json.dumps(settings, indent=1) + "\n")
+
+
+def names_and_sizes(patterns: Iterable[str | Path]) -> str:
+    """Files for a record: no folders of this machine, and other files do not pass for these."""
+    files = map(Path, files_of(patterns))
+    return ", ".join(f"{file.name} ({file.stat().st_size:,} bytes)" for file in files)
 
 
 def is_spent(

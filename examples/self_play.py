@@ -3,7 +3,7 @@ r"""Self-play on summaries (SPIN, arXiv:2401.01335): does a model gain from tell
 
     python examples/self_play.py                                       # 16 shipped dialogues: seconds, and no result
     python examples/self_play.py --checkpoint runs/summaries/full --train dialogsum/train.jsonl.gz \
-        --test dialogsum/test.jsonl.gz --train_rows 512 --output runs/self_play
+        --test dialogsum/test.jsonl.gz --train_rows 512 --output runs/spin
 
 Start from a model that was fine-tuned on the task, such as that of `summarize.py`, whose files and measures these are.
 Prints ROUGE and bits per byte by round. The same command resumes an interrupted run. Needs trl.
@@ -17,8 +17,12 @@ from inputs import at_least_one, choose_precision, positive, quiet_exit, require
 from rows import summary_sets
 
 
+MAY_CHANGE = ("output", "num_rounds")  # where a self-play goes on
+
+
 def parse_arguments() -> argparse.Namespace:
     parser = summary_parser(__doc__)
+    parser.set_defaults(output=Path("runs/self-play"))
     parser.add_argument("--num_rounds", type=at_least_one, default=3, help="of generation and training")
     parser.add_argument("--max_steps", type=at_least_one, default=10, help="steps in a round")
     parser.add_argument("--learning_rate", type=positive, default=1e-5, help="of AdamW")
@@ -33,6 +37,7 @@ if __name__ == "__main__":
         train, test = summary_sets(args)  # before the slow imports: a mistake is told at once
 
 import torch
+from run_folder import begin, names_and_sizes
 from summarize import record, scores_of, table
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
@@ -41,6 +46,10 @@ from modeling_stlm.training.self_play import SelfPlayConfig, SelfPlayTrainer
 
 def main(args: argparse.Namespace, train: list[dict], test: list[dict]):
     choose_precision(args)
+    played = args.output / "rounds.json"
+    files = {name: names_and_sizes([path]) for name in ("train", "test") if (path := getattr(args, name))}
+    settings = {name: str(value) for name, value in vars(args).items() if name not in MAY_CHANGE} | files
+    begin(args.output / "begun.json", settings, goes_on=played.is_file())
     set_seed(args.seed)
     tokenizer = AutoTokenizer.from_pretrained(args.checkpoint, padding_side="left")
     model = AutoModelForCausalLM.from_pretrained(args.checkpoint, dtype=torch.float32)
@@ -68,7 +77,6 @@ def main(args: argparse.Namespace, train: list[dict], test: list[dict]):
         processing_class=tokenizer,
         compute_round_metrics=lambda model: scores_of(model, tokenizer, test, args)[0],
     )
-    played = args.output / "rounds.json"
     if played.is_file():
         print(f"{args.output}: goes on after round {len(json.loads(played.read_text())) - 1} of {args.num_rounds}")
     rounds = trainer.train(resume_from_checkpoint=True)

@@ -116,6 +116,7 @@ MISTAKES = {
         ["inherit.py", "--train", "fol*"],
         "folder is a folder: expected files, such as 'folder/*.txt'",
     ),
+    "a text to train on alone": (["inherit.py", "--train", "latin1.txt"], "give --train and --validation, or neither"),
     "no file to score": (["score.py", str(SHIPPED), "none.txt"], "no file matches none.txt"),
     "no table": (["committee.py", "--text", "latin1.txt", "--train", "no.csv"], "no.csv is no such file"),
     "no task": (["evaluate_lm.py", "--blimp", "none.jsonl"], "none.jsonl is no such file"),

@@ -421,7 +421,24 @@ def test_the_example_compares_depth_pretraining_and_committees(tmp_path):
     again = run("committee.py", *files, *sizes, cwd=tmp_path)
     assert "seed 0, 0 articles: {'deep': 0.25" in again and f"seed 1, 12 articles: {removed}" in again
     other = ("--pretraining_epochs", 2, "--output", "other", "--encoders", "out/encoders")
+    # As a file of text, whose articles are bytes.
+    (tmp_path / "article.txt").write_text("One article. Zoë.", encoding="utf-8")
+    (tmp_path / "words.csv").write_text(
+        "label,text\n" + "".join(f"{words[i % 3]},{words[i % 3]} {i}\n" for i in range(12))
+    )
+    (tmp_path / "more.csv").write_text("label,text\nred apple,a\nblack hole,b\n")
+    in_words = ("--text", "article.txt", "--train", "words.csv", "--test", "words.csv", "--output", "words")
+    run("committee.py", *in_words, *sizes, "--articles", 1, "--seeds", 1, cwd=tmp_path)
+    committee = AutoModelForSequenceClassification.from_pretrained(tmp_path / "words" / "committee")
+    assert committee.config.id2label == dict(enumerate(sorted(words)))
     refusals = {
+        (
+            *sizes,
+            "--train",
+            "words.csv",
+            "--test",
+            "more.csv",
+        ): "--test has the labels ['black hole'], which --train has",
         ("--articles", 13): "hold 12 articles, expected at least 13",
         (*sizes, "--finetuning_epochs", 2): "begun.json was made with {'finetuning_epochs': '1'}: use another folder",
         (*sizes, *other): "pretraining.json was made with {'pretraining_epochs': '1'}: use another folder",

@@ -4,6 +4,7 @@
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
 
@@ -37,6 +38,7 @@ from modeling_stlm.training.model_card import build_model_card
 from .hub_server import metadata_errors
 from .test_distributed import run
 from .test_examples import ROOT
+from .test_examples import refused as told_by
 from .test_examples import run as run_example
 from .test_examples import small_text as small_text  # a fixture
 from .tiny import TEXT, batch, randomize, tiny_config, tiny_model
@@ -608,6 +610,15 @@ def test_the_example_compares_with_plain_training(tmp_path, small_text, kind):
     assert [e.metric_value for e in card.data.eval_results] == [round(results["distilled"]["bits_per_byte"], 4)]
     assert metadata_errors(str(card)) == []
     assert type(AutoModelForCausalLM.from_pretrained(tmp_path / "out")) is STLMForCausalLM
+    if kind == "subwords":
+        # The stored outputs are of that teacher and of these windows.
+        shutil.copytree(tmp_path / "teacher", tmp_path / "elsewhere" / "teacher")
+        command = ["distill.py", "--text", small_text, *sizes, "--teacher", "teacher"]
+        for name, value in {"teacher": "elsewhere/teacher", "windows": 3, "block_bytes": 32}.items():
+            told = told_by(*command, f"--{name}", value, cwd=tmp_path)
+            assert f"teacher.begun.json was made with {{'{name}': " in told
+        told = told_by(*command, "elsewhere/teacher", cwd=tmp_path)
+        assert told == "--teacher teacher elsewhere/teacher: expected one model of subwords, or models of bytes alone"
 
 
 def test_a_student_that_is_no_preset_is_noticed_before_the_teacher_reads(tmp_path):
@@ -650,7 +661,7 @@ def test_the_question_of_distillation_is_asked_at_equal_time(tmp_path):
         assert result.returncode == 1 and "Traceback" not in result.stderr
         return result.stderr
 
-    assert "train.bin was made from" in refused("--train", "other.txt")
+    assert "train.json was made with" in refused("--train", "other.txt")
     for words in (
         ["--windows", "4"],
         ["--teacher", "elsewhere", "--name", "teacher"],

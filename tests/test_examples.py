@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import modeling_stlm
@@ -35,6 +36,14 @@ def run(script: str, *arguments, cwd: Path, **options) -> str:
     result = subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=600, **options)
     assert result.returncode == 0, result.stderr[-3000:]
     return result.stdout
+
+
+def refused(script: str, *arguments, cwd: Path) -> str:
+    """The last line of a command that ends in words."""
+    command = [sys.executable, str(ROOT / "examples" / script), *map(str, arguments)]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=600)
+    assert result.returncode == 1 and "Traceback" not in result.stderr, result.stderr[-3000:]
+    return result.stderr.splitlines()[-1]
 
 
 @pytest.fixture(scope="module")
@@ -339,13 +348,31 @@ def test_finetuning_that_was_cut_goes_on(small_text, tmp_path, lora_rank):
         assert process.wait() == 130 and f"SIGINT: saved at step {step}; the same command goes on from here" in rest
         assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == [f"checkpoint-{step}"]
     assert not (tmp_path / "out" / "model.safetensors").exists()
-    other = subprocess.run([*command, "--text", str(TEXT)], capture_output=True, text=True, cwd=tmp_path)
-    assert other.returncode == 1 and other.stderr.endswith(
-        f"begun.json was made with {{'text': '{small_text.name}, {small_text.stat().st_size:,} bytes'}}: use another folder\n"
-    )
+    made_with = {"learning_rate": "0.001", "batch_size": "1", "max_steps": "5"}
+    made_with["text"] = f"{small_text.name} ({small_text.stat().st_size:,} bytes)"
+    for name, other in {"learning_rate": 0.01, "batch_size": 2, "max_steps": 6, "text": TEXT}.items():
+        told = refused("finetune.py", *command[2:], f"--{name}", other, cwd=tmp_path)
+        assert told == f"{Path('out/begun.json')} was made with { {name: made_with[name]} }: use another folder"
     output = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=True).stdout
     assert f"step 2 of 5: goes on from {Path('out') / 'checkpoint-2'}" in output and " before, " in output
     assert list((tmp_path / "out").glob("checkpoint-*")) == []  # the next run begins anew
+
+
+def test_finetuning_that_was_cut_at_its_last_step_trains_nothing_more(small_text, tmp_path):
+    arguments = ["--text", str(small_text), "--output", "out", "--max_steps", "1", "--batch_size", "1"]
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "results.json").write_text('{"steps": 1, "script": "finetune.py"}')  # of a run before
+    command = [sys.executable, str(ROOT / "examples" / "finetune.py"), *arguments]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=tmp_path) as cut:
+        next(line for line in cut.stdout if "eval_bits_per_byte" in line)
+        cut.send_signal(signal.SIGINT)
+        assert "SIGINT: saved at step 1;" in cut.stdout.read()
+    saved = load_file(tmp_path / "out" / "checkpoint-1" / "model.safetensors")
+    printed = run("finetune.py", *arguments, cwd=tmp_path)
+    assert "the budget is spent after 1 steps" in printed and " before, " in printed
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(torch.equal(found[name], saved[name]) for name in saved)
+    assert "base_model" in json.loads((tmp_path / "out" / "results.json").read_text())
 
 
 def test_finetuning_that_diverges_ends_in_words(small_text, tmp_path):
@@ -553,6 +580,61 @@ def test_texts_and_numbers_are_checked(inputs, tmp_path):
         for value in values:
             with pytest.raises(argparse.ArgumentTypeError, match=f"{value} must be"):
                 check(value)
+
+
+def test_what_is_the_name_of_a_file_is_no_pattern(inputs, tmp_path):
+    names = ["1.txt", "a [1].txt", "a 1.txt", "b*.txt", "b2.txt"]
+    for name in names:
+        (tmp_path / name).write_text("text")
+    files = [str(tmp_path / name) for name in names]
+    assert inputs.file_pattern(files[1]) == files[1]
+    assert [inputs.files_of([file]) for file in files] == [[file] for file in files]
+    assert inputs.files_of([tmp_path / "[b1]*.txt", tmp_path / "a [[]1].txt"]) == [
+        files[0],
+        files[1],
+        files[3],
+        files[4],
+    ]
+    with (
+        pytest.raises(SystemExit, match=r"--train .*/a \[1\].txt: too short. Take"),
+        inputs.naming("train", files[1:2], "Take"),
+    ):
+        raise ValueError("too short")
+
+
+def test_corpora_are_of_the_files_that_match_now(inputs, tmp_path):
+    pretrain, tokenizer = importlib.import_module("pretrain"), modeling_stlm.STLMTokenizer()
+    corpus, patterns = tmp_path / "data" / "train.bin", [str(tmp_path / "*.txt")]
+    (tmp_path / "a.txt").write_text("one")
+    record = pretrain.write_once(corpus, patterns, tokenizer).with_suffix(".json")
+    assert json.loads(record.read_text()) == {str(tmp_path / "a.txt"): 3}
+    assert pretrain.write_once(corpus, patterns, tokenizer).read_bytes().count(b"one") == 1
+    (tmp_path / "b.txt").write_text("two")
+    with pytest.raises(SystemExit, match=r"train.json was made with \{'.*b.txt': None\}: use another folder"):
+        pretrain.write_once(corpus, patterns, tokenizer)
+    record.write_text(json.dumps(patterns))  # of an earlier version
+    pretrain.write_once(corpus, patterns, tokenizer)
+    assert json.loads(record.read_text()) == patterns
+    for other, shares in ([str(tmp_path / "a.txt")], {}), (patterns, {"noise": 0.5}):
+        with pytest.raises(SystemExit, match=r"train.json was made with \['.*\*.txt'\]: use another folder"):
+            pretrain.write_once(corpus, other, tokenizer, **shares)
+
+
+def test_records_say_what_differs(inputs, tmp_path):
+    run_folder = importlib.import_module("run_folder")
+    record = tmp_path / "new" / "begun.json"
+    with pytest.raises(SystemExit, match="new does not say what it was made with: use another folder"):
+        run_folder.begin(record, {"rate": 1}, goes_on=True)
+    run_folder.begin(record, {f"rate {i}": 1 for i in range(7)}, goes_on=False)
+    run_folder.begin(record, {f"rate {i}": 1 for i in range(7)}, goes_on=True)
+    with pytest.raises(SystemExit, match=r"begun.json was made with \{'rate 0': 1, .*'rate 4': 1\} and 2 more: use"):
+        run_folder.begin(record, {}, goes_on=True)
+    run_folder.begin(record, {}, goes_on=False)  # a new run
+    assert json.loads(record.read_text()) == {}
+    (tmp_path / "a [1].txt").write_text("text")
+    assert run_folder.names_and_sizes([tmp_path / "a [1].txt", f"{tmp_path}/*.txt"]) == ", ".join(
+        ["a [1].txt (4 bytes)"] * 2
+    )
 
 
 def test_fields_need_no_quotes(inputs):

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Language identification as a user would run it, on a few lines written here."""
 
+import copy
 import importlib
 import itertools
 import json
@@ -15,7 +16,7 @@ import pytest
 import torch
 from transformers import AutoModelForTokenClassification, AutoTokenizer, pipeline
 
-from .test_examples import ROOT, run
+from .test_examples import ROOT, refused, run
 from .tiny import RTOL
 
 
@@ -95,6 +96,40 @@ def test_the_same_command_goes_on_and_says_so(trained, data, tmp_path):
     again = run(*train_on(data, tmp_path / "run", 0.12), cwd=tmp_path)
     assert re.search(rf"^0\.1 of 0\.12 min: goes on from {tmp_path}/run/checkpoint-\d+$", again, re.MULTILINE)
     assert (tmp_path / "run" / "model.safetensors").read_bytes() != weights and "goes on from" not in printed
+
+
+def test_a_training_goes_on_with_the_settings_it_began_with(trained, data, tmp_path):
+    shutil.copytree(trained[0], tmp_path / "run")
+    rows = [{"text": text, "lang": lang} for lang in ("fra", "spa") for text in ("un deux", "uno dos")]
+    (tmp_path / "other.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    others = {"muon_lr": ["0.01"], "adamw_lr": ["0.01"], "seed": ["2"], "batch_size": ["8"]}
+    others["train"] = [tmp_path / "other.jsonl", "--validation", tmp_path / "other.jsonl"]
+    for name, values in others.items():
+        told = refused(*train_on(data, tmp_path / "run", 0.2), f"--{name}", *values, cwd=tmp_path)
+        assert f"begun.json was made with {{'{name}': " in told
+    begun = json.loads((tmp_path / "run" / "begun.json").read_text())
+    assert begun["train"] == f"lines.jsonl ({data.stat().st_size} bytes)" and begun["bf16"] in ("True", "False")
+
+
+def test_accuracy_is_computed_a_chunk_at_a_time(model, data, monkeypatch):
+    sentences, sizes, byte_logits = identify.read_sentences([data]), [], identify.byte_logits
+    whole = identify.accuracy(model, sentences)
+    assert whole == sum(
+        sum(found == language for found, _ in identify.identify(model, texts)) / len(texts)
+        for language, texts in sentences.items()
+    ) / len(sentences)
+    monkeypatch.setattr(
+        identify, "byte_logits", lambda model, texts: sizes.append(len(texts)) or byte_logits(model, texts)
+    )
+    monkeypatch.setattr(identify, "CHUNK_LINES", 4)
+    assert identify.accuracy(model, sentences) == whole and sizes == [4, 4, 1]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, where the Trainer leaves the model")
+def test_a_model_on_a_gpu_identifies(model):
+    expected = identify.identify(model, TEXTS)
+    found = identify.identify(copy.deepcopy(model).to("cuda"), TEXTS)
+    assert [language for language, _ in found] == [language for language, _ in expected]
 
 
 def test_lines_of_standard_input_are_identified(trained):
@@ -215,6 +250,23 @@ def test_a_peer_is_measured_on_the_languages_that_both_know():
     expected = ["deu", "deu", "yue", "eng"]  # nobody asks for English
     assert identify_peers.macro_accuracy(["deu", "eng", "cmn", "cmn"], expected, classes) == ((0.5 + 1) / 2, 2, 3)
     assert identify_peers.macro_accuracy(["bos hrv srp"], ["hrv"], {"hrv": "hrv"}) == (1, 1, 1)
+
+
+def test_answers_of_another_version_are_others():
+    kept = identify_peers.kept_as(peers.Peer("pytest", ROOT, [], identify=None), "udhr", "whole", is_shared=True)
+    assert kept == f"pytest {pytest.__version__} udhr whole shared.json"
+
+
+def test_the_card_names_the_device_that_trained(trained, tmp_path):
+    shutil.copytree(trained[0], tmp_path / "run")
+    path = tmp_path / "run" / "results.json"
+    results = json.loads(path.read_text()) | {"device": "a CPU elsewhere"}
+    path.write_text(json.dumps(results))
+    run("research/identify_export.py", "--run", "run", "--output", "out", cwd=tmp_path)
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert f"{results['cpu_minutes']:.1f} minutes of one CPU core (a CPU elsewhere): sentences cut" in card
+    exported = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert exported["device"] == "a CPU elsewhere" != exported["exported"]["device"]
 
 
 def test_spans_of_peers_make_up_the_line():

@@ -490,6 +490,19 @@ def test_the_example_prints_steps_to_equal_loss(small_text, tmp_path):
     assert loaded.config.trunk_intermediate_size == 216 and loaded.config.use_cache
 
 
+def test_a_checkpoint_of_the_hub_inherits(small_text, tmp_path, monkeypatch):
+    folder = tmp_path / "hub" / "models--me--tiny"
+    tiny_model().save_pretrained(folder / "snapshots" / "abc")
+    STLMTokenizer().save_pretrained(folder / "snapshots" / "abc")
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text("abc")
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    options = ["--checkpoint", "me/tiny", "--set", "intermediate_size=8", "--max_steps", 1, "--batch_size", 1]
+    options += ["--train", small_text, "--validation", small_text, "--output", "run"]
+    run("inherit.py", *options, cwd=tmp_path)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "run").config.intermediate_size == 8
+
+
 def test_steps_to_a_loss_lie_on_the_lines_between_evaluations():
     example = importlib.import_module("inherit")
     curve = {0: 8.0, 10: 4.0, 20: 2.0}

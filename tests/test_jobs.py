@@ -2,6 +2,7 @@
 """Encoders, and the examples for one job each: classes, spans, embeddings."""
 
 import argparse
+import gzip
 import importlib
 import json
 import math
@@ -15,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from scipy.sparse import csr_matrix
 from sentence_transformers import SentenceTransformer
 from torch.nn import functional as F
 from transformers import (
@@ -45,7 +47,7 @@ from modeling_stlm.training.sentence_embeddings import (
 )
 
 from .hub_server import metadata_errors
-from .test_examples import ROOT, run
+from .test_examples import ROOT, refused, run
 from .tiny import assert_equal, batch, ids_of, randomize, tiny_config, tiny_model
 
 
@@ -501,6 +503,29 @@ def test_nearest_neighbours_of_embeddings(encoder_folder, animals_and_tools, tmp
     options = ["--texts", tmp_path / "lines.txt", "--query", "The dog runs."]
     printed = run("embed.py", "--checkpoint", encoder_folder, *options, cwd=tmp_path)
     assert "1.000  'The dog runs.'" in printed
+    for text, words in ("\n \n", "0 lines with text"), ("One line.\n", "1 lines with text"):
+        (tmp_path / "few.txt").write_text(text)
+        told = refused("embed.py", "--checkpoint", encoder_folder, "--texts", "few.txt", cwd=tmp_path)
+        assert told == f"few.txt has {words}, expected at least 2: add lines, or give --query"
+
+
+def test_neighbours_are_found_some_queries_at_a_time(monkeypatch):
+    embed = importlib.import_module("embed")
+    generator = np.random.default_rng(0)
+    queries, rows = generator.normal(size=(11, 5)), generator.normal(size=(30, 5))
+    expected = (queries @ rows.T).argmax(1)
+    monkeypatch.setattr(embed, "QUERIES", 4)
+    assert embed.neighbours(queries, rows).tolist() == expected.tolist()
+    assert embed.neighbours(csr_matrix(queries), csr_matrix(rows)).tolist() == expected.tolist()
+    largest = 0
+
+    class Watched(np.ndarray):
+        def __array_finalize__(self, other):
+            nonlocal largest
+            largest = max(largest, self.size)
+
+    embed.neighbours(queries.view(Watched), rows.view(Watched))
+    assert largest == rows.size  # 11 queries with 30 rows would be 330
 
 
 def test_tags_of_bytes_and_spans_that_were_found():
@@ -609,10 +634,42 @@ def test_an_encoder_from_a_causal_checkpoint_and_a_teacher(encoder_folder, tmp_p
     assert "embeddings of" in printed and "embeddings of" not in again
     assert "nothing is trained" in again and f"held out: {cosine:.3f}" in again
     assert "goes on from" not in printed and "next: " not in run("encoder.py", *options, cwd=tmp_path)
+    for name, value in {"passages": 1500, "seed": 2, "teacher": f"{encoder_folder}/", "adamw_lr": 1e-3}.items():
+        assert f"begun.json was made with {{'{name}': " in refused(
+            "encoder.py", *options, f"--{name}", value, cwd=tmp_path
+        )
     options[options.index("--max_minutes") + 1] = 0.08
     longer = run("encoder.py", *options, cwd=tmp_path)
     assert (tmp_path / "out" / "model.safetensors").read_bytes() != weights
     assert re.search(r"^0\.[01] of 0\.08 min: goes on from \S+/checkpoint-\d+$", longer, re.MULTILINE)
+
+
+def test_embeddings_of_the_teacher_are_whole_or_not_there(encoder_folder, tmp_path, monkeypatch):
+    encoder = importlib.import_module("encoder")
+    paragraphs = "\n\n".join(" ".join(random.Random(i).sample(ANIMALS + TOOLS, 12)) for i in range(4000))
+    (tmp_path / "text.txt").write_text(f"Title\n\n{paragraphs}")
+    monkeypatch.setattr(encoder, "NUM_HELD_OUT", 10)
+    args = argparse.Namespace(
+        text=[str(tmp_path / "text.txt")],
+        teacher=str(encoder_folder),
+        output=tmp_path / "out",
+        passages=30,
+        max_bytes=80,
+        bf16=False,
+        seed=1,
+    )
+
+    def cut(file, array):
+        file.write(b"half")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(np, "save", cut)
+        with pytest.raises(KeyboardInterrupt):
+            encoder.embedded_passages(args)
+    passages, embeddings = encoder.embedded_passages(args)
+    assert len(passages) == len(embeddings) == 30
+    assert [path.name for path in (tmp_path / "out" / "data").glob("teacher*")] == ["teacher.npy"]
 
 
 def test_noise_of_the_encoder_is_that_of_its_generator(monkeypatch):
@@ -653,3 +710,22 @@ def test_log_probabilities_of_lines(tmp_path):
         expected = sum(float(log_probs[t - 1, i]) for t, i in enumerate(ids) if t)
         assert float(nats) == pytest.approx(expected, abs=0.01)
         assert float(bits) == pytest.approx(-expected / math.log(2) / (len(ids) - 1), abs=0.001)
+
+
+def test_the_table_of_jobs_keeps_cells_of_the_same_settings(encoder_folder, animals_and_tools, tmp_path):
+    (tmp_path / "data" / "sst2").mkdir(parents=True)
+    for split in ("train", "test"):
+        path = tmp_path / "data" / "sst2" / f"{split}.csv.gz"
+        path.write_bytes(gzip.compress(Path(animals_and_tools[0]).read_bytes()))
+    options = ["--data", "data", "--checkpoint", encoder_folder, "--teacher", encoder_folder, "--output", "jobs.json"]
+    options += ["--jobs", "SST-2", "--systems", "tfidf", "--test_rows", 9]
+    run("research/jobs.py", *options, "--seeds", 1, cwd=tmp_path)
+    kept = json.loads((tmp_path / "jobs.json").read_text())
+    assert list(kept["cells"]) == ["SST-2 | tfidf | 0"]
+    for name, value in {"epochs": 5, "test_rows": 8, "runs": 2, "checkpoint": tmp_path}.items():
+        told = refused("research/jobs.py", *options, "--seeds", 2, f"--{name}", value, cwd=tmp_path)
+        assert f"jobs.begun.json was made with {{'{name}': " in told
+    assert json.loads((tmp_path / "jobs.json").read_text()) == kept
+    run("research/jobs.py", *options, "--seeds", 2, cwd=tmp_path)
+    again = json.loads((tmp_path / "jobs.json").read_text())["cells"]
+    assert len(again) == 2 and again["SST-2 | tfidf | 0"] == kept["cells"]["SST-2 | tfidf | 0"]

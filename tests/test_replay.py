@@ -16,6 +16,7 @@ from modeling_stlm.training.corpus import PackedWindows
 from modeling_stlm.training.replay import ReplayRounds, ReplayWindows, draw
 
 from .test_distributed import run
+from .test_examples import refused
 from .test_examples import run as run_example
 from .tiny import TEXT, tiny_config
 from .trainers import TOKENIZER, arguments, weights
@@ -261,6 +262,10 @@ def test_the_example_compares_runs_of_equal_steps(tmp_path):
     assert (
         re.search(r"replay minus random order: ([+-][\d.]+) on average", printed)[1] == f"{scores[1] - scores[0]:+.4f}"
     )
+    assert run_example("research/replay.py", *files, *options, cwd=tmp_path) == printed
+    for name, value in {"one_in": 4, "batch_size": 4}.items():
+        told = refused("research/replay.py", *files, *options, f"--{name}", value, cwd=tmp_path)
+        assert f"begun.json was made with {{'{name}': " in told
 
 
 def test_a_training_after_one_that_raised_is_a_new_one(windows, tmp_path):

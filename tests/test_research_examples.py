@@ -6,6 +6,7 @@ import importlib
 import json
 import math
 import os
+import platform
 import subprocess
 import sys
 from itertools import pairwise
@@ -219,12 +220,13 @@ def test_corpora_say_how_they_were_altered(small_documents, small_text, tmp_path
     options = ["--noise", "0.5", "--repeat", "0.5", "--sentences", "0.2", "--max_steps", "1"]
     train(small_documents, tmp_path / "run", *options)
     made_from = json.loads((tmp_path / "run" / "data" / "bytes" / "train.json").read_text())
-    assert made_from[-1] == {"noise": 0.5, "repeat": 0.5, "sentences": 0.2}
-    assert json.loads((tmp_path / "run" / "data" / "bytes" / "validation.json").read_text()) == made_from[:-1]
+    files = {str(small_documents): small_documents.stat().st_size}
+    assert made_from == files | {"noise": 0.5, "repeat": 0.5, "sentences": 0.2}
+    assert json.loads((tmp_path / "run" / "data" / "bytes" / "validation.json").read_text()) == files
     with pytest.raises(AssertionError, match="use another folder"):
         train(small_documents, tmp_path / "run", "--max_steps", "1")
     (tmp_path / "run" / "data" / "bytes" / "train.json").unlink()
-    with pytest.raises(AssertionError, match="nothing says what"):
+    with pytest.raises(AssertionError, match="does not say what it was made with"):
         train(small_documents, tmp_path / "run", *options)
 
 
@@ -268,6 +270,8 @@ def test_rules_learn_from_the_training_texts(patching, small_text, tmp_path):
     config = modeling_stlm.STLMConfig.from_pretrained(tmp_path / "run")
     assert len((config.patch_vocabulary or "").split()) == (400 if patching == "vocabulary" else 0)
     assert 1 < results["bytes_per_patch_or_token"] < 16
+    again = train(small_text, tmp_path / "run", "--max_steps", 4, "--eval_at_end", *changes, *steps)
+    assert again["steps"] == 4  # with the same settings, also where the vocabulary is built again
 
 
 @pytest.mark.parametrize("model", ["llama-bytes", "llama-bpe"])
@@ -345,9 +349,7 @@ def test_ablations_leave_a_table_and_are_not_repeated(small_documents, tmp_path)
     first = run("research/ablate.py", path, *arguments, "--only", "base", "fixed", "noisy", cwd=tmp_path)
     assert "3 runs, 3 to do" in first
     assert {file.stem for file in (tmp_path / "tiny").glob("*.json")} == {"base-s2", "fixed-s1", "noisy-s1"}
-    assert json.loads((tmp_path / "runs" / "data-noise-0.5" / "bytes" / "train.json").read_text())[-1] == {
-        "noise": 0.5
-    }
+    assert json.loads((tmp_path / "runs" / "data-noise-0.5" / "bytes" / "train.json").read_text())["noise"] == 0.5
     assert "MB: loss" in ablate.progress(tmp_path / "runs" / "base-s2" / "log.txt")
     again = run("research/ablate.py", path, *arguments, cwd=tmp_path)
     assert "4 runs, 1 to do" in again
@@ -645,3 +647,13 @@ def test_learning_curves_are_in_bits_per_byte(small_text, tmp_path, model):
     run("research/curves.py", f"again={tmp_path / 'run'}", "--record", "curves.json", cwd=tmp_path)
     assert sorted(json.loads((tmp_path / "curves.json").read_text())) == ["again", "mine"]
     assert (tmp_path / "curves.png").stat().st_size > 10_000
+
+
+def test_the_name_of_the_cpu_needs_no_linux(monkeypatch, tmp_path):
+    provenance = importlib.import_module("provenance")
+    monkeypatch.setattr(provenance, "CPUINFO", tmp_path / "none")
+    assert provenance.cpu_name() == (platform.processor() or platform.machine()) != ""
+    assert provenance.run_info()["device"].startswith(provenance.cpu_name()) or torch.cuda.is_available()
+    (tmp_path / "cpuinfo").write_text("processor\t: 0\nmodel name\t: A chip: of two\n")
+    monkeypatch.setattr(provenance, "CPUINFO", tmp_path / "cpuinfo")
+    assert provenance.cpu_name() == "A chip"

@@ -4,6 +4,7 @@
 import gzip
 import importlib
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -15,13 +16,13 @@ from modeling_stlm.training.model_card import build_model_card
 from modeling_stlm.training.rouge import rouge
 
 from .hub_server import metadata_errors
-from .test_examples import ROOT, run
+from .test_examples import ROOT, refused, run
 from .tiny import tiny_model
 from .trainers import TOKENIZER
 
 
 sys.path.insert(0, str(ROOT / "examples"))
-rows, summarize = (importlib.import_module(name) for name in ("rows", "summarize"))
+inputs, rows, summarize = (importlib.import_module(name) for name in ("inputs", "rows", "summarize"))
 
 
 @pytest.fixture(scope="module")
@@ -105,3 +106,15 @@ def test_self_play_goes_on_by_rounds(tmp_path, checkpoint):
     assert sum(line.startswith("| round") for line in twice) == 3
     for scores in second:
         check_card(tmp_path / "run" / f"round-{scores['round']}", checkpoint, scores["bits_per_byte"])
+    shutil.copytree(checkpoint, tmp_path / "other")
+    results = (tmp_path / "run" / "round-1" / "results.json").read_bytes()
+    for name, value in {"checkpoint": tmp_path / "other", "beta": 0.2, "summary_bytes": 9}.items():
+        told = refused("self_play.py", *options, "--num_rounds", 2, f"--{name}", value, cwd=tmp_path)
+        assert f"begun.json was made with {{'{name}': " in told
+    assert (tmp_path / "run" / "round-1" / "results.json").read_bytes() == results
+
+
+def test_self_play_has_a_folder_of_its_own(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["self_play.py"])
+    assert importlib.import_module("self_play").parse_arguments().output == Path("runs/self-play")
+    assert inputs.summary_parser("").parse_args([]).output == Path("runs/summaries")

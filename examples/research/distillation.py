@@ -65,7 +65,7 @@ import distill
 import torch
 from pretrain import write_once
 from provenance import run_info
-from run_folder import check_same
+from run_folder import begin
 from stopwatch import Stopwatch
 from tables import markdown_table
 from torch.utils.data import Subset
@@ -109,22 +109,13 @@ def settings(args: argparse.Namespace, *names: str) -> dict:
     return {name: getattr(args, name) for name in names}
 
 
-def same_as_before(record: Path, found: dict, kept: Path) -> None:
-    """Ends the program if `kept` is there and `record` does not say that these settings made it."""
-    if record.is_file() or kept.exists():
-        check_same(record, found)
-    record.parent.mkdir(parents=True, exist_ok=True)
-    record.write_text(json.dumps(found) + "\n")
-
-
 def store(args: argparse.Namespace, windows: Subset) -> tuple[StoredTeacher, float]:
     """The outputs of the teacher, and the CPU time in seconds that they took, without loading it."""
     path = args.output / f"{args.name}.bin"
-    clock = path.with_suffix(".seconds.json")
+    clock, begun = path.with_suffix(".seconds.json"), path.with_suffix(".begun.json")
     teachers = [str(Path(name)) for name in args.teacher]
-    same_as_before(
-        path.with_suffix(".begun.json"), {"teacher": teachers, **settings(args, "gguf_file", "windows")}, path
-    )
+    made_with = {"teacher": teachers, **settings(args, "gguf_file", "windows")}
+    begin(begun, made_with, goes_on=begun.is_file() or path.is_file())
     if not path.is_file():
         teacher = distill.load_teacher(args.teacher, args.gguf_file, args.bf16)
         spent = json.loads(clock.read_text()) if clock.is_file() else 0.0
@@ -226,7 +217,8 @@ def main(args: argparse.Namespace):
     logging.disable_progress_bar()
     choose_precision(args)
     shared = settings(args, "student", "block_bytes", "batch_size", "validation_windows", "bf16")
-    same_as_before(args.output / "begun.json", shared, args.output / "students")
+    begun = args.output / "begun.json"
+    begin(begun, shared, goes_on=begun.is_file() or (args.output / "students").is_dir())
     sets = prepare(args)
     teacher, seconds = store(args, sets["same"])
     kinds = [("distilled", 1.0), ("same", 1.0), ("fresh", 1.0), *(("fresh", longer) for longer in args.longer)]

@@ -121,9 +121,9 @@ def main():
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     (args.output / "model.safetensors").chmod(0o644)
 
-    results, info = json.loads((args.run / "results.json").read_text()), run_info()
+    results = json.loads((args.run / "results.json").read_text())
     scores = json.loads(args.scores.read_text())["scores"] if args.scores else {}
-    exported = {"dtype": "bfloat16", "scores": scores.get("all languages", {})} | info
+    exported = {"dtype": "bfloat16", "scores": scores.get("all languages", {})} | run_info()
     (args.output / "results.json").write_text(json.dumps(results | {"exported": exported}, indent=1) + "\n")
     arguments = results["arguments"]
     card = CARD.format(
@@ -131,7 +131,7 @@ def main():
         **{name: arguments[name] for name in ("batch_size", "muon_lr", "adamw_lr")},
         parameters=results["stored_parameters"],
         minutes=results["cpu_minutes"],
-        device=info["device"],
+        device=results["device"],
         note=args.note and f" {args.note}",
         results=results_of(scores) if scores else "Not measured yet.",
     )

@@ -69,6 +69,11 @@ def cached(path: Path, answer: Callable[[], list]) -> list:
     return json.loads(path.read_text())
 
 
+def kept_as(peer: peers.Peer, name: str, variant: str, is_shared: bool) -> str:
+    """The file of the answers of a peer, which another version would give otherwise."""
+    return f"{peer.package} {peer.version} {name} {variant}{' shared' * is_shared}.json"
+
+
 def macro_accuracy(found: list[str], expected: list[str], classes: dict[str, str]) -> tuple[float, int, int]:
     """Mean over classes, number of classes, number of texts.
 
@@ -178,9 +183,9 @@ def main():
         for name, variant, is_shared in RUNS:
             if is_shared and not peer.can_choose:
                 continue
-            among, path = shared if is_shared else None, f"{peer_name} {name} {variant}{' shared' * is_shared}.json"
+            among = shared if is_shared else None
             found = cached(
-                args.data / "answers" / path,
+                args.data / "answers" / kept_as(peer, name, variant, is_shared),
                 lambda peer=peer, key=(name, variant), among=among: answers_of_peer(peer, texts_of[key], among),
             )
             best = ours.best(logits[name, variant], set(classes) if is_shared else everything)

@@ -5,8 +5,8 @@
     python examples/research/jobs.py --data classification --teacher all-MiniLM-L6-v2 --seeds 3 --bf16 --output results/jobs.json
 
 `--data` holds `agnews` and `sst2` with `train.csv.gz` and `test.csv.gz`. A cell is a job, a system and a seed, which draws the
-rows to train on; it is written when it is done, and the same command goes on after those that are there. Test rows are the
-first ones of a shuffle that never changes. The systems:
+rows to train on; it is written when it is done, and the same command, of the same commit, goes on after those that are there.
+Test rows are the first ones of a shuffle that never changes. The systems:
 
     stlm      fine-tuned by examples/classify.py; for neighbours, its embeddings
     tfidf     words and pairs of words with a logistic regression; for neighbours, words
@@ -47,7 +47,7 @@ from embed import neighbours
 from inputs import at_least_one, positive
 from noise import KINDS, add_noise
 from rows import read_labelled
-from run_folder import train_runs
+from run_folder import begin, names_and_sizes, train_runs
 
 
 JOBS = {  # data, rows to train on, kind
@@ -59,6 +59,7 @@ JOBS = {  # data, rows to train on, kind
 SYSTEMS = ("stlm", "tfidf", "fasttext", "teacher")
 PACKAGES = ("scikit-learn", "sentence-transformers")
 NOISE_RATE = 0.1
+SETTINGS = ("test_rows", "epochs", "runs", "learning_rate", "batch_size", "bf16")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -138,7 +139,7 @@ class Nearest:
         return self
 
     def score(self, texts, labels) -> float:
-        found = np.asarray(neighbours(self.features.transform(texts), self.known)).ravel()
+        found = neighbours(self.features.transform(texts), self.known)
         return float((self.labels[found] == np.array(labels)).mean())
 
 
@@ -204,6 +205,10 @@ def table(cells: dict[str, dict]) -> str:
 def main():
     args = parse_arguments()
     results = json.loads(args.output.read_text()) if args.output.is_file() else {"cells": {}}
+    settings = {name: getattr(args, name) for name in SETTINGS} | run_info(*PACKAGES)
+    settings |= {name: Path(getattr(args, name)).name for name in ("checkpoint", "teacher")}
+    settings["data"] = names_and_sizes(args.data.glob("*/*.csv.gz"))
+    begin(args.output.with_suffix(".begun.json"), settings, goes_on=args.output.is_file())
     info = run_info(*PACKAGES, *(["fasttext-community"] if "fasttext" in args.systems else []))
     for seed in range(args.seeds):
         for job in args.jobs:

@@ -25,6 +25,7 @@ from modeling_stlm.training.corpus import PackedWindows
 sys.path.append(str(Path(__file__).parents[1]))  # the examples
 
 from inputs import at_least_one, whole
+from run_folder import begin, names_and_sizes
 
 
 HERE = Path(__file__).parent
@@ -86,6 +87,9 @@ def main():
     files = (
         {"train": args.train, "validation": args.validation} if args.train else shipped_texts(args.output / "texts")
     )
+    settings = {name: getattr(args, name) for name in ("model", "one_in", "block_bytes", "batch_size")}
+    settings |= {split: names_and_sizes(patterns) for split, patterns in files.items()}
+    begin(args.output / "begun.json", settings, goes_on=any(args.output.glob("*-s[0-9]*")))
     steps, bits = count_steps(args, files), {"random": [], "replay": []}
     for seed in args.seeds:
         for name, scores in bits.items():

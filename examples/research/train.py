@@ -100,7 +100,8 @@ def build_model(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) ->
         return AutoModelForCausalLM.from_config(llama_config(tokenizer, stored))
     is_by_vocabulary = {"patching=vocabulary", 'patching="vocabulary"'} & set(args.set)
     if is_by_vocabulary and not any(change.startswith("patch_vocabulary=") for change in args.set):
-        pieces = " ".join(train_bpe(documents(args.train), args.vocab_size).get_vocab())
+        # Sorted: the order of `get_vocab` is another one in each process, and a run that goes on compares its settings.
+        pieces = " ".join(sorted(train_bpe(documents(args.train), args.vocab_size).get_vocab()))
         args.set = [*args.set, f"patch_vocabulary={json.dumps(pieces)}"]
     return pretrain.build_model(args)
 
