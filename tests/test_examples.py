@@ -38,12 +38,15 @@ def run(script: str, *arguments, cwd: Path, **options) -> str:
     return result.stdout
 
 
-def refused(script: str, *arguments, cwd: Path) -> str:
-    """The last line of a command that ends in words."""
+def refused(script: str, *arguments, cwd: Path, **others) -> str:
+    """The last line of a command that ends in words; `others` are options that were otherwise."""
+    arguments += tuple(word for name, value in others.items() for word in (f"--{name}", value))
     command = [sys.executable, str(ROOT / "examples" / script), *map(str, arguments)]
     result = subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=600)
     assert result.returncode == 1 and "Traceback" not in result.stderr, result.stderr[-3000:]
-    return result.stderr.splitlines()[-1]
+    line = result.stderr.splitlines()[-1]
+    assert re.findall(r"[{ ]'(\w+)': ", line) == sorted(others), line
+    return line
 
 
 @pytest.fixture(scope="module")
@@ -350,9 +353,9 @@ def test_finetuning_that_was_cut_goes_on(small_text, tmp_path, lora_rank):
     assert not (tmp_path / "out" / "model.safetensors").exists()
     made_with = {"learning_rate": "0.001", "batch_size": "1", "max_steps": "5"}
     made_with["text"] = f"{small_text.name} ({small_text.stat().st_size:,} bytes)"
-    for name, other in {"learning_rate": 0.01, "batch_size": 2, "max_steps": 6, "text": TEXT}.items():
-        told = refused("finetune.py", *command[2:], f"--{name}", other, cwd=tmp_path)
-        assert told == f"{Path('out/begun.json')} was made with { {name: made_with[name]} }: use another folder"
+    others = {"learning_rate": 0.01, "batch_size": 2, "max_steps": 6, "text": TEXT}
+    told = refused("finetune.py", *command[2:], cwd=tmp_path, **others)
+    assert told == f"{Path('out/begun.json')} was made with {dict(sorted(made_with.items()))}: use another folder"
     output = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=True).stdout
     assert f"step 2 of 5: goes on from {Path('out') / 'checkpoint-2'}" in output and " before, " in output
     assert list((tmp_path / "out").glob("checkpoint-*")) == []  # the next run begins anew
