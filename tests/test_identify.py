@@ -109,7 +109,7 @@ def test_a_training_goes_on_with_the_settings_it_began_with(trained, data, tmp_p
     assert begun["train"] == f"lines.jsonl ({data.stat().st_size} bytes)" and begun["bf16"] in ("True", "False")
 
 
-def test_accuracy_is_computed_a_chunk_at_a_time(model, data, monkeypatch):
+def test_accuracy_is_computed_a_chunk_at_a_time(trained, model, data, monkeypatch):
     sentences, sizes, byte_logits = identify.read_sentences([data]), [], identify.byte_logits
     whole = identify.accuracy(model, sentences)
     assert whole == sum(
@@ -121,6 +121,7 @@ def test_accuracy_is_computed_a_chunk_at_a_time(model, data, monkeypatch):
     )
     monkeypatch.setattr(identify, "CHUNK_LINES", 4)
     assert identify.accuracy(model, sentences) == whole and sizes == [4, 4, 1]
+    assert identify_peers.Ours(str(trained[0])).logits(TEXTS).shape == (len(TEXTS), 3) and sizes[3:] == [4, 2]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, where the Trainer leaves the model")

@@ -107,7 +107,9 @@ class Ours:
         import torch
 
         empty = torch.zeros(1, len(self.languages))
-        return torch.stack([(row if len(row) else empty).mean(0) for row in identify.byte_logits(self.model, texts)])
+        chunks = (texts[i : i + identify.CHUNK_LINES] for i in range(0, len(texts), identify.CHUNK_LINES))
+        rows = (row for chunk in chunks for row in identify.byte_logits(self.model, chunk))
+        return torch.stack([(row if len(row) else empty).mean(0) for row in rows])
 
     def best(self, logits, among: set[str]) -> list[str]:
         import torch
