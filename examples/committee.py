@@ -28,6 +28,7 @@ from inputs import (
     choose_precision,
     file_pattern,
     output_folder,
+    output_of,
     positive,
     quiet_exit,
     require,
@@ -44,7 +45,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--train", type=text_file, required=True, help="labelled rows, csv or json")
     parser.add_argument("--test", type=text_file, required=True, help="labelled rows, csv or json")
     parser.add_argument("--column", default="text", help="of the labelled files; FewRel: marked")
-    parser.add_argument("--output", type=output_folder, required=True, help="folder")
+    parser.add_argument("--output", type=output_of(own=("begun.json",)), required=True, help="folder")
     parser.add_argument(
         "--encoders", type=output_folder, help="folder of what was pretrained; by default in the output folder"
     )

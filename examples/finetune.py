@@ -46,12 +46,14 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--max_steps", type=at_least_one, default=150, help="of training")
     parser.add_argument("--batch_size", type=at_least_one, default=8, help="windows of 1024 bytes per step")
-    parser.add_argument("--learning_rate", type=positive, default=1e-3, help="of AdamW")
+    parser.add_argument("--learning_rate", type=positive, help="of AdamW; by default 0.003, of an adapter 0.01")
     parser.add_argument("--lora_rank", type=whole, default=0, help="0: train all weights")
     parser.add_argument("--seed", type=whole, default=1, help="of adapters and order")
     add_bf16(parser)
     parser.add_argument("--prompt", help="start of the sample at the end; by default that of the held-out text")
-    return parser.parse_args()
+    args = parser.parse_args()
+    args.learning_rate = args.learning_rate or (0.01 if args.lora_rank else 0.003)
+    return args
 
 
 if __name__ == "__main__":

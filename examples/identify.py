@@ -79,7 +79,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--output",
         type=output_of("STLMForTokenClassification", own=("begun.json",)),
-        default=Path("runs/langid"),
+        default="runs/langid",
         help="folder of the trained model",
     )
     parser.add_argument("--max_minutes", type=positive, default=30, help="of training, in CPU time")

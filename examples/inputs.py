@@ -323,7 +323,7 @@ def summary_parser(description: str) -> argparse.ArgumentParser:
     )
     parser.add_argument("--train", type=text_file, default=dialogues, help="JSON lines")
     parser.add_argument("--test", type=text_file, help="JSON lines; without it, the last quarter of --train")
-    parser.add_argument("--output", type=output_folder, default=Path("runs/summaries"), help="folder")
+    parser.add_argument("--output", type=output_of(own=("begun.json",)), default="runs/summaries", help="folder")
     parser.add_argument("--train_rows", type=at_least_one, help="only the first ones")
     parser.add_argument("--test_rows", type=at_least_one, default=100, help="only the first ones")
     parser.add_argument("--text_bytes", type=at_least_one, default=1500, help="longest text")

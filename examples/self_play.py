@@ -22,7 +22,7 @@ MAY_CHANGE = ("output", "num_rounds")  # where a self-play goes on
 
 def parse_arguments() -> argparse.Namespace:
     parser = summary_parser(__doc__)
-    parser.set_defaults(output=Path("runs/self-play"))
+    parser.set_defaults(output="runs/self-play")
     parser.add_argument("--num_rounds", type=at_least_one, default=3, help="of generation and training")
     parser.add_argument("--max_steps", type=at_least_one, default=10, help="steps in a round")
     parser.add_argument("--learning_rate", type=positive, default=1e-5, help="of AdamW")

@@ -107,6 +107,10 @@ MISTAKES = {
     "no such field": (["pretrain.py", "--set", "foo=3"], "argument --set: foo is not a field of STLMConfig"),
     "no such field of a smaller one": (["inherit.py", "--set", "foo=3"], "argument --set: foo is not a field of"),
     "no value": (["pretrain.py", "--set", "patching"], "argument --set: patching: expected FIELD=VALUE"),
+    "summaries beside weights": (
+        ["summarize.py", "--output", str(SHIPPED)],
+        f"argument --output: {SHIPPED} holds a STLMForCausalLM, of another job: use another folder",
+    ),
     "graphs beside weights": (
         ["export_onnx.py", "--output", str(SHIPPED)],
         f"argument --output: {SHIPPED} holds the weights of a model: use another folder",
