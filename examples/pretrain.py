@@ -10,6 +10,7 @@ folder gets the checkpoint with tokenizer and generation config, `history.json`,
 
 import argparse
 import json
+from hashlib import blake2b
 from pathlib import Path
 
 from inputs import (
@@ -167,9 +168,13 @@ def write_once(path: Path, patterns: list[str], tokenizer, **shares: float) -> P
 
 def tell_of_known(sets: dict[str, PackedWindows]) -> None:
     """Print how many documents of the other splits are among those to train on, if any."""
-    known = set(map(hash, sets["train"].documents()))
+
+    def digest(document: memoryview) -> bytes:
+        return blake2b(document, digest_size=16).digest()
+
+    known = set(map(digest, sets["train"].documents()))
     for split, windows in sets.items():
-        found = [hash(document) in known for document in windows.documents()] if split != "train" else []
+        found = [digest(document) in known for document in windows.documents()] if split != "train" else []
         if any(found):
             print(
                 f"{sum(found):,} of the {len(found):,} documents of --{split} are among those to train on: "
