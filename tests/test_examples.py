@@ -351,9 +351,9 @@ def test_finetuning_that_was_cut_goes_on(small_text, tmp_path, lora_rank):
         assert process.wait() == 130 and f"SIGINT: saved at step {step}; the same command goes on from here" in rest
         assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == [f"checkpoint-{step}"]
     assert not (tmp_path / "out" / "model.safetensors").exists()
-    made_with = {"learning_rate": "0.001", "batch_size": "1", "max_steps": "5"}
+    made_with = {"learning_rate": "0.01" if lora_rank else "0.003", "batch_size": "1", "max_steps": "5"}
     made_with["text"] = f"{small_text.name} ({small_text.stat().st_size:,} bytes)"
-    others = {"learning_rate": 0.01, "batch_size": 2, "max_steps": 6, "text": TEXT}
+    others = {"learning_rate": 0.02, "batch_size": 2, "max_steps": 6, "text": TEXT}
     told = refused("finetune.py", *command[2:], cwd=tmp_path, **others)
     assert told == f"{Path('out/begun.json')} was made with {dict(sorted(made_with.items()))}: use another folder"
     output = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=True).stdout
