@@ -138,8 +138,7 @@ def main(args: argparse.Namespace, text: bytes):
         ],
     )
     trainer.add_callback(EndOnDivergence("--learning_rate, with a new --output"))
-    # Of an adapter, `is_spent` cannot take the weights.
-    if args.lora_rank or not is_spent(trainer, interrupted):
+    if not is_spent(trainer, interrupted):
         trainer.train(resume_from_checkpoint=interrupted)
     if stop.received is not None:
         print(f"{stop.received.name}: saved at step {trainer.state.global_step}; the same command goes on from here")

@@ -84,8 +84,13 @@ def is_spent(
     scores = {**found.get("bits_per_byte", {}), **found.get("scores", {})}
     if found["steps"] == state.global_step and all(any(name.startswith(split) for name in scores) for split in splits):
         raise SystemExit(0)
-    weights = load_file(Path(checkpoint) / "model.safetensors")
-    trainer.model.load_state_dict(weights, strict=False)  # a tied head is not in the file
+    if (adapter := Path(checkpoint) / "adapter_model.safetensors").is_file():
+        from peft import set_peft_model_state_dict
+
+        set_peft_model_state_dict(trainer.model, load_file(adapter))
+    else:
+        weights = load_file(Path(checkpoint) / "model.safetensors")
+        trainer.model.load_state_dict(weights, strict=False)  # a tied head is not in the file
     trainer.state = state
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, ExportableState) and (saved := state.stateful_callbacks.get(type(callback).__name__)):

@@ -15,13 +15,14 @@ import json
 import sys
 import tempfile
 from collections.abc import Iterable
-from glob import glob
+from glob import escape
 from pathlib import Path
 
 from inputs import (
     HelpFormatter,
     causal_checkpoint,
     file_pattern,
+    files_of,
     kind_of,
     quiet_exit,
     read_bytes,
@@ -75,7 +76,7 @@ def first_bad_byte(data: bytes, piece: int = 2**24) -> int | None:
 
 def documents(patterns: list[str]) -> Iterable[str | bytes]:
     """Texts of all files that match."""
-    files = sorted(file for pattern in patterns for file in glob(pattern))
+    files = files_of(patterns)
     if not files:
         raise SystemExit(f"no file matches {patterns}")
     for file in files:
@@ -89,7 +90,7 @@ def documents(patterns: list[str]) -> Iterable[str | bytes]:
         else:
             try:
                 with unpacking(Path(file)):
-                    rows = load_dataset(kind, data_files=file, split="train")
+                    rows = load_dataset(kind, data_files=escape(file), split="train")
             except DatasetGenerationError as error:
                 if kind != "parquet":
                     read_utf8(Path(file))  # names the byte

@@ -351,9 +351,9 @@ def test_finetuning_that_was_cut_goes_on(small_text, tmp_path, lora_rank):
         assert process.wait() == 130 and f"SIGINT: saved at step {step}; the same command goes on from here" in rest
         assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == [f"checkpoint-{step}"]
     assert not (tmp_path / "out" / "model.safetensors").exists()
-    made_with = {"learning_rate": "0.001", "batch_size": "1", "max_steps": "5"}
+    made_with = {"learning_rate": "0.01" if lora_rank else "0.003", "batch_size": "1", "max_steps": "5"}
     made_with["text"] = f"{small_text.name} ({small_text.stat().st_size:,} bytes)"
-    others = {"learning_rate": 0.01, "batch_size": 2, "max_steps": 6, "text": TEXT}
+    others = {"learning_rate": 0.02, "batch_size": 2, "max_steps": 6, "text": TEXT}
     told = refused("finetune.py", *command[2:], cwd=tmp_path, **others)
     assert told == f"{Path('out/begun.json')} was made with {dict(sorted(made_with.items()))}: use another folder"
     output = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=True).stdout
@@ -361,8 +361,10 @@ def test_finetuning_that_was_cut_goes_on(small_text, tmp_path, lora_rank):
     assert list((tmp_path / "out").glob("checkpoint-*")) == []  # the next run begins anew
 
 
-def test_finetuning_that_was_cut_at_its_last_step_trains_nothing_more(small_text, tmp_path):
+@pytest.mark.parametrize(("lora_rank", "name"), [(0, "model.safetensors"), (4, "adapter_model.safetensors")])
+def test_finetuning_that_was_cut_at_its_last_step_trains_nothing_more(small_text, tmp_path, lora_rank, name):
     arguments = ["--text", str(small_text), "--output", "out", "--max_steps", "1", "--batch_size", "1"]
+    arguments += ["--lora_rank", str(lora_rank)]
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "results.json").write_text('{"steps": 1, "script": "finetune.py"}')  # of a run before
     command = [sys.executable, str(ROOT / "examples" / "finetune.py"), *arguments]
@@ -370,11 +372,11 @@ def test_finetuning_that_was_cut_at_its_last_step_trains_nothing_more(small_text
         next(line for line in cut.stdout if "eval_bits_per_byte" in line)
         cut.send_signal(signal.SIGINT)
         assert "SIGINT: saved at step 1;" in cut.stdout.read()
-    saved = load_file(tmp_path / "out" / "checkpoint-1" / "model.safetensors")
+    saved = load_file(tmp_path / "out" / "checkpoint-1" / name)
     printed = run("finetune.py", *arguments, cwd=tmp_path)
     assert "the budget is spent after 1 steps" in printed and " before, " in printed
-    found = load_file(tmp_path / "out" / "model.safetensors")
-    assert all(torch.equal(found[name], saved[name]) for name in saved)
+    found = load_file(tmp_path / "out" / ("adapter" if lora_rank else ".") / name)
+    assert saved.keys() <= found.keys() and all(torch.equal(found[key], value) for key, value in saved.items())
     assert "base_model" in json.loads((tmp_path / "out" / "results.json").read_text())
 
 
@@ -613,6 +615,15 @@ def test_corpora_are_of_the_files_that_match_now(inputs, tmp_path):
     assert json.loads(record.read_text()) == {str(tmp_path / "a.txt"): 3}
     assert pretrain.write_once(corpus, patterns, tokenizer).read_bytes().count(b"one") == 1
     (tmp_path / "b.txt").write_text("two")
+    (tmp_path / "a [1].jsonl").write_text('{"text": "three"}\n')
+    (tmp_path / "a [2].txt").write_text("four")
+    named = pretrain.write_once(
+        tmp_path / "named.bin",
+        [str(tmp_path / f"a [{i}]") + end for i, end in ((1, ".jsonl"), (2, ".txt"))],
+        tokenizer,
+    )
+    assert b"three" in named.read_bytes() and b"four" in named.read_bytes()
+    (tmp_path / "a [2].txt").unlink()
     with pytest.raises(SystemExit, match=r"train.json was made with \{'.*b.txt': None\}: use another folder"):
         pretrain.write_once(corpus, patterns, tokenizer)
     record.write_text(json.dumps(patterns))  # of an earlier version
