@@ -26,6 +26,7 @@ from inputs import (
     positive,
     quiet_exit,
     read_json_lines,
+    require,
     text_file,
     whole,
 )
@@ -76,6 +77,7 @@ def hold_out(chats: list[dict], seed: int) -> tuple[list[dict], list[dict]]:
 
 if __name__ == "__main__":
     args = parse_arguments()
+    require("train", "accelerate", "datasets", "matplotlib", "trl")
     with quiet_exit():
         sets = hold_out(read_chats(args.train), args.seed)  # before the slow imports: a mistake is told at once
 

@@ -14,7 +14,7 @@ import argparse
 import time
 from pathlib import Path
 
-from inputs import HelpFormatter, add_label_training, choose_precision, quiet_exit, text_file
+from inputs import HelpFormatter, add_label_training, choose_precision, quiet_exit, require, text_file
 from rows import read_labelled, speeches, split_rows, tell_of_known
 
 
@@ -42,6 +42,7 @@ def read_sets(args: argparse.Namespace) -> tuple[tuple[list, list], tuple[list, 
 
 if __name__ == "__main__":
     args = parse_arguments()
+    require("train", "accelerate", "datasets", "matplotlib", "sklearn")
     with quiet_exit():
         train, test = read_sets(args)  # before the slow imports: a mistake is told at once
 

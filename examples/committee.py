@@ -27,9 +27,11 @@ from inputs import (
     at_least_one,
     choose_precision,
     file_pattern,
+    kind_of,
     output_folder,
     output_of,
     positive,
+    preset,
     quiet_exit,
     require,
     text_file,
@@ -49,7 +51,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--encoders", type=output_folder, help="folder of what was pretrained; by default in the output folder"
     )
-    parser.add_argument("--preset", default="stlm-3m", help="all sizes but the depth of the trunk")
+    parser.add_argument("--preset", type=preset, default="stlm-3m", help="all sizes but the depth of the trunk")
     parser.add_argument("--deep", type=at_least_one, default=6, help="layers of the deep trunk")
     parser.add_argument("--shallow", type=at_least_one, default=1, help="layers of the shallow trunks")
     parser.add_argument("--members", type=at_least_one, default=4, help="shallow models in a committee")
@@ -74,7 +76,7 @@ if __name__ == "__main__":
 import torch
 from datasets import Dataset, load_dataset
 from matplotlib.figure import Figure
-from run_folder import begin, check_same, names_and_sizes, run_info
+from run_folder import EndOnDivergence, begin, check_same, names_and_sizes, run_info
 from score import documents
 from transformers import (
     AutoModelForSequenceClassification,
@@ -98,7 +100,7 @@ def encode(texts: list[str], max_bytes: int) -> list[list[int]]:
 
 
 def labelled(file: Path, args: argparse.Namespace) -> Dataset:
-    kind = "csv" if ".csv" in file.name else "json"
+    kind = kind_of(file) or "json"
     rows = load_dataset(kind, data_files=escape(str(file)), split="train")
     if not {args.column, "label"} <= set(rows.column_names):
         raise SystemExit(f"{file} has the columns {rows.column_names}, expected {args.column} (--column) and label")
@@ -137,9 +139,11 @@ def trainer_of(model, data, args: argparse.Namespace, epochs: float, seed: int, 
         use_cpu=not torch.cuda.is_available(),
     )
     recipe = (MuonRecipe, {"muon_lr": 0.01, "adamw_lr": 2e-3})
-    return Trainer(
+    trainer = Trainer(
         model, training, train_dataset=data, processing_class=TOKENIZER, optimizer_cls_and_kwargs=recipe, **options
     )
+    trainer.add_callback(EndOnDivergence("the rates in this script"))
+    return trainer
 
 
 def settings_of(args: argparse.Namespace, names: Iterable[str]) -> dict[str, str]:
@@ -252,7 +256,8 @@ def main(args: argparse.Namespace):
     path = args.output / "cells.json"  # accuracies, by seed and number of articles
     settings = settings_of(args, sorted(set(vars(args)) - {"articles", "encoders", "output", "seeds"}))
     begun = args.output / "begun.json"
-    begin(begun, settings, goes_on=begun.is_file())
+    encoder_config(args.deep, args)  # a mistake in the sizes is told before anything is written
+    begin(begun, settings, goes_on=begun.is_file() or path.is_file())
     cells = json.loads(path.read_text()) if path.is_file() else {}
     for seed in range(args.seeds):
         for size in (0, *args.articles):

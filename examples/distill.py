@@ -25,6 +25,7 @@ from inputs import (
     checkpoint,
     choose_precision,
     output_of,
+    preset,
     quiet_exit,
     read_text,
     require,
@@ -43,7 +44,7 @@ def parse_arguments() -> argparse.Namespace:
         "--teacher", nargs="+", default=[str(HERE / "checkpoints" / "stlm-10m")], help="folder or Hub id"
     )
     parser.add_argument("--gguf_file", help="in the folder of the teacher, read with the package gguf")
-    parser.add_argument("--student", default="stlm-3m", help="preset, fresh weights")
+    parser.add_argument("--student", type=preset, default="stlm-3m", help="preset, fresh weights")
     parser.add_argument(
         "--text", type=text_file, default=HERE / "data" / "shakespeare.txt", help="nine tenths train, the rest tests"
     )

@@ -98,8 +98,6 @@ def nearest_texts(encoder, texts: list[str], query: str) -> None:
 
 
 def main(args: argparse.Namespace, rows: list[tuple[list, list]], texts: list[str]):
-    query, texts = (args.query, texts) if args.query else (texts[0], texts[1:])
-
     encoder = SentenceTransformer(args.checkpoint)
     print(
         f"{args.checkpoint}: {sum(p.numel() for p in encoder.parameters()):,} parameters, {encoder.device}, {encoder.dtype}"
@@ -109,6 +107,7 @@ def main(args: argparse.Namespace, rows: list[tuple[list, list]], texts: list[st
         label_accuracy(encoder, *rows)
         print(f"next: python examples/classify.py --train {args.train} --test {args.test}")
     else:
+        query, texts = (args.query, texts) if args.query else (texts[0], texts[1:])
         nearest_texts(encoder, texts, query)
         print("next: python examples/embed.py --texts YOUR_LINES.txt --query 'what you look for'")
 

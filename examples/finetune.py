@@ -24,6 +24,7 @@ from inputs import (
     positive,
     quiet_exit,
     read_text,
+    require,
     text_file,
     whole,
 )
@@ -58,6 +59,7 @@ def parse_arguments() -> argparse.Namespace:
 
 if __name__ == "__main__":
     args = parse_arguments()
+    require("train", "accelerate", "datasets", "matplotlib", "peft")
     with quiet_exit():  # before the slow imports: a mistake is told at once
         text = read_text(args.text, min_bytes=10 * (BLOCK_BYTES + 2)).encode()
 
@@ -67,6 +69,7 @@ from run_folder import (
     EndOnDivergence,
     ResumeLine,
     begin,
+    check_same,
     is_spent,
     last_checkpoint,
     names_and_sizes,
@@ -87,13 +90,15 @@ def main(args: argparse.Namespace, text: bytes):
     settings = {"text": names_and_sizes([args.text]), "checkpoint": args.checkpoint}
     names = ("max_steps", "batch_size", "learning_rate", "lora_rank", "seed", "bf16")
     settings |= {name: str(getattr(args, name)) for name in names}
-    begin(begun, settings, goes_on=interrupted is not None)
-    if interrupted is None:
-        (args.output / "results.json").unlink(missing_ok=True)  # of the run before
+    if interrupted is not None:
+        check_same(begun, settings)
     set_seed(args.seed)
     tokenizer = AutoTokenizer.from_pretrained(args.checkpoint)
     model = AutoModelForCausalLM.from_pretrained(args.checkpoint, dtype=torch.float32)
     print(f"{args.checkpoint}: {model.num_parameters():,} parameters, {model.device}, {model.dtype}")
+    begin(begun, settings, goes_on=False)  # now: nothing of the run before is lost where the checkpoint does not load
+    if interrupted is None:
+        (args.output / "results.json").unlink(missing_ok=True)
     if args.lora_rank:
         lora = LoraConfig(r=args.lora_rank, lora_alpha=2 * args.lora_rank, target_modules="all-linear")
         model = get_peft_model(model, lora)

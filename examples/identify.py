@@ -76,19 +76,20 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--spans", action="store_true", help="spans of one language each")
     parser.add_argument("--train", type=text_file, nargs="+", help="JSON lines with text and lang: train a model")
     parser.add_argument("--validation", type=text_file, nargs="+", default=[], help="JSON lines: accuracy at the end")
-    parser.add_argument(
-        "--output",
-        type=output_of("STLMForTokenClassification", own=("begun.json",)),
-        default="runs/langid",
-        help="folder of the trained model",
-    )
+    parser.add_argument("--output", type=Path, default="runs/langid", help="folder of the model that --train makes")
     parser.add_argument("--max_minutes", type=positive, default=30, help="of training, in CPU time")
     parser.add_argument("--batch_size", type=at_least_one, default=64, help="lines per step")
     parser.add_argument("--muon_lr", type=positive, default=0.03, help="learning rate of the matrices")
     parser.add_argument("--adamw_lr", type=positive, default=0.03, help="learning rate of all other parameters")
     add_bf16(parser)
     parser.add_argument("--seed", type=whole, default=1, help="of weights and order")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.train:
+        try:
+            output_of("STLMForTokenClassification", own=("begun.json",))(str(args.output))
+        except argparse.ArgumentTypeError as error:
+            parser.error(f"argument --output: {error}")
+    return args
 
 
 # Identify

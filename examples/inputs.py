@@ -80,6 +80,17 @@ def causal_checkpoint(value: str) -> str:
     return value
 
 
+def presets() -> list[str]:
+    """The names of the presets of `STLMConfig`."""
+    return sorted(path.stem for path in (PACKAGE / "presets").glob("*.json"))
+
+
+def preset(value: str) -> str:
+    if value not in presets():
+        raise argparse.ArgumentTypeError(f"{value} is no preset: expected {', '.join(presets())}")
+    return value
+
+
 def config_change(value: str) -> str:
     """`FIELD=VALUE` of a field that `STLMConfig` adds; its source is read, for its import takes seconds."""
     name, equals, _ = value.partition("=")
@@ -314,7 +325,7 @@ def add_label_training(
     parser.add_argument("--seed", type=whole, default=1, help="of weights and order")
 
 
-def summary_parser(description: str) -> argparse.ArgumentParser:
+def summary_parser(description: str, own: tuple[str, ...] = ()) -> argparse.ArgumentParser:
     """What `summarize.py` and `self_play.py` share."""
     dialogues = HERE / "data" / "dialogues.jsonl"
     parser = argparse.ArgumentParser(description=description, formatter_class=HelpFormatter)
@@ -323,7 +334,7 @@ def summary_parser(description: str) -> argparse.ArgumentParser:
     )
     parser.add_argument("--train", type=text_file, default=dialogues, help="JSON lines")
     parser.add_argument("--test", type=text_file, help="JSON lines; without it, the last quarter of --train")
-    parser.add_argument("--output", type=output_of(own=("begun.json",)), default="runs/summaries", help="folder")
+    parser.add_argument("--output", type=output_of(own=own), default="runs/summaries", help="folder")
     parser.add_argument("--train_rows", type=at_least_one, help="only the first ones")
     parser.add_argument("--test_rows", type=at_least_one, default=100, help="only the first ones")
     parser.add_argument("--text_bytes", type=at_least_one, default=1500, help="longest text")

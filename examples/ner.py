@@ -20,7 +20,7 @@ import re
 from collections import Counter, defaultdict
 from pathlib import Path
 
-from inputs import HelpFormatter, add_label_training, choose_precision, quiet_exit, read_json_lines, text_file
+from inputs import HelpFormatter, add_label_training, choose_precision, quiet_exit, read_json_lines, require, text_file
 from rows import tell_of_known
 
 
@@ -97,6 +97,7 @@ def read_sets(args: argparse.Namespace) -> tuple[list[dict], list[dict]]:
 
 if __name__ == "__main__":
     args = parse_arguments()
+    require("train", "accelerate", "matplotlib")
     with quiet_exit():
         train, test = read_sets(args)  # before the slow imports: a mistake is told at once
 

@@ -14,7 +14,6 @@ from hashlib import blake2b
 from pathlib import Path
 
 from inputs import (
-    PACKAGE,
     HelpFormatter,
     add_bf16,
     at_least_one,
@@ -23,10 +22,10 @@ from inputs import (
     choose_precision,
     config_change,
     file_pattern,
-    files_of,
     naming,
     output_of,
     positive,
+    presets,
     quiet_exit,
     require,
     share,
@@ -45,9 +44,8 @@ def argument_parser(controls: tuple[str, ...] = ()):
     """The parser, and its group of budgets, one of which must be given; `controls` are models beside the presets."""
 
     def model(value: str) -> str:
-        presets = sorted(path.stem for path in (PACKAGE / "presets").glob("*.json"))
-        if value not in (*presets, *controls) and not (Path(value) / "config.json").is_file():
-            known = ", ".join(presets)
+        if value not in (*presets(), *controls) and not (Path(value) / "config.json").is_file():
+            known = ", ".join(presets())
             raise argparse.ArgumentTypeError(f"{value} is no preset ({known}) and no folder with a config.json")
         return value
 
@@ -116,7 +114,17 @@ if __name__ == "__main__":
 import torch
 from alterations import ALTERATIONS, altered
 from huggingface_hub.errors import StrictDataclassError
-from run_folder import EndOnDivergence, ProgressLines, begin, check_same, is_spent, last_checkpoint, run_info, save
+from run_folder import (
+    EndOnDivergence,
+    ProgressLines,
+    begin,
+    check_same,
+    is_spent,
+    last_checkpoint,
+    names_and_sizes,
+    run_info,
+    save,
+)
 from score import documents
 from transformers import (
     AutoModelForCausalLM,
@@ -150,7 +158,7 @@ def write_once(path: Path, patterns: list[str], tokenizer, **shares: float) -> P
     """The tokenized texts of a split, which the file is named after, with `shares` of the documents altered; kept if made from
     the same files and shares."""
     shares = {name: value for name, value in shares.items() if value}
-    made_from = {file: Path(file).stat().st_size for file in files_of(patterns)} | shares
+    made_from = {"files": names_and_sizes(patterns)} | shares
     record = path.with_suffix(".json")
     if not path.is_file():
         begin(record, made_from, goes_on=False)
@@ -277,7 +285,7 @@ def train(args: argparse.Namespace, trainer: Trainer, step_bytes: float) -> None
     settings = {name: str(value) for name, value in vars(args).items() if name not in MAY_CHANGE}
     if checkpoint is not None and begun.is_file():
         recorded = json.loads(begun.read_text())  # earlier versions recorded less
-        check_same(begun, {name: value for name, value in settings.items() if name in recorded})
+        check_same(begun, recorded | {name: value for name, value in settings.items() if name in recorded})
     begin(begun, settings, goes_on=False)
     stop = StopOnSignal()
     trainer.remove_callback(PrinterCallback)

@@ -39,7 +39,7 @@ def read_labelled(path: Path, fewest_labels: int = 2) -> tuple[list[str], list[s
         labels.append(str(row["label"]).strip())
     if len(set(labels)) < fewest_labels:
         raise SystemExit(
-            f"{path} has {len(texts)} rows with the labels {sorted(set(labels))}, expected at least two labels"
+            f"{path} has {len(texts)} rows with the labels {sorted(set(labels))}, expected at least {fewest_labels}"
         )
     return texts, labels
 

@@ -49,8 +49,11 @@ def begin(record: Path, settings: dict, goes_on: bool) -> None:
     """Write to `record` what a job is made with; one that goes on with what is there must be made with the same."""
     if goes_on:
         check_same(record, settings)
+        return
     record.parent.mkdir(parents=True, exist_ok=True)
-    record.write_text(json.dumps(settings, indent=1) + "\n")
+    written = record.with_suffix(".part")
+    written.write_text(json.dumps(settings, indent=1) + "\n")
+    written.replace(record)  # whole, wherever the program is stopped
 
 
 def names_and_sizes(patterns: Iterable[str | Path]) -> str:

@@ -63,7 +63,7 @@ from modeling_stlm.training.corpus import PackedWindows, write_corpus
 
 
 def first_bad_byte(data: bytes, piece: int = 2**24) -> int | None:
-    """Where `data` stops to be UTF-8, if it does; decoded in pieces, for text takes up to four times the memory of its bytes."""
+    """Where `data` stops being UTF-8, if it does; decoded in pieces, for text takes up to four times the memory of its bytes."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     for start in range(0, len(data), piece):
         (kept, _) = decoder.getstate()  # the beginning of a character

@@ -21,7 +21,7 @@ MAY_CHANGE = ("output", "num_rounds")  # where a self-play goes on
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = summary_parser(__doc__)
+    parser = summary_parser(__doc__, own=("begun.json",))
     parser.set_defaults(output="runs/self-play")
     parser.add_argument("--num_rounds", type=at_least_one, default=3, help="of generation and training")
     parser.add_argument("--max_steps", type=at_least_one, default=10, help="steps in a round")
@@ -37,7 +37,7 @@ if __name__ == "__main__":
         train, test = summary_sets(args)  # before the slow imports: a mistake is told at once
 
 import torch
-from run_folder import begin, names_and_sizes
+from run_folder import begin, is_finite, names_and_sizes
 from summarize import record, scores_of, table
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
@@ -49,11 +49,19 @@ def main(args: argparse.Namespace, train: list[dict], test: list[dict]):
     played = args.output / "rounds.json"
     files = {name: names_and_sizes([path]) for name in ("train", "test") if (path := getattr(args, name))}
     settings = {name: str(value) for name, value in vars(args).items() if name not in MAY_CHANGE} | files
-    begin(args.output / "begun.json", settings, goes_on=played.is_file())
+    begun = args.output / "begun.json"
+    begin(begun, settings, goes_on=begun.is_file() or played.is_file())
     set_seed(args.seed)
     tokenizer = AutoTokenizer.from_pretrained(args.checkpoint, padding_side="left")
     model = AutoModelForCausalLM.from_pretrained(args.checkpoint, dtype=torch.float32)
     print(f"{args.checkpoint}: {model.num_parameters():,} parameters, {model.device}, {model.dtype}")
+
+    def measure(model) -> dict[str, float]:
+        if not is_finite(model):
+            raise SystemExit(
+                "the training diverged, its weights are not finite: lower --learning_rate, with a new --output"
+            )
+        return scores_of(model, tokenizer, test, args)[0]
 
     trainer = SelfPlayTrainer(
         model,
@@ -75,7 +83,7 @@ def main(args: argparse.Namespace, train: list[dict], test: list[dict]):
         ),
         train_dataset=train,
         processing_class=tokenizer,
-        compute_round_metrics=lambda model: scores_of(model, tokenizer, test, args)[0],
+        compute_round_metrics=measure,
     )
     if played.is_file():
         print(f"{args.output}: goes on after round {len(json.loads(played.read_text())) - 1} of {args.num_rounds}")

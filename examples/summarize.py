@@ -37,7 +37,7 @@ if __name__ == "__main__":
 import evaluate
 import torch
 from peft import LoraConfig, get_peft_model
-from run_folder import saved_at_the_end, write_results
+from run_folder import run_info, saved_at_the_end, write_results
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -175,7 +175,8 @@ def main(args: argparse.Namespace, train: list[dict], test: list[dict]):
     print(table(results))
     for kind, texts in summaries.items():
         print(f"\n{kind}: {texts[0]}")
-    (args.output / "results.json").write_text(json.dumps({"scores": results, "summaries": summaries}, indent=1) + "\n")
+    results = {"scores": results, "summaries": summaries} | run_info(model.device)
+    (args.output / "results.json").write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

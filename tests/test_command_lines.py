@@ -104,6 +104,10 @@ MISTAKES = {
         ["pretrain.py", "--model", "stlm-7m"],
         "argument --model: stlm-7m is no preset (stlm-100m, stlm-10m",
     ),
+    "no such preset of a student": (
+        ["distill.py", "--student", "stlm-7m"],
+        "stlm-7m is no preset: expected stlm-100m",
+    ),
     "no such field": (["pretrain.py", "--set", "foo=3"], "argument --set: foo is not a field of STLMConfig"),
     "no such field of a smaller one": (["inherit.py", "--set", "foo=3"], "argument --set: foo is not a field of"),
     "no value": (["pretrain.py", "--set", "patching"], "argument --set: patching: expected FIELD=VALUE"),
@@ -224,20 +228,25 @@ def test_numbers_that_make_no_sense_are_refused(script, tmp_path):
 
 
 EXTRAS = {  # options to run without a package of an extra, by script
+    "chat_sft.py": ("", "trl", "train"),
+    "classify.py": ("", "sklearn", "train"),
     "committee.py": ("--text {} --train {} --test {} --output run", "datasets", "train"),
     "embed.py": ("", "sentence_transformers", "train"),
     "encoder.py": (f"--text {{}} --teacher {SHIPPED}-encoder --output run", "sentence_transformers", "train"),
     "distill.py": ("", "matplotlib", "train"),
     "evaluate_lm.py": ("--blimp {}", "lm_eval", "eval"),
     "export_onnx.py": ("--output run", "onnxruntime", "export"),
+    "finetune.py": ("", "peft", "train"),
     "identify.py": ("--train {}", "accelerate", "train"),
     "inherit.py": ("", "datasets", "train"),
+    "ner.py": ("", "accelerate", "train"),
     "pretrain.py": ("--train {} --validation {} --max_steps 1 --output run", "matplotlib", "train"),
     "score.py": ("{} {}", "datasets", "train"),
     "self_play.py": ("", "trl", "train"),
     "serve.py": ("{}", "fastapi", "serve"),
     "summarize.py": ("", "peft", "train"),
 }
+assert {*EXTRAS, "generate.py", "push_to_hub.py"} == set(SCRIPTS)  # these two need none
 
 
 @pytest.mark.parametrize("script", EXTRAS)

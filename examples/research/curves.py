@@ -35,7 +35,8 @@ def curve(folder: Path) -> dict:
     is_llama = results["config"]["model_type"] == "llama"  # the loss is that of a token
     nats_to_bits = 1 / math.log(2) / (results["bytes_per_patch_or_token"] if is_llama else 1)
     kept = ("steps", "bytes_seen", "training_flops", "device", "commit", "torch", "bits_per_byte")
-    seconds = results["wall_seconds" if results["budget"].get("clock") == "wall" else "cpu_seconds"]
+    is_wall = results["budget"].get("clock") == "wall" or "threads" not in results["device"]  # of a GPU
+    seconds = results["wall_seconds" if is_wall else "cpu_seconds"]
     return {name: results[name] for name in kept} | {
         "minutes": seconds / 60,
         "curve": [[log["step"], log["loss"] * nats_to_bits] for log in history if "loss" in log and log["step"] > 1],

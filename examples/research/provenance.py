@@ -20,8 +20,11 @@ def cpu_name() -> str:
 
 def run_info(*packages: str) -> dict[str, str]:
     """Commit, device and versions, to be stored beside every number; those of `packages` too."""
-    git = ["git", "-C", str(Path(__file__).parent)]
-    commit = subprocess.run([*git, "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    except OSError:  # no git
+        commit = ""
     threads = torch.get_num_threads()
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{cpu_name()}, {threads} threads"
     versions = {name: version(name) for name in ("torch", "transformers", "accelerate", *packages)}
