@@ -140,10 +140,6 @@ def train(args: argparse.Namespace, sets: dict, teacher, teacher_weight: float) 
 
 
 def main(args: argparse.Namespace):
-    try:
-        STLMConfig.from_preset(args.student)
-    except ValueError as error:
-        raise SystemExit(f"--student: {error}") from None
     choose_precision(args)
     text = read_text(args.text, min_bytes=10 * (args.block_bytes + 2)).encode()
     tokenizer, cut, sets = STLMTokenizer(), len(text) * 9 // 10, {}

@@ -623,7 +623,7 @@ def test_the_example_compares_with_plain_training(tmp_path, small_text, kind):
 def test_a_student_that_is_no_preset_is_noticed_before_the_teacher_reads(tmp_path):
     command = [sys.executable, str(ROOT / "examples" / "distill.py"), "--student", "stlm-4m"]
     result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert result.returncode == 1 and "Traceback" not in result.stderr and list(tmp_path.iterdir()) == []
+    assert result.returncode == 2 and "Traceback" not in result.stderr and list(tmp_path.iterdir()) == []
     assert "--student: " in result.stderr and "stlm-10m" in result.stderr
 
 

@@ -348,11 +348,11 @@ def test_a_head_starts_as_the_logistic_regression(num_labels):
         ("rows.csv", "text,label\na,1\n,2\n", "row 2 of rows.csv has an empty `text`"),
         ("rows.csv", "text,label\na,1\nb, \n", "row 2 of rows.csv has an empty `label`"),
         ("rows.csv", "text,label\na,1\nb\n", "row 2 of rows.csv has an empty `label`"),
-        ("rows.csv", "text,label\na,x\nb,x \n", "expected at least two labels"),
+        ("rows.csv", "text,label\na,x\nb,x \n", "expected at least 2"),
         ("ROWS.CSV", "text,label\na,1\n,2\n", "row 2 of ROWS.CSV has an empty `text`"),
         ("rows.jsonl", '{"text": 5, "label": "x"}\n', "row 1 of rows.jsonl has the text 5, expected a string"),
         ("rows.tsv", "text\tlabel\na\t1\n", "rows.tsv is neither .csv nor .jsonl"),
-        ("rows.csv", "text,label\na,1\nb,1\n", "expected at least two labels"),
+        ("rows.csv", "text,label\na,1\nb,1\n", "expected at least 2"),
         ("rows.jsonl", '{"text": "a", "label": 0}\n{"text": "b"}\n', "row 2 .*expected `text` and `label`"),
     ],
 )

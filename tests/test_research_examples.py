@@ -220,7 +220,7 @@ def test_corpora_say_how_they_were_altered(small_documents, small_text, tmp_path
     options = ["--noise", "0.5", "--repeat", "0.5", "--sentences", "0.2", "--max_steps", "1"]
     train(small_documents, tmp_path / "run", *options)
     made_from = json.loads((tmp_path / "run" / "data" / "bytes" / "train.json").read_text())
-    files = {str(small_documents): small_documents.stat().st_size}
+    files = {"files": f"{small_documents.name} ({small_documents.stat().st_size:,} bytes)"}
     assert made_from == files | {"noise": 0.5, "repeat": 0.5, "sentences": 0.2}
     assert json.loads((tmp_path / "run" / "data" / "bytes" / "validation.json").read_text()) == files
     with pytest.raises(AssertionError, match="use another folder"):
@@ -298,7 +298,7 @@ def test_fields_that_do_not_exist_are_named(small_text, tmp_path):
     command = [sys.executable, str(ROOT / "examples" / "pretrain.py"), "--train", str(small_text), "--max_steps", "1"]
     command += ["--validation", str(small_text), "--output", str(tmp_path), "--set", "depth=3"]
     result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode != 0 and "--set ['depth']: not a field of STLMConfig" in result.stderr
+    assert result.returncode != 0 and "--set: depth is not a field of STLMConfig" in result.stderr
 
 
 def test_runs_of_a_list_by_name_and_seed(tmp_path):
@@ -419,6 +419,8 @@ def test_the_first_bad_byte_is_that_of_one_decoding(parts, piece):
 def test_repetition_is_told_from_text_that_goes_on():
     class Writes(torch.nn.Module):
         """Writes the bytes of `text`, whatever it reads."""
+
+        device = torch.device("cpu")
 
         def __init__(self, text: bytes):
             super().__init__()
@@ -593,7 +595,7 @@ def test_export_publishes_what_the_rounded_weights_score(small_text, tmp_path):
 
 def test_export_takes_the_mean_of_weights_before_and_after(small_text, tmp_path):
     pretrain(small_text, tmp_path / "before", "--max_steps", 2)
-    options = ["--checkpoint", tmp_path / "before", "--max_steps", 3, "--sentences", 0.5]
+    options = ["--checkpoint", tmp_path / "before", "--max_steps", 3, "--sentences", 1]
     for name, seed in (("after", 1), ("other", 2)):
         pretrain(small_text, tmp_path / name, *options, "--seed", seed)
     (tmp_path / "data.md").write_text("A play.\n")
