@@ -115,7 +115,7 @@ def number_labels(sets: dict[str, Dataset]) -> list:
     if len(labels) < 2:
         raise SystemExit(f"--train has the labels {labels}, expected at least two")
     if unknown := sorted(set(sets["test"]["labels"]) - set(labels)):
-        raise SystemExit(f"--test has the labels {unknown}, which --train has not: expected some of {labels}")
+        raise SystemExit(f"--test has the labels {unknown}, which --train lacks: expected some of {labels}")
     for split, rows in sets.items():
         numbers = [labels.index(label) for label in rows["labels"]]
         sets[split] = rows.remove_columns("labels").add_column("labels", numbers)

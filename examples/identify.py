@@ -287,7 +287,7 @@ def train(args: argparse.Namespace) -> None:
     if len(label2id) < 2:
         raise SystemExit(f"--train has the languages {list(label2id)}, expected at least two")
     if unknown := sorted(set(tests) - set(label2id)):
-        raise SystemExit(f"--validation has languages that --train has not: {unknown}")
+        raise SystemExit(f"--validation has languages that --train lacks: {unknown}")
 
     import torch
     from run_folder import EndOnDivergence, ResumeLine, begin, is_spent, last_checkpoint, names_and_sizes, run_info

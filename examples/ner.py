@@ -136,12 +136,11 @@ def f1(found: list[set], right: list[set]) -> float:
 
 
 def pattern_of(span: str) -> str:
-    """A pattern of `span` that no word goes on before or after; signs have no such edge, nor have scripts that leave no spaces."""
+    """A pattern of `span` that is not part of a longer word. Punctuation, and scripts without spaces, have no word boundary."""
 
     def is_edge(character: str) -> bool:
-        return (
-            re.match(r"\w", character) is not None and character < "\u2e80"
-        )  # before the signs of Chinese and Japanese
+        # Chinese and Japanese characters begin at U+2E80.
+        return re.match(r"\w", character) is not None and character < "\u2e80"
 
     before, after = is_edge(span[0]) * r"(?<!\w)", is_edge(span[-1]) * r"(?!\w)"
     return before + re.escape(span) + after

@@ -35,7 +35,7 @@ from inputs import (
 
 SPLITS = ("train", "validation", "test")
 # What another call may change when a run goes on; the results describe all other settings as those of the whole run. The
-# second line is of `research/train.py`.
+# second line is of `research/train.py`. Texts are checked by `write_once`: those of a corpus that is there may not change.
 MAY_CHANGE = ("output", "validation", "test", "max_minutes", "max_steps", "max_bytes", "workers", "eval_steps")
 MAY_CHANGE += ("max_flops", "data", "eval_at_end")
 

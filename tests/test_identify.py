@@ -203,7 +203,7 @@ def test_lines_are_a_function_of_their_index(data):
         (["--train", "lines.jsonl", "--max_minutes", "0"], "argument --max_minutes: 0 must be above 0"),
         (["--train", "fields.jsonl"], r'fields.jsonl, row 2: expected strings .*, got \{"text": "a"\}'),
         (["--train", "one.jsonl"], r"--train has the languages \['fra'\], expected at least two"),
-        (["--train", "lines.jsonl", "--validation", "one.jsonl"], r"has languages that --train has not: \['fra'\]"),
+        (["--train", "lines.jsonl", "--validation", "one.jsonl"], r"has languages that --train lacks: \['fra'\]"),
     ],
 )
 def test_what_cannot_be_read_is_said_at_once(data, options, message):
