@@ -438,7 +438,7 @@ def test_the_example_compares_depth_pretraining_and_committees(tmp_path):
             "words.csv",
             "--test",
             "more.csv",
-        ): "--test has the labels ['black hole'], which --train has",
+        ): "--test has the labels ['black hole'], which --train lacks",
         ("--articles", 13): "hold 12 articles, expected at least 13",
         (*sizes, "--finetuning_epochs", 2): "begun.json was made with {'finetuning_epochs': '1'}: use another folder",
         (*sizes, *other): "pretraining.json was made with {'pretraining_epochs': '1'}: use another folder",
