@@ -83,7 +83,7 @@ if __name__ == "__main__":
 
 import torch
 from datasets import Dataset
-from run_folder import saved_at_the_end, write_results
+from run_folder import per_device, saved_at_the_end, write_results
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
@@ -135,7 +135,7 @@ def main(args: argparse.Namespace, chats: list[dict], held_out: list[dict]):
             assistant_only_loss=True,
             max_length=args.max_length,
             max_steps=args.max_steps,
-            per_device_train_batch_size=args.batch_size,
+            per_device_train_batch_size=per_device(args.batch_size),
             learning_rate=args.learning_rate,
             warmup_steps=0.1,
             logging_steps=max(1, args.max_steps // 10),

@@ -49,7 +49,7 @@ if __name__ == "__main__":
 import numpy as np
 import torch
 from datasets import Dataset
-from run_folder import train_runs, write_label_results
+from run_folder import per_device, train_runs, write_label_results
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import Pipeline, make_pipeline
@@ -105,7 +105,7 @@ def trainer_of(train: tuple[list, list], args: argparse.Namespace) -> Trainer:
             num_train_epochs=args.epochs,
             learning_rate=args.learning_rate,
             warmup_steps=0.1,
-            per_device_train_batch_size=args.batch_size,
+            per_device_train_batch_size=per_device(args.batch_size),
             per_device_eval_batch_size=args.batch_size,
             logging_steps=50,
             save_strategy="no",

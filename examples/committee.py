@@ -76,7 +76,7 @@ if __name__ == "__main__":
 import torch
 from datasets import Dataset, load_dataset
 from matplotlib.figure import Figure
-from run_folder import EndOnDivergence, begin, check_same, names_and_sizes, run_info
+from run_folder import EndOnDivergence, begin, check_same, names_and_sizes, per_device, run_info
 from score import documents
 from transformers import (
     AutoModelForSequenceClassification,
@@ -126,7 +126,7 @@ def trainer_of(model, data, args: argparse.Namespace, epochs: float, seed: int, 
     training = TrainingArguments(
         str(args.output / "trainer"),
         num_train_epochs=epochs,
-        per_device_train_batch_size=args.batch_size,
+        per_device_train_batch_size=per_device(args.batch_size),
         per_device_eval_batch_size=args.batch_size,
         warmup_steps=0.05,
         train_sampling_strategy="group_by_length",

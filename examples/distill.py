@@ -21,12 +21,14 @@ from pathlib import Path
 from inputs import (
     HelpFormatter,
     add_bf16,
+    add_rates,
     at_least_one,
     checkpoint,
     choose_precision,
     output_of,
     preset,
     quiet_exit,
+    rates_of,
     read_text,
     require,
     share,
@@ -56,6 +58,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--max_steps", type=at_least_one, default=60, help="of each student")
     parser.add_argument("--batch_size", type=at_least_one, default=8, help="windows per step")
     parser.add_argument("--teacher_weight", type=share, default=0.5, help="of its part of the loss, 0 to 1")
+    add_rates(parser)
     add_bf16(parser, "bfloat16 autocast, and weights of a teacher of subwords")
     parser.add_argument("--seed", type=whole, default=1, help="of weights and order")
     args = parser.parse_args()
@@ -73,7 +76,7 @@ if __name__ == "__main__":
     require("train", "accelerate", "matplotlib")
 
 import torch
-from run_folder import begin, names_and_sizes, run_info, saved_at_the_end
+from run_folder import begin, names_and_sizes, per_device, run_info, saved_at_the_end
 from torch.utils.data import Subset
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments, set_seed
 
@@ -82,9 +85,6 @@ from modeling_stlm.training.bits_per_byte import BitsPerByteEvaluator
 from modeling_stlm.training.corpus import PackedWindows, ids_are_bytes, write_corpus
 from modeling_stlm.training.distillation import DistillationTrainer, StoredTeacher, SubwordTeacher, store_teacher
 from modeling_stlm.training.optimizer import MuonRecipe
-
-
-RATES = {"muon_lr": 0.02, "adamw_lr": 4e-3}
 
 
 def load_teacher(names: list[str], gguf_file: str | None, bf16: bool):
@@ -110,7 +110,7 @@ def train(args: argparse.Namespace, sets: dict, teacher, teacher_weight: float) 
         TrainingArguments(
             str(args.output / "trainer"),
             max_steps=args.max_steps,
-            per_device_train_batch_size=args.batch_size,
+            per_device_train_batch_size=per_device(args.batch_size),
             per_device_eval_batch_size=args.batch_size,
             lr_scheduler_type="warmup_stable_decay",
             lr_scheduler_kwargs={"num_decay_steps": int(0.6 * args.max_steps), "decay_type": "linear"},
@@ -128,7 +128,7 @@ def train(args: argparse.Namespace, sets: dict, teacher, teacher_weight: float) 
         processing_class=STLMTokenizer(),
         compute_metrics=evaluator,
         preprocess_logits_for_metrics=evaluator.nats,
-        optimizer_cls_and_kwargs=(MuonRecipe, RATES),
+        optimizer_cls_and_kwargs=(MuonRecipe, rates_of(args)),
         teacher=teacher,
         teacher_weight=teacher_weight,
     )
@@ -165,7 +165,7 @@ def main(args: argparse.Namespace):
     trainer.model.config.use_cache = True  # Trainer turns it off
     trainer.save_model(args.output)
     files = {"train": f"nine tenths of {args.text.name}", "validation": f"last tenth of {args.text.name}"}
-    settings = {name: value for name, value in vars(args).items() if name not in ("output", "text")} | files | RATES
+    settings = {name: value for name, value in vars(args).items() if name not in ("output", "text")} | files
     settings["teacher"] = " ".join(Path(name).name for name in args.teacher)
     results |= {
         "model": args.student,

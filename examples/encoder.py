@@ -18,6 +18,7 @@ from pathlib import Path
 from inputs import (
     HelpFormatter,
     add_bf16,
+    add_rates,
     as_text,
     at_least_one,
     checkpoint,
@@ -26,6 +27,7 @@ from inputs import (
     output_of,
     positive,
     quiet_exit,
+    rates_of,
     require,
     sentence_encoder,
     whole,
@@ -54,8 +56,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--max_minutes", type=positive, default=45, help="of training")
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="for --max_minutes")
     parser.add_argument("--batch_size", type=at_least_one, default=64, help="passages per step")
-    parser.add_argument("--muon_lr", type=positive, default=0.02, help="of the matrices")
-    parser.add_argument("--adamw_lr", type=positive, default=4e-3, help="of all others")
+    add_rates(parser)
     add_bf16(parser, "bfloat16 autocast, of the teacher, too")
     parser.add_argument("--seed", type=whole, default=1, help="of weights and order")
     return parser.parse_args()
@@ -75,6 +76,7 @@ from run_folder import (
     is_spent,
     last_checkpoint,
     names_and_sizes,
+    per_device,
     write_results,
 )
 from score import documents
@@ -156,7 +158,7 @@ def main(args: argparse.Namespace):
             str(args.output),
             max_steps=10**9,  # `TimeBudget` stops
             lr_scheduler_type="constant",
-            per_device_train_batch_size=args.batch_size,
+            per_device_train_batch_size=per_device(args.batch_size),
             train_sampling_strategy="group_by_length",
             remove_unused_columns=False,
             logging_steps=25,
@@ -171,7 +173,7 @@ def main(args: argparse.Namespace):
         train_dataset=data,
         data_collator=data.collate,
         processing_class=tokenizer,
-        optimizer_cls_and_kwargs=(MuonRecipe, {"muon_lr": args.muon_lr, "adamw_lr": args.adamw_lr}),
+        optimizer_cls_and_kwargs=(MuonRecipe, rates_of(args)),
         callbacks=[budget, resume, SaveByTime(minutes=5), stop],
     )
     trainer.add_callback(EndOnDivergence("--muon_lr or --adamw_lr, with a new --output"))

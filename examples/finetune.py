@@ -73,6 +73,7 @@ from run_folder import (
     is_spent,
     last_checkpoint,
     names_and_sizes,
+    per_device,
     plot,
     write_results,
 )
@@ -116,7 +117,7 @@ def main(args: argparse.Namespace, text: bytes):
         args=TrainingArguments(
             output_dir=str(args.output),
             max_steps=args.max_steps,
-            per_device_train_batch_size=args.batch_size,
+            per_device_train_batch_size=per_device(args.batch_size),
             per_device_eval_batch_size=args.batch_size,
             learning_rate=args.learning_rate,
             warmup_steps=args.max_steps // 10,

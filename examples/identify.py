@@ -25,12 +25,14 @@ from typing import TYPE_CHECKING
 from inputs import (
     HelpFormatter,
     add_bf16,
+    add_rates,
     at_least_one,
     checkpoint,
     choose_precision,
     output_of,
     positive,
     quiet_exit,
+    rates_of,
     read_json_lines,
     require,
     text_file,
@@ -79,8 +81,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default="runs/langid", help="folder of the model that --train makes")
     parser.add_argument("--max_minutes", type=positive, default=30, help="of training, in CPU time")
     parser.add_argument("--batch_size", type=at_least_one, default=64, help="lines per step")
-    parser.add_argument("--muon_lr", type=positive, default=0.03, help="learning rate of the matrices")
-    parser.add_argument("--adamw_lr", type=positive, default=0.03, help="learning rate of all other parameters")
+    add_rates(parser, 0.03, 0.03)
     add_bf16(parser)
     parser.add_argument("--seed", type=whole, default=1, help="of weights and order")
     args = parser.parse_args()
@@ -290,7 +291,16 @@ def train(args: argparse.Namespace) -> None:
         raise SystemExit(f"--validation has languages that --train lacks: {unknown}")
 
     import torch
-    from run_folder import EndOnDivergence, ResumeLine, begin, is_spent, last_checkpoint, names_and_sizes, run_info
+    from run_folder import (
+        EndOnDivergence,
+        ResumeLine,
+        begin,
+        is_spent,
+        last_checkpoint,
+        names_and_sizes,
+        per_device,
+        run_info,
+    )
     from transformers import DataCollatorForTokenClassification, Trainer, TrainingArguments, set_seed
 
     from modeling_stlm import STLMConfig, STLMForTokenClassification, STLMTokenizer
@@ -318,7 +328,7 @@ def train(args: argparse.Namespace) -> None:
         args=TrainingArguments(
             str(args.output),
             max_steps=10**9,  # until the budget is spent
-            per_device_train_batch_size=args.batch_size,
+            per_device_train_batch_size=per_device(args.batch_size),
             train_sampling_strategy="sequential",
             lr_scheduler_type="constant",
             logging_steps=100,
@@ -334,7 +344,7 @@ def train(args: argparse.Namespace) -> None:
         data_collator=DataCollatorForTokenClassification(tokenizer),
         processing_class=tokenizer,
         compute_loss_func=loss_of_bytes_and_lines,
-        optimizer_cls_and_kwargs=(MuonRecipe, {"muon_lr": args.muon_lr, "adamw_lr": args.adamw_lr}),
+        optimizer_cls_and_kwargs=(MuonRecipe, rates_of(args)),
         callbacks=[budget, resume, stop, SaveByTime(minutes=5)],
     )
     trainer.add_callback(EndOnDivergence("--muon_lr or --adamw_lr, with a new --output"))

@@ -15,14 +15,15 @@ from pathlib import Path
 
 from inputs import (
     HelpFormatter,
+    add_rates,
     at_least_one,
     causal_checkpoint,
     config_change,
     file_pattern,
     naming,
     output_of,
-    positive,
     quiet_exit,
+    rates_of,
     require,
     whole,
 )
@@ -69,8 +70,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--output", type=output_of("STLMForCausalLM"), default="runs/inherited", help="folder")
     parser.add_argument("--max_steps", type=at_least_one, default=100, help="of each training")
     parser.add_argument("--batch_size", type=at_least_one, default=8, help="windows of 1024 bytes per step")
-    parser.add_argument("--muon_lr", type=positive, default=0.02, help="learning rate of the matrices")
-    parser.add_argument("--adamw_lr", type=positive, default=4e-3, help="learning rate of all other parameters")
+    add_rates(parser)
     parser.add_argument("--seed", type=whole, default=1, help="of weights and order")
     args = parser.parse_args()
     if bool(args.train) != bool(args.validation):
@@ -84,7 +84,7 @@ if __name__ == "__main__":
 
 import torch
 from pretrain import load_config
-from run_folder import saved_at_the_end, write_results
+from run_folder import per_device, saved_at_the_end, write_results
 from score import documents
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Trainer, TrainingArguments, set_seed
@@ -116,7 +116,7 @@ def train(model: PreTrainedModel, args: argparse.Namespace, windows: dict[str, P
         args=TrainingArguments(
             output_dir=str(args.output),
             max_steps=args.max_steps,
-            per_device_train_batch_size=args.batch_size,
+            per_device_train_batch_size=per_device(args.batch_size),
             per_device_eval_batch_size=args.batch_size,
             lr_scheduler_type="constant_with_warmup",
             warmup_steps=max(1, args.max_steps // 20),
@@ -133,7 +133,7 @@ def train(model: PreTrainedModel, args: argparse.Namespace, windows: dict[str, P
         eval_dataset=windows["validation"],
         compute_metrics=evaluator,
         preprocess_logits_for_metrics=evaluator.nats,
-        optimizer_cls_and_kwargs=(MuonRecipe, {"muon_lr": args.muon_lr, "adamw_lr": args.adamw_lr}),
+        optimizer_cls_and_kwargs=(MuonRecipe, rates_of(args)),
     )
     with saved_at_the_end(trainer):
         trainer.train()

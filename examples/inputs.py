@@ -296,6 +296,16 @@ def add_bf16(parser: argparse.ArgumentParser, what: str = "bfloat16 autocast") -
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, help=f"{what}; {by_default}")
 
 
+def add_rates(parser: argparse.ArgumentParser, muon_lr: float = 0.02, adamw_lr: float = 4e-3) -> None:
+    """The rates of `MuonRecipe`; [`rates_of`] gives them to it."""
+    parser.add_argument("--muon_lr", type=positive, default=muon_lr, help="learning rate of the matrices")
+    parser.add_argument("--adamw_lr", type=positive, default=adamw_lr, help="learning rate of all other parameters")
+
+
+def rates_of(args: argparse.Namespace) -> dict[str, float]:
+    return {"muon_lr": args.muon_lr, "adamw_lr": args.adamw_lr}
+
+
 def choose_precision(args: argparse.Namespace) -> None:
     """Settle `--bf16` before it is used or recorded."""
     if args.bf16 is None:

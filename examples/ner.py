@@ -102,7 +102,7 @@ if __name__ == "__main__":
         train, test = read_sets(args)  # before the slow imports: a mistake is told at once
 
 import torch
-from run_folder import train_runs, write_label_results
+from run_folder import per_device, train_runs, write_label_results
 from transformers import (
     AutoConfig,
     AutoModelForTokenClassification,
@@ -179,7 +179,7 @@ def main(args: argparse.Namespace, train: list[dict], test: list[dict]):
             num_train_epochs=args.epochs,
             learning_rate=args.learning_rate,
             warmup_steps=0.1,
-            per_device_train_batch_size=args.batch_size,
+            per_device_train_batch_size=per_device(args.batch_size),
             train_sampling_strategy="group_by_length",
             logging_steps=50,
             save_strategy="no",

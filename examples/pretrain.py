@@ -16,6 +16,7 @@ from pathlib import Path
 from inputs import (
     HelpFormatter,
     add_bf16,
+    add_rates,
     at_least_one,
     at_least_zero,
     causal_checkpoint,
@@ -27,6 +28,7 @@ from inputs import (
     positive,
     presets,
     quiet_exit,
+    rates_of,
     require,
     share,
     whole,
@@ -94,8 +96,7 @@ def argument_parser(controls: tuple[str, ...] = ()):
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="for --max_minutes")
     parser.add_argument("--block_bytes", type=at_least_one, default=1024, help="bytes per window")
     parser.add_argument("--batch_size", type=at_least_one, default=8, help="windows per step")
-    parser.add_argument("--muon_lr", type=positive, default=0.02, help="learning rate of the matrices")
-    parser.add_argument("--adamw_lr", type=positive, default=4e-3, help="learning rate of all other parameters")
+    add_rates(parser)
     parser.add_argument("--weight_decay", type=at_least_zero, default=0.0, help="of the matrices")
     parser.add_argument("--decay", type=share, default=0.6, help="share of the budget in which the rates fall to zero")
     add_bf16(parser)
@@ -122,6 +123,8 @@ from run_folder import (
     is_spent,
     last_checkpoint,
     names_and_sizes,
+    per_device,
+    processes,
     run_info,
     save,
 )
@@ -150,7 +153,8 @@ def write_corpora(args: argparse.Namespace, tokenizer, folder: Path) -> dict[str
     for split in SPLITS:
         if patterns := getattr(args, split):
             shares = {name: getattr(args, name) for name in ALTERATIONS} if split == "train" else {}
-            corpora[split] = write_once(folder / f"{split}.bin", patterns, tokenizer, **shares)
+            with processes().main_process_first():
+                corpora[split] = write_once(folder / f"{split}.bin", patterns, tokenizer, **shares)
     return corpora
 
 
@@ -184,7 +188,7 @@ def tell_of_known(sets: dict[str, PackedWindows]) -> None:
     for split, windows in sets.items():
         found = [digest(document) in known for document in windows.documents()] if split != "train" else []
         if any(found):
-            print(
+            processes().print(
                 f"{sum(found):,} of the {len(found):,} documents of --{split} are among those to train on: "
                 "the score is not that of new texts"
             )
@@ -245,7 +249,7 @@ def training_arguments(args: argparse.Namespace, step_bytes: float, **changes) -
         schedule |= {"max_steps": steps, "warmup_steps": warmup}
     else:  # the same, but by the clock of `TimeBudget`
         schedule = {"lr_scheduler_type": "constant", "max_steps": 10**9}
-    batch = {"per_device_train_batch_size": args.batch_size, "per_device_eval_batch_size": args.batch_size}
+    batch = dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size"), per_device(args.batch_size))
     every = {"eval_strategy": "steps", "eval_steps": args.eval_steps, "save_steps": args.eval_steps}
     settings = (
         schedule
@@ -266,7 +270,7 @@ def training_arguments(args: argparse.Namespace, step_bytes: float, **changes) -
 
 def optimizer_arguments(args: argparse.Namespace) -> dict[str, float]:
     """Keywords of `MuonRecipe`."""
-    return {name: getattr(args, name) for name in ("muon_lr", "adamw_lr", "weight_decay")}
+    return rates_of(args) | {"weight_decay": args.weight_decay}
 
 
 def train(args: argparse.Namespace, trainer: Trainer, step_bytes: float) -> None:
@@ -283,6 +287,7 @@ def train(args: argparse.Namespace, trainer: Trainer, step_bytes: float) -> None
 
     begun, checkpoint = args.output / "begun.json", last_checkpoint(args.output)
     settings = {name: str(value) for name, value in vars(args).items() if name not in MAY_CHANGE}
+    settings["train"] = names_and_sizes(args.train)
     if checkpoint is not None and begun.is_file():
         recorded = json.loads(begun.read_text())  # earlier versions recorded less
         check_same(begun, recorded | {name: value for name, value in settings.items() if name in recorded})
@@ -297,7 +302,9 @@ def train(args: argparse.Namespace, trainer: Trainer, step_bytes: float) -> None
         return
     trainer.train(resume_from_checkpoint=checkpoint)
     if stop.received is not None:
-        print(f"{stop.received.name}: saved at {progress(trainer.state)}; the same command goes on from here")
+        processes().print(
+            f"{stop.received.name}: saved at {progress(trainer.state)}; the same command goes on from here"
+        )
         raise SystemExit(128 + stop.received)
 
 
@@ -311,7 +318,9 @@ def main(args: argparse.Namespace):
         with naming(split, getattr(args, split), "Take longer texts and a new --output, or smaller --block_bytes"):
             sets[split] = PackedWindows(path, tokenizer, args.block_bytes)
     tell_of_known(sets)
-    print(f"{args.checkpoint or args.model}: {model.num_parameters():,} parameters, {model.device}, {model.dtype}")
+    processes().print(
+        f"{args.checkpoint or args.model}: {model.num_parameters():,} parameters, {model.device}, {model.dtype}"
+    )
     evaluator, step_bytes = BitsPerByteEvaluator(), args.batch_size * args.block_bytes
     timed = args.max_minutes is not None
     trainer = Trainer(

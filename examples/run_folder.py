@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from accelerate import PartialState
 from inputs import files_of
 from matplotlib.figure import Figure
 from safetensors.torch import load_file
@@ -20,6 +21,21 @@ from transformers import GenerationConfig, ProgressCallback, Trainer, TrainerCal
 from transformers.trainer_callback import ExportableState
 
 from modeling_stlm.training.model_card import describe_base
+
+
+def processes() -> PartialState:
+    """Of this training: one, or those of `accelerate launch`."""
+    return PartialState(cpu=not torch.cuda.is_available())
+
+
+def per_device(batch_size: int) -> int:
+    """Rows of a step on each device, which `Trainer` wants: a step of `batch_size` rows stays one, on all devices together."""
+    devices = processes().num_processes
+    if devices == 1:  # then `Trainer` divides the rows among all GPUs
+        devices = max(1, torch.cuda.device_count())
+    if batch_size % devices:
+        raise SystemExit(f"--batch_size {batch_size}: expected a multiple of {devices}, the number of devices")
+    return batch_size // devices
 
 
 def last_checkpoint(output: Path) -> str | None:
@@ -50,6 +66,8 @@ def begin(record: Path, settings: dict, goes_on: bool) -> None:
     if goes_on:
         check_same(record, settings)
         return
+    if not processes().is_main_process:
+        return
     record.parent.mkdir(parents=True, exist_ok=True)
     written = record.with_suffix(".part")
     written.write_text(json.dumps(settings, indent=1) + "\n")
@@ -79,7 +97,7 @@ def is_spent(
         spent = saved["attributes"]["elapsed_seconds"] >= 60 * max_minutes
     if not spent:
         return False
-    print(
+    processes().print(
         f"the budget is spent after {state.global_step} steps: nothing is trained; with a larger one the run goes on"
     )
     results = Path(trainer.args.output_dir) / "results.json"
@@ -263,6 +281,8 @@ def save(trainer: Trainer, results: dict, args: argparse.Namespace) -> None:
     special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     trainer.model.generation_config = GenerationConfig(do_sample=True, temperature=0.8, top_p=0.95, **special)
     trainer.save_model()
+    if not trainer.is_world_process_zero():
+        return
     # Results are published: names of files, no folders of this machine.
     names = {
         split: " ".join(Path(file).name for file in getattr(args, split)) for split in ("train", "validation", "test")

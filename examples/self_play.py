@@ -37,7 +37,7 @@ if __name__ == "__main__":
         train, test = summary_sets(args)  # before the slow imports: a mistake is told at once
 
 import torch
-from run_folder import begin, is_finite, names_and_sizes
+from run_folder import begin, is_finite, names_and_sizes, per_device
 from summarize import record, scores_of, table
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
@@ -71,7 +71,7 @@ def main(args: argparse.Namespace, train: list[dict], test: list[dict]):
             max_new_tokens=args.summary_bytes,
             max_length=args.text_bytes + 2 * args.summary_bytes,
             max_steps=args.max_steps,
-            per_device_train_batch_size=args.batch_size,
+            per_device_train_batch_size=per_device(args.batch_size),
             learning_rate=args.learning_rate,
             beta=args.beta,
             bf16=args.bf16,

@@ -37,7 +37,7 @@ if __name__ == "__main__":
 import evaluate
 import torch
 from peft import LoraConfig, get_peft_model
-from run_folder import run_info, saved_at_the_end, write_results
+from run_folder import per_device, run_info, saved_at_the_end, write_results
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -76,7 +76,7 @@ def trainer_of(
         model=model,
         args=TrainingArguments(
             output_dir=str(args.output / "trainer"),
-            per_device_train_batch_size=args.batch_size,
+            per_device_train_batch_size=per_device(args.batch_size),
             per_device_eval_batch_size=args.batch_size,
             lr_scheduler_type="linear",
             logging_steps=50,

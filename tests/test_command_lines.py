@@ -202,7 +202,7 @@ SMALL = {  # numbers that make no sense: option and value, by script
     "classify.py": "epochs 0, epochs -1, learning_rate 0, batch_size 0, max_bytes 0, seed -1",
     "committee.py": "deep 0, shallow 0, members 0, articles -1, rows 0, max_bytes 0, pretraining_epochs 0, "
     "finetuning_epochs -1, batch_size 0, seeds 0",
-    "distill.py": "windows 0, block_bytes 0, max_steps 0, batch_size 0, teacher_weight 1.5, seed -1",
+    "distill.py": "windows 0, block_bytes 0, max_steps 0, batch_size 0, teacher_weight 1.5, muon_lr 0, adamw_lr 0, seed -1",
     "encoder.py": "passages 0, max_bytes 0, max_minutes 0, batch_size 0, muon_lr 0, adamw_lr -1, seed -1",
     "evaluate_lm.py": "limit 0, batch_size 0",
     "export_onnx.py": "max_length 0, num_bytes 0",

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Two processes started by `accelerate launch` train like one. If one waits for the other for ever, a timeout fails."""
 
+import importlib
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +21,7 @@ from .tiny import SHARING, TEXT, ids_of, tiny_config
 
 
 pytestmark = pytest.mark.timeout(900)
+EXAMPLES = Path(__file__).parents[1] / "examples"
 
 SCRIPT = """
 import json, sys, torch
@@ -50,12 +53,14 @@ if trainer.is_world_process_zero():
 """
 
 
-def run(script: Path, processes: int, settings: dict) -> None:
+def run(script: Path, processes: int, settings: dict | None = None, *arguments) -> str:
+    """What `script` prints, with `settings` as JSON or with arguments."""
     # Without `--multi_gpu`, accelerate launches a single process on a CPU, whatever `--num_processes` says.
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes)]
     launcher += "--num_machines 1 --mixed_precision no --dynamo_backend no --main_process_port 0".split()
+    arguments = map(str, arguments) if settings is None else [json.dumps(settings)]
     finished = subprocess.run(
-        [*(launcher if processes > 1 else [sys.executable]), str(script), json.dumps(settings)],
+        [*(launcher if processes > 1 else [sys.executable]), str(script), *arguments],
         env=os.environ | {"ACCELERATE_USE_CPU": "true"},
         timeout=600,
         capture_output=True,
@@ -63,6 +68,7 @@ def run(script: Path, processes: int, settings: dict) -> None:
         check=False,
     )
     assert finished.returncode == 0, finished.stderr[-4000:]
+    return finished.stdout
 
 
 def launch(
@@ -202,3 +208,30 @@ def test_accelerate_would_shard_layer_by_layer():
     wraps = fsdp2_prepare_auto_wrap_policy(plugin, model)
     wrapped = [type(module).__name__ for module in model.modules() if wraps(module)]
     assert {name: wrapped.count(name) for name in wrapped} == dict(zip(LAYERS, (3, 2, 2)))
+
+
+def test_the_example_divides_each_step_among_processes(tmp_path):
+    text = (EXAMPLES / "data" / "shakespeare.txt").read_bytes()
+    (tmp_path / "train.txt").write_bytes(text[:20_000])
+    (tmp_path / "validation.txt").write_bytes(text[20_000:24_000])
+    files = ("--train", tmp_path / "train.txt", "--validation", tmp_path / "validation.txt")
+    sizes = ("--batch_size", 4, "--block_bytes", 128, "--max_bytes", 2048, "--eval_steps", 2, "--no-bf16")
+    results, printed = {}, {}
+    for processes in (1, 2):
+        output = tmp_path / str(processes)
+        printed[processes] = run(EXAMPLES / "pretrain.py", processes, None, *files, *sizes, "--output", output)
+        results[processes] = json.loads((output / "results.json").read_text())
+    assert results[1]["steps"] == results[2]["steps"] == 4
+    assert results[1]["bytes_seen"] == results[2]["bytes_seen"] == 2048
+    assert results[2]["bits_per_byte"] == pytest.approx(results[1]["bits_per_byte"], rel=1e-4)
+    assert len(printed[2].splitlines()) == len(printed[1].splitlines())  # nothing is told twice
+    assert json.loads((tmp_path / "2" / "begun.json").read_text())["batch_size"] == "4"
+
+
+def test_rows_that_devices_cannot_share_are_refused(monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    run_folder = importlib.import_module("run_folder")
+    monkeypatch.setattr(run_folder, "processes", lambda: SimpleNamespace(num_processes=2))
+    assert run_folder.per_device(4) == 2
+    with pytest.raises(SystemExit, match="--batch_size 3: expected a multiple of 2, the number of devices"):
+        run_folder.per_device(3)

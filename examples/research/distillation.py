@@ -65,7 +65,7 @@ import distill
 import torch
 from pretrain import write_once
 from provenance import run_info
-from run_folder import begin
+from run_folder import begin, per_device
 from stopwatch import Stopwatch
 from tables import markdown_table
 from torch.utils.data import Subset
@@ -167,7 +167,7 @@ def train(args: argparse.Namespace, sets: dict[str, Subset], arm: str, longer: f
             str(folder),
             max_steps=10**9,
             lr_scheduler_type="constant",  # TimeBudget has the schedule
-            per_device_train_batch_size=args.batch_size,
+            per_device_train_batch_size=per_device(args.batch_size),
             per_device_eval_batch_size=args.batch_size,
             logging_steps=50,
             seed=seed,
