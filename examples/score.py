@@ -43,6 +43,7 @@ if __name__ == "__main__":
     args = parse_arguments()
     require("train", "accelerate", "datasets")
 
+import numpy as np
 import torch
 from datasets import load_dataset
 from datasets.exceptions import DatasetGenerationError
@@ -123,8 +124,12 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
     return torch.tensor([0 if i in special else len(piece) for i, piece in enumerate(pieces)])
 
 
-def bytes_per_token(ids: torch.Tensor, sizes: torch.Tensor) -> float:
-    return float(sizes[ids].sum() / len(ids))
+def bytes_per_token(ids: torch.Tensor | np.ndarray, sizes: torch.Tensor) -> float:
+    """Mean of `sizes (V,)` over the `ids (N,)` of a text, which may be a file that is mapped."""
+    counts, chunk = np.zeros(len(sizes), dtype=np.int64), 1 << 24
+    for start in range(0, len(ids), chunk):
+        counts += np.bincount(ids[start : start + chunk], minlength=len(sizes))
+    return float(counts @ sizes.double().numpy()) / len(ids)
 
 
 def bits_of_documents(

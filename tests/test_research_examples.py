@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import modeling_stlm
 from modeling_stlm import STLMTokenizer
@@ -638,8 +638,15 @@ def test_export_takes_the_mean_of_weights_before_and_after(small_text, tmp_path)
 @pytest.mark.parametrize("model", ["stlm", "llama-bpe"])
 def test_learning_curves_are_in_bits_per_byte(small_text, tmp_path, model):
     size = ["--model", "llama-bpe", "--vocab_size", 300, "--like", "stlm-3m"] if model == "llama-bpe" else []
-    results = train(small_text, tmp_path / "run", "--max_steps", 1, *size)
-    unit = results["bytes_per_patch_or_token"] if model == "llama-bpe" else 1
+    (tmp_path / "digits.txt").write_text("0123456789 " * 400)  # more tokens a byte than the training text
+    results = train(small_text, tmp_path / "run", "--max_steps", 1, *size, "--validation", tmp_path / "digits.txt")
+    unit, text = 1, small_text.read_text(encoding="utf-8")
+    if model == "llama-bpe":
+        tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run")
+        unit = len(text.encode()) / len(tokenizer(text, add_special_tokens=False)["input_ids"])
+        assert unit > 1.3 * results["bytes_per_patch_or_token"]
+    window = 128 if model == "stlm" else round(128 / results["bytes_per_patch_or_token"])
+    assert results["bytes_seen"] == pytest.approx(2 * window * unit, rel=1e-2)  # one step of two windows
     logs = [{"step": step, "loss": bits * unit * math.log(2)} for step, bits in ((1, 8.0), (50, 2.5), (100, 2.0))]
     (tmp_path / "run" / "history.json").write_text(json.dumps([*logs, {"step": 100, "eval_loss": 1.0}]))
     run("research/curves.py", f"mine={tmp_path / 'run'}", "--record", "curves.json", cwd=tmp_path)

@@ -32,8 +32,7 @@ def parse_arguments() -> argparse.Namespace:
 def curve(folder: Path) -> dict:
     """Totals of a run, and the bits per byte of its training text by step."""
     history, results = (json.loads((folder / name).read_text()) for name in ("history.json", "results.json"))
-    is_llama = results["config"]["model_type"] == "llama"  # the loss is that of a token
-    nats_to_bits = 1 / math.log(2) / (results["bytes_per_patch_or_token"] if is_llama else 1)
+    nats_to_bits = 1 / math.log(2) / results["bytes_per_training_id"]  # the loss is that of an id
     kept = ("steps", "bytes_seen", "training_flops", "device", "commit", "torch", "bits_per_byte")
     is_wall = results["budget"].get("clock") == "wall" or "threads" not in results["device"]  # of a GPU
     seconds = results["wall_seconds" if is_wall else "cpu_seconds"]

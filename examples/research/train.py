@@ -127,8 +127,9 @@ def main():
     )
 
     sizes = token_bytes(tokenizer)
-    ids = torch.from_numpy(PackedWindows(corpora["validation"], tokenizer, 1).ids.astype("int64"))
-    id_bytes = bytes_per_token(ids, sizes)
+    # Windows are as long as those that score; what is read is counted in bytes of the training text.
+    id_bytes = bytes_per_token(PackedWindows(corpora["validation"], tokenizer, 1).ids, sizes)
+    training_id_bytes = bytes_per_token(PackedWindows(corpora["train"], tokenizer, 1).ids, sizes)
     block_size = round(args.block_bytes / id_bytes)
     sets = {split: PackedWindows(path, tokenizer, block_size) for split, path in corpora.items()}
     pretrain.tell_of_known(sets)
@@ -148,9 +149,10 @@ def main():
     )
 
     timed = args.max_minutes is not None
-    step_bytes = args.batch_size * block_size * id_bytes
+    step_bytes = args.batch_size * block_size * training_id_bytes
+    scored_step_bytes = args.batch_size * block_size * id_bytes  # of as many ids: operations are counted by these
     if args.max_flops is not None:
-        args.max_bytes = args.max_flops / (3 * flops)
+        args.max_bytes = args.max_flops / (3 * flops * scored_step_bytes) * step_bytes
     stopwatch = Stopwatch()
     callbacks = [stopwatch, *([TimeBudget(args.max_minutes, decay=args.decay, clock=args.clock)] if timed else [])]
     if args.curriculum_steps:
@@ -185,11 +187,12 @@ def main():
         "stored_parameters": model.num_parameters(),
         "effective_parameters": effective_parameters(model),
         "bytes_per_patch_or_token": round(length, 3),
+        "bytes_per_training_id": training_id_bytes,
         "flops_per_byte": round(flops),
         "steps": steps,
         "bytes_seen": bytes_seen,
-        "corpus_bytes": round(len(sets["train"]) * block_size * id_bytes),
-        "training_flops": 3 * flops * bytes_seen,
+        "corpus_bytes": round(len(sets["train"]) * block_size * training_id_bytes),
+        "training_flops": 3 * flops * steps * scored_step_bytes,
         "wall_seconds": round(stopwatch.wall_seconds),
         "cpu_seconds": round(stopwatch.cpu_seconds),
         "budget": {"minutes": args.max_minutes, "clock": args.clock} if timed else {"steps": steps},
