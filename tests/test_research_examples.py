@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 import modeling_stlm
 from modeling_stlm import STLMTokenizer
 
-from .test_examples import ROOT, TEXT, check_a_run, pretrain, run
+from .test_examples import ROOT, STLM_3M, TEXT, check_a_run, pretrain, refused, run
 from .test_examples import small_text as small_text  # a fixture
 from .tiny import tiny_model
 
@@ -666,3 +666,24 @@ def test_the_name_of_the_cpu_needs_no_linux(monkeypatch, tmp_path):
     (tmp_path / "cpuinfo").write_text("processor\t: 0\nmodel name\t: A chip: of two\n")
     monkeypatch.setattr(provenance, "CPUINFO", tmp_path / "cpuinfo")
     assert provenance.cpu_name() == "A chip"
+
+
+def test_character_tasks_are_learned_and_scored_on_rows_held_out(tmp_path):
+    rows = [
+        {"task": task, "inputs": ["a", f"w{i}"], "label": f"w{i % 2}a"} for i in range(10) for task in ("add", "end")
+    ]
+    json_lines(tmp_path / "rows.jsonl.gz", rows)
+    files = ("--data", "rows.jsonl.gz", "--output", "out.json")
+    options = ("--epochs", 40, "--batch_size", 16, "--learning_rates", 3e-3)
+    printed = run("research/characters.py", *files, "--checkpoints", STLM_3M, *options, cwd=tmp_path)
+    record = json.loads((tmp_path / "out.json").read_text())
+    (found,) = record["runs"]
+    assert found["checkpoint"] == "stlm-3m" and record["commit"] and record["arguments"]["data"] == "rows.jsonl.gz"
+    scores = found["scores"]
+    assert sorted(scores) == ["add", "all", "end"] and scores["all"] == (scores["add"] + scores["end"]) / 2
+    assert scores["all"] >= 0.5, printed  # rows 4 and 9 of each task, which are not among those to train on
+    (tmp_path / "few.jsonl").write_text(json.dumps(rows[0]) + "\n")
+    message = refused(
+        "research/characters.py", "--data", "few.jsonl", "--output", "x.json", "--checkpoints", STLM_3M, cwd=tmp_path
+    )
+    assert message == "few.jsonl has tasks of 1 rows: expected at least 5 of each"

@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""Does a model know the characters of words? Fine-tunes checkpoints on CUTE (arXiv:2409.15452) and tests on words held out.
+
+    python examples/research/characters.py --data cute.jsonl.gz --output characters.json \
+        --checkpoints examples/checkpoints/stlm-10m runs/llama-bpe
+
+Rows have a `task`, `inputs` and a `label`: to spell, to find, insert, delete, replace and swap characters or words. A row is
+read as `sub_char: h | c | the = tce`; the loss is that of the label and the end. CUTE asks large models with examples in the prompt; models
+this small learn each task from rows. Its tasks go through one list of words, so every fifth word (every fifth row of a
+task) is held out in all of them. A label is right when the greedy continuation is the same text.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+from provenance import run_info
+from tables import markdown_table
+
+
+sys.path.append(str(Path(__file__).parents[1]))  # the examples
+
+from inputs import (
+    add_bf16,
+    at_least_one,
+    causal_checkpoint,
+    choose_precision,
+    positive,
+    quiet_exit,
+    read_json_lines,
+    text_file,
+)
+
+
+HELD_OUT = 5  # every fifth row of a task
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=text_file, required=True, help="JSON lines with task, inputs, label")
+    parser.add_argument(
+        "--checkpoints", type=causal_checkpoint, nargs="+", required=True, help="folders of causal models"
+    )
+    parser.add_argument("--output", type=Path, required=True, help="JSON")
+    parser.add_argument("--epochs", type=positive, default=3)
+    parser.add_argument("--learning_rates", type=positive, nargs="+", default=[3e-3])
+    parser.add_argument("--batch_size", type=at_least_one, default=32, help="rows")
+    parser.add_argument("--seeds", type=at_least_one, default=1)
+    add_bf16(parser)
+    return parser.parse_args()
+
+
+def read_sets(path: Path) -> dict[str, list[dict]]:
+    """Rows with `prompt` and `completion`, to train on and to test on."""
+    sets, counts = {"train": [], "test": []}, defaultdict(int)
+    for number, row in enumerate(read_json_lines(path), start=1):
+        if missing := {"task", "inputs", "label"} - set(row):
+            raise SystemExit(f"{path}, row {number} lacks {sorted(missing)}: expected task, inputs and label")
+        counts[row["task"]] += 1
+        split = "test" if counts[row["task"]] % HELD_OUT == 0 else "train"
+        prompt = f"{row['task']}: {' | '.join(row['inputs'])} ="
+        sets[split].append({"task": row["task"], "prompt": prompt, "completion": f" {row['label']}"})
+    if (fewest := min(counts.values(), default=0)) < HELD_OUT:
+        raise SystemExit(f"{path} has tasks of {fewest} rows: expected at least {HELD_OUT} of each")
+    return sets
+
+
+if __name__ == "__main__":
+    args = parse_arguments()
+    with quiet_exit():
+        sets = read_sets(args.data)
+
+import torch
+from run_folder import per_device, saved_at_the_end
+from summarize import tokenize
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DataCollatorForSeq2Seq,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+
+import modeling_stlm  # noqa: F401  (registers the Auto classes)
+
+
+def fine_tune(
+    model: PreTrainedModel, tokenizer, rows: list[dict], args: argparse.Namespace, rate: float, seed: int
+) -> None:
+    trainer = Trainer(
+        model,
+        TrainingArguments(
+            str(args.output.parent / "trainer"),
+            num_train_epochs=args.epochs,
+            learning_rate=rate,
+            warmup_steps=0.1,
+            per_device_train_batch_size=per_device(args.batch_size),
+            train_sampling_strategy="group_by_length",
+            logging_steps=100,
+            save_strategy="no",
+            bf16=args.bf16,
+            seed=seed,
+            report_to="none",
+            disable_tqdm=True,
+            use_cpu=not torch.cuda.is_available(),
+        ),
+        train_dataset=tokenize(rows, tokenizer),
+        data_collator=DataCollatorForSeq2Seq(tokenizer),
+    )
+    with saved_at_the_end(trainer):
+        trainer.train()
+
+
+def continuations(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: list[dict]) -> list[str]:
+    """What the model writes after each prompt, up to the end that it sets, in the order of `rows`."""
+    tokenizer.padding_side = "left"
+    ids = tokenizer([row["completion"] for row in rows], add_special_tokens=False)["input_ids"]
+    limit = max(map(len, ids)) + 1
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]["prompt"]))
+    found = [""] * len(rows)
+    for start in range(0, len(rows), 128):
+        chosen = order[start : start + 128]
+        options = {
+            "return_tensors": "pt",
+            "padding": True,
+            "add_special_tokens": False,
+            "return_token_type_ids": False,
+        }
+        prompts = tokenizer([rows[i]["prompt"] for i in chosen], **options).to(model.device)
+        new = model.generate(**prompts, max_new_tokens=limit, do_sample=False, use_cache=True)
+        texts = tokenizer.batch_decode(new[:, prompts["input_ids"].shape[1] :], skip_special_tokens=True)
+        for i, text in zip(chosen, texts):
+            found[i] = text
+    return found
+
+
+def exact_matches(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: list[dict]) -> dict[str, float]:
+    """Share of the rows of each task, and of all (the mean over tasks), whose label the model writes."""
+    hits = defaultdict(list)
+    for row, text in zip(rows, continuations(model.eval(), tokenizer, rows)):
+        hits[row["task"]].append(text == row["completion"])
+    scores = {task: statistics.mean(found) for task, found in hits.items()}
+    return scores | {"all": statistics.mean(scores.values())}
+
+
+def main(args: argparse.Namespace, sets: dict[str, list[dict]]):
+    choose_precision(args)
+    info, runs = run_info(), []
+    settings = {name: getattr(args, name) for name in ("epochs", "batch_size", "bf16")} | {"data": args.data.name}
+    for folder in args.checkpoints:
+        for rate in args.learning_rates:
+            for seed in range(1, args.seeds + 1):
+                set_seed(seed)
+                tokenizer = AutoTokenizer.from_pretrained(folder)
+                model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+                fine_tune(model, tokenizer, sets["train"], args, rate, seed)
+                scores = exact_matches(model, tokenizer, sets["test"])
+                runs.append({"checkpoint": Path(folder).name, "learning_rate": rate, "seed": seed, "scores": scores})
+                args.output.parent.mkdir(parents=True, exist_ok=True)
+                args.output.write_text(json.dumps({"runs": runs, "arguments": settings} | info, indent=1) + "\n")
+                print(f"{folder}, rate {rate:g}, seed {seed}: {100 * scores['all']:.1f}% right", flush=True)
+    names = [f"{run['checkpoint']}, {run['learning_rate']:g}, seed {run['seed']}" for run in runs]
+    rows = [[task, *(f"{100 * run['scores'][task]:.1f}" for run in runs)] for task in runs[0]["scores"]]
+    print(markdown_table(["task, % right", *names], rows))
+
+
+if __name__ == "__main__":
+    with quiet_exit():
+        main(args, sets)
