@@ -122,9 +122,9 @@ from run_folder import (
     check_same,
     is_spent,
     last_checkpoint,
+    launch_state,
     names_and_sizes,
     per_device,
-    processes,
     run_info,
     save,
 )
@@ -153,7 +153,7 @@ def write_corpora(args: argparse.Namespace, tokenizer, folder: Path) -> dict[str
     for split in SPLITS:
         if patterns := getattr(args, split):
             shares = {name: getattr(args, name) for name in ALTERATIONS} if split == "train" else {}
-            with processes().main_process_first():
+            with launch_state().main_process_first():
                 corpora[split] = write_once(folder / f"{split}.bin", patterns, tokenizer, **shares)
     return corpora
 
@@ -188,7 +188,7 @@ def tell_of_known(sets: dict[str, PackedWindows]) -> None:
     for split, windows in sets.items():
         found = [digest(document) in known for document in windows.documents()] if split != "train" else []
         if any(found):
-            processes().print(
+            launch_state().print(
                 f"{sum(found):,} of the {len(found):,} documents of --{split} are among those to train on: "
                 "the score is not that of new texts"
             )
@@ -289,8 +289,11 @@ def train(args: argparse.Namespace, trainer: Trainer, step_bytes: float) -> None
     settings = {name: str(value) for name, value in vars(args).items() if name not in MAY_CHANGE}
     settings["train"] = names_and_sizes(args.train)
     if checkpoint is not None and begun.is_file():
-        recorded = json.loads(begun.read_text())  # earlier versions recorded less
-        check_same(begun, recorded | {name: value for name, value in settings.items() if name in recorded})
+        recorded = json.loads(
+            begun.read_text()
+        )  # earlier versions recorded less, and patterns: `write_once` compares files
+        known = {name for name in settings if name in recorded and not recorded[name].startswith("['")}
+        check_same(begun, recorded | {name: settings[name] for name in known})
     begin(begun, settings, goes_on=False)
     stop = StopOnSignal()
     trainer.remove_callback(PrinterCallback)
@@ -302,7 +305,7 @@ def train(args: argparse.Namespace, trainer: Trainer, step_bytes: float) -> None
         return
     trainer.train(resume_from_checkpoint=checkpoint)
     if stop.received is not None:
-        processes().print(
+        launch_state().print(
             f"{stop.received.name}: saved at {progress(trainer.state)}; the same command goes on from here"
         )
         raise SystemExit(128 + stop.received)
@@ -318,7 +321,7 @@ def main(args: argparse.Namespace):
         with naming(split, getattr(args, split), "Take longer texts and a new --output, or smaller --block_bytes"):
             sets[split] = PackedWindows(path, tokenizer, args.block_bytes)
     tell_of_known(sets)
-    processes().print(
+    launch_state().print(
         f"{args.checkpoint or args.model}: {model.num_parameters():,} parameters, {model.device}, {model.dtype}"
     )
     evaluator, step_bytes = BitsPerByteEvaluator(), args.batch_size * args.block_bytes

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 import transformers
 from accelerate import PartialState
+from accelerate.utils import DistributedType, parse_flag_from_env
 from inputs import files_of
 from matplotlib.figure import Figure
 from safetensors.torch import load_file
@@ -23,16 +24,17 @@ from transformers.trainer_callback import ExportableState
 from modeling_stlm.training.model_card import describe_base
 
 
-def processes() -> PartialState:
-    """Of this training: one, or those of `accelerate launch`."""
-    return PartialState(cpu=not torch.cuda.is_available())
+def launch_state() -> PartialState:
+    """The processes that train: this one, or those of `accelerate launch`. Devices are chosen as `TrainingArguments` does."""
+    return PartialState(cpu=not torch.cuda.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU"))
 
 
 def per_device(batch_size: int) -> int:
-    """Rows of a step on each device, which `Trainer` wants: a step of `batch_size` rows stays one, on all devices together."""
-    devices = processes().num_processes
-    if devices == 1:  # then `Trainer` divides the rows among all GPUs
-        devices = max(1, torch.cuda.device_count())
+    """Rows of a step for each device, which `Trainer` wants: all devices together take steps of `batch_size` rows."""
+    state = launch_state()
+    devices = state.num_processes
+    if state.distributed_type == DistributedType.NO and state.device.type == "cuda":
+        devices = torch.cuda.device_count()  # `Trainer` gives each of them so many rows
     if batch_size % devices:
         raise SystemExit(f"--batch_size {batch_size}: expected a multiple of {devices}, the number of devices")
     return batch_size // devices
@@ -66,7 +68,7 @@ def begin(record: Path, settings: dict, goes_on: bool) -> None:
     if goes_on:
         check_same(record, settings)
         return
-    if not processes().is_main_process:
+    if not launch_state().is_main_process:
         return
     record.parent.mkdir(parents=True, exist_ok=True)
     written = record.with_suffix(".part")
@@ -97,7 +99,7 @@ def is_spent(
         spent = saved["attributes"]["elapsed_seconds"] >= 60 * max_minutes
     if not spent:
         return False
-    processes().print(
+    launch_state().print(
         f"the budget is spent after {state.global_step} steps: nothing is trained; with a larger one the run goes on"
     )
     results = Path(trainer.args.output_dir) / "results.json"

@@ -223,6 +223,8 @@ def test_the_example_divides_each_step_among_processes(tmp_path):
         results[processes] = json.loads((output / "results.json").read_text())
     assert results[1]["steps"] == results[2]["steps"] == 4
     assert results[1]["bytes_seen"] == results[2]["bytes_seen"] == 2048
+    losses = [json.loads((tmp_path / str(n) / "history.json").read_text())[0]["loss"] for n in (1, 2)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
     assert results[2]["bits_per_byte"] == pytest.approx(results[1]["bits_per_byte"], rel=1e-4)
     assert len(printed[2].splitlines()) == len(printed[1].splitlines())  # nothing is told twice
     assert json.loads((tmp_path / "2" / "begun.json").read_text())["batch_size"] == "4"
@@ -231,7 +233,19 @@ def test_the_example_divides_each_step_among_processes(tmp_path):
 def test_rows_that_devices_cannot_share_are_refused(monkeypatch):
     monkeypatch.syspath_prepend(EXAMPLES)
     run_folder = importlib.import_module("run_folder")
-    monkeypatch.setattr(run_folder, "processes", lambda: SimpleNamespace(num_processes=2))
+
+    def state(launched: str, processes: int, device: str = "cuda") -> None:
+        found = SimpleNamespace(num_processes=processes, device=torch.device(device), distributed_type=launched)
+        monkeypatch.setattr(run_folder, "launch_state", lambda: found)
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    state("NO", 1)
+    assert run_folder.per_device(8) == 1  # `Trainer` takes all GPUs
+    state("NO", 1, "cpu")
+    assert run_folder.per_device(8) == 8
+    state("MULTI_GPU", 1)
+    assert run_folder.per_device(8) == 8  # launched on one of eight
+    state("MULTI_GPU", 2)
     assert run_folder.per_device(4) == 2
     with pytest.raises(SystemExit, match="--batch_size 3: expected a multiple of 2, the number of devices"):
         run_folder.per_device(3)

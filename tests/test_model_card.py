@@ -408,6 +408,9 @@ def test_the_snippet_of_the_card_runs_in_the_folder(checkpoint):
     expected = tokenizer.decode(model.generate(**inputs, max_new_tokens=20, do_sample=False)[0])
     assert expected.startswith("The history of") and run.stdout.decode() == expected + "\n"
     assert 'checkpoint = "me/mine"\n' in snippet(build_model_card(checkpoint, repo_id="me/mine"))
+    assert "after `import modeling_stlm`" not in code
+    (checkpoint / "modeling_stlm.py").unlink()  # as in a checkout
+    assert "after `import modeling_stlm`" in snippet(build_model_card(checkpoint))
 
 
 def test_fixed_patches_and_untied_heads_are_told_as_they_are(tmp_path):

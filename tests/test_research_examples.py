@@ -463,6 +463,9 @@ def test_the_report_measures_and_writes(tmp_path):
     model.generation_config.max_new_tokens = 8
     model.save_pretrained(tmp_path / "model")
     STLMTokenizer().save_pretrained(tmp_path / "model")
+    phases = [{"bytes_seen": 3000, "commit": "b"}, {"bytes_seen": 400, "commit": "a"}]
+    trained = {"bytes_seen": 50_000, "commit": "a", "device": "a chip", "afterwards": phases}
+    (tmp_path / "model" / "results.json").write_text(json.dumps(trained))
     text = TEXT.read_text(encoding="utf-8")
     rows = [{"text": text[:30_000], "source": "one/a"}, {"text": text[30_000:50_000], "source": "two/b"}]
     held_out = json_lines(tmp_path / "held_out.jsonl.gz", rows)
@@ -497,6 +500,8 @@ def test_the_report_measures_and_writes(tmp_path):
     assert f"| copa_file | acc | {measured['tasks']['copa_file']['acc']:.4f} |" in scored
     assert measured["tasks"]["copa_file"]["rows"] == 3 and measured["tasks"]["blimp_file"]["rows"] == 30
     assert len(measured["repetition"]) == 2
+    expected = {"bytes_seen": 50_000, "commit": "a, b", "device": "a chip", "bytes_seen_afterwards": 3400}
+    assert measured["training"] == expected
     assert all(sample["text"].startswith(sample["prompt"]) for sample in measured["samples"])
     run(
         "research/report.py",
@@ -509,6 +514,7 @@ def test_the_report_measures_and_writes(tmp_path):
     )
     written = (tmp_path / "RESULTS.md").read_text()
     assert f"| two | {measured['held_out']['test']['two']['bits_per_byte']:.3f} |" in written
+    assert "| bytes seen afterwards, on a core | 3,400 |" in written
     assert "## Robustness" in written and "| homoglyph |" in written and "| copa | acc |" in written
 
 
@@ -670,7 +676,9 @@ def test_the_name_of_the_cpu_needs_no_linux(monkeypatch, tmp_path):
 
 def test_character_tasks_are_learned_and_scored_on_rows_held_out(tmp_path):
     rows = [
-        {"task": task, "inputs": ["a", f"w{i}"], "label": f"w{i % 2}a"} for i in range(10) for task in ("add", "end")
+        {"task": task, "inputs": [f"w{i}{'xy'[i % 2]}"], "label": "xy"[i % 2]}
+        for i in range(20)
+        for task in ("one", "two")
     ]
     json_lines(tmp_path / "rows.jsonl.gz", rows)
     files = ("--data", "rows.jsonl.gz", "--output", "out.json")
@@ -680,10 +688,10 @@ def test_character_tasks_are_learned_and_scored_on_rows_held_out(tmp_path):
     (found,) = record["runs"]
     assert found["checkpoint"] == "stlm-3m" and record["commit"] and record["arguments"]["data"] == "rows.jsonl.gz"
     scores = found["scores"]
-    assert sorted(scores) == ["add", "all", "end"] and scores["all"] == (scores["add"] + scores["end"]) / 2
-    assert scores["all"] >= 0.5, printed  # rows 4 and 9 of each task, which are not among those to train on
+    assert sorted(scores) == ["all", "one", "two"] and scores["all"] == (scores["one"] + scores["two"]) / 2
+    assert scores["all"] > 0.5, printed  # words that are not among those to train on
     (tmp_path / "few.jsonl").write_text(json.dumps(rows[0]) + "\n")
     message = refused(
         "research/characters.py", "--data", "few.jsonl", "--output", "x.json", "--checkpoints", STLM_3M, cwd=tmp_path
     )
-    assert message == "few.jsonl has tasks of 1 rows: expected at least 5 of each"
+    assert message == "few.jsonl has too few rows of ['one']: none to train on, or none to test on"

@@ -32,7 +32,10 @@ def parse_arguments() -> argparse.Namespace:
 def curve(folder: Path) -> dict:
     """Totals of a run, and the bits per byte of its training text by step."""
     history, results = (json.loads((folder / name).read_text()) for name in ("history.json", "results.json"))
-    nats_to_bits = 1 / math.log(2) / results["bytes_per_training_id"]  # the loss is that of an id
+    is_of_bytes = results["config"]["model_type"] == "stlm"  # runs before commit 61e9444 lack the bytes of an id
+    if "bytes_per_training_id" not in results and not is_of_bytes:
+        raise SystemExit(f"{folder}: results.json lacks bytes_per_training_id, expected a run of a later train.py")
+    nats_to_bits = 1 / math.log(2) / results.get("bytes_per_training_id", 1)  # the loss is that of an id
     kept = ("steps", "bytes_seen", "training_flops", "device", "commit", "torch", "bits_per_byte")
     is_wall = results["budget"].get("clock") == "wall" or "threads" not in results["device"]  # of a GPU
     seconds = results["wall_seconds" if is_wall else "cpu_seconds"]

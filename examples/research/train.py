@@ -2,10 +2,11 @@
 r"""Train STLM or one of its controls under the same budget and recipe, and record what the training cost.
 
     python examples/research/train.py --train 'corpus/train/*.jsonl.gz' --validation corpus/validation.jsonl.gz \
-        --model llama-bpe --like stlm-10m --vocab_size 8192 --max_minutes 60 --clock cpu --output runs/llama-bpe
+        --model llama-bpe --like stlm-10m --vocab_size 8192 --muon_lr 0.007 --adamw_lr 0.0014 --max_minutes 60 --clock cpu \
+        --output runs/llama-bpe
 
 The arguments and files are those of `examples/pretrain.py`. `--model llama-bytes` and `--model llama-bpe` are the
-controls of `controls.py` at the stored size of `--like`. `results.json` also has the time, the patch length and the
+controls of `controls.py` at the stored size of `--like`; a third of the default rates suits them better (LOG.md). `results.json` also has the time, the patch length and the
 operations, which `ablate.py` and `report.py` read.
 """
 
@@ -35,7 +36,7 @@ sys.path.append(str(Path(__file__).parents[1]))  # the examples
 
 import pretrain
 from inputs import at_least_one, positive
-from run_folder import save
+from run_folder import launch_state, save
 from score import bytes_per_token, documents, token_bytes
 
 from modeling_stlm import STLMConfig, STLMForCausalLM, STLMTokenizer
@@ -85,8 +86,9 @@ def prepare(args: argparse.Namespace) -> tuple[PreTrainedTokenizerBase, dict[str
     tokenizer = STLMTokenizer()
     if is_bpe:
         path = folder / "tokenizer"
-        if not path.is_dir():
-            train_bpe(documents(args.train), args.vocab_size).save_pretrained(path)
+        with launch_state().main_process_first():
+            if not path.is_dir():
+                train_bpe(documents(args.train), args.vocab_size).save_pretrained(path)
         tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
     return tokenizer, pretrain.write_corpora(args, tokenizer, folder)
 
@@ -127,7 +129,7 @@ def main():
     )
 
     sizes = token_bytes(tokenizer)
-    # Windows are as long as those that score; what is read is counted in bytes of the training text.
+    # A window has as many ids in training as in evaluation; what is read is counted in bytes of the training text.
     id_bytes = bytes_per_token(PackedWindows(corpora["validation"], tokenizer, 1).ids, sizes)
     training_id_bytes = bytes_per_token(PackedWindows(corpora["train"], tokenizer, 1).ids, sizes)
     block_size = round(args.block_bytes / id_bytes)
@@ -150,9 +152,9 @@ def main():
 
     timed = args.max_minutes is not None
     step_bytes = args.batch_size * block_size * training_id_bytes
-    scored_step_bytes = args.batch_size * block_size * id_bytes  # of as many ids: operations are counted by these
+    validation_step_bytes = args.batch_size * block_size * id_bytes  # `flops` is of a byte of the validation text
     if args.max_flops is not None:
-        args.max_bytes = args.max_flops / (3 * flops * scored_step_bytes) * step_bytes
+        args.max_bytes = args.max_flops / (3 * flops * validation_step_bytes) * step_bytes
     stopwatch = Stopwatch()
     callbacks = [stopwatch, *([TimeBudget(args.max_minutes, decay=args.decay, clock=args.clock)] if timed else [])]
     if args.curriculum_steps:
@@ -192,7 +194,7 @@ def main():
         "steps": steps,
         "bytes_seen": bytes_seen,
         "corpus_bytes": round(len(sets["train"]) * block_size * training_id_bytes),
-        "training_flops": 3 * flops * steps * scored_step_bytes,
+        "training_flops": 3 * flops * steps * validation_step_bytes,
         "wall_seconds": round(stopwatch.wall_seconds),
         "cpu_seconds": round(stopwatch.cpu_seconds),
         "budget": {"minutes": args.max_minutes, "clock": args.clock} if timed else {"steps": steps},
