@@ -453,8 +453,8 @@ def test_a_training_that_diverges_ends_at_the_next_log(tmp_path):
 
 
 def test_ctrl_c_says_that_nothing_is_saved(encoder_folder, animals_and_tools, tmp_path):
-    options = ["--checkpoint", encoder_folder, "--train", animals_and_tools[0], "--epochs", "9999", "--output", "out"]
-    command = [sys.executable, str(ROOT / "examples" / "classify.py"), *map(str, options)]
+    options = ["--checkpoint", encoder_folder, "--train", animals_and_tools[0], "--epochs", "1e6", "--output", "out"]
+    command = [sys.executable, "-u", str(ROOT / "examples" / "classify.py"), *map(str, options)]  # each line at once
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     with subprocess.Popen(command, **pipes, text=True, cwd=tmp_path) as process:
         assert any("'loss'" in line for line in process.stdout)
