@@ -54,10 +54,12 @@ class UTF8LogitsProcessor(LogitsProcessor):
             even if it does not fit.
         token_ids (`Iterable[int]`, *optional*):
             Reserved ids that have a meaning: those of tokens added to the tokenizer, or that end a text.
+        pad_token_id (`int`, *optional*):
+            Id that is passed over: padding may stand between a prompt and its continuation.
     """
 
-    def __init__(self, max_length: int | None = None, token_ids: Iterable[int] = ()):
-        self.max_length = max_length
+    def __init__(self, max_length: int | None = None, token_ids: Iterable[int] = (), pad_token_id: int | None = None):
+        self.max_length, self.pad_token_id = max_length, pad_token_id
         self.has_meaning = torch.ones(RESERVED_IDS.stop, dtype=torch.bool)
         self.has_meaning[sorted(set(RESERVED_IDS) - set(token_ids))] = False
         # Next state for state x id, -1 where it is not allowed; the last column is that of special tokens.
@@ -74,7 +76,10 @@ class UTF8LogitsProcessor(LogitsProcessor):
             self.has_meaning = self.has_meaning.to(scores.device)
         state = input_ids.new_full((len(input_ids),), BETWEEN)
         # An incomplete character began within the last three bytes.
-        for ids in input_ids[:, -3:].clamp(max=256).unbind(1):
+        last = input_ids[:, -3:]
+        if self.pad_token_id is not None and (last == self.pad_token_id).any():
+            last = input_ids.gather(1, (input_ids != self.pad_token_id).int().argsort(dim=1, stable=True)[:, -3:])
+        for ids in last.clamp(max=256).unbind(1):
             begun = self.next_state[BETWEEN, ids]
             state = self.next_state[state, ids]
             state = torch.where(state < 0, begun, state).clamp(min=BETWEEN)
@@ -160,7 +165,9 @@ class STLMGenerationMixin(GenerationMixin):
             ends = generation_config._eos_token_tensor
             ends = () if ends is None else ends.flatten().tolist()
             # First, so that top-k and top-p choose among what is allowed.
-            processors.insert(0, UTF8LogitsProcessor(generation_config.max_length - forced, ends))
+            processors.insert(
+                0, UTF8LogitsProcessor(generation_config.max_length - forced, ends, generation_config.pad_token_id)
+            )
         return processors
 
     @staticmethod

@@ -151,3 +151,30 @@ def test_a_forced_end_of_text_cuts_no_character():
         found = tiny_model().generate(torch.tensor([ids_of("ab ")]), max_new_tokens=new, **options)[0].tolist()
         assert found[-1] == 258
         bytes(i for i in found if i < 256).decode()
+
+
+def test_a_character_begun_by_a_prompt_goes_on_behind_padding():
+    prompts = [ids_of("One two three"), [0xE6, 0x9D]]
+    model = tiny_model()
+    options = {"max_new_tokens": 6, "do_sample": False, "valid_utf8": True, "pad_token_id": 256}
+    alone = model.generate(torch.tensor(prompts[1:]), **options)[0, 2:]
+    for side in ("left", "right"):
+        inputs = batch(prompts, side)
+        assert torch.equal(model.generate(**inputs, **options)[1, inputs["input_ids"].shape[1] :], alone)
+    assert is_prefix_of_text(bytes(prompts[1] + alone.tolist()))
+
+
+def test_a_reserved_id_may_end_a_text():
+    model = tiny_model()
+    model.lm_head.register_forward_hook(lambda module, inputs, logits: logits + 100.0 * (torch.arange(320) == 300))
+    options = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": 300, "pad_token_id": 256, "valid_utf8": True}
+    assert model.generate(torch.tensor([[65]]), **options)[0].tolist() == [65, 300]
+
+
+def test_the_argument_goes_before_the_flag_of_the_checkpoint():
+    model = tiny_model()
+    model.lm_head.register_forward_hook(lambda module, inputs, logits: logits + 100.0 * (torch.arange(320) == 0xFF))
+    model.generation_config.valid_utf8 = True
+    options = {"max_new_tokens": 1, "do_sample": False}
+    assert model.generate(torch.tensor([[65]]), **options)[0, -1] != 0xFF
+    assert model.generate(torch.tensor([[65]]), **options, valid_utf8=False)[0, -1] == 0xFF
