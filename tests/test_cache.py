@@ -448,3 +448,17 @@ def test_positions_are_not_read_after_a_filled_cache():
     positions = torch.arange(10)[None] % 4
     logits = model(IDS[:, 20:30], position_ids=positions, cache=cache).logits
     assert_equal(logits, model(IDS[:, :30], use_cache=False).logits[:, 20:])
+
+
+def test_packed_documents_in_a_cache_are_refused():
+    model = tiny_model()
+    positions = torch.arange(IDS.shape[1])[None] % 30
+    with pytest.raises(ValueError, match="one document per row"):
+        model(IDS, position_ids=positions, cache=DynamicCache(config=model.config))
+
+
+def test_a_cache_of_inference_mode_goes_on_outside():
+    model = tiny_model()
+    with torch.inference_mode():
+        cache = model(IDS[:, :3], use_cache=True).cache
+    assert_equal(model(IDS[:, 3:8], cache=cache).logits, model(IDS[:, :8], use_cache=False).logits[:, 3:])

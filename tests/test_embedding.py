@@ -126,3 +126,11 @@ def test_comparing_and_sorting_find_the_same_place(num_new, step):
     ]
     found = last_equal(known, known.gather(1, index), index, step, 2)
     assert [places.tolist() for places in found] == expected
+
+
+def test_a_longer_match_stays_in_its_document():
+    documents = [[*b"xxab"], [*b"cd! cd? abcd"]]
+    positions = torch.cat([torch.arange(len(document)) for document in documents])[None]
+    inputs = {"input_ids": torch.tensor([[*documents[0], *documents[1]]]), "position_ids": positions}
+    expected = [slow_match(document, t, 2, 1) for document in documents for t in range(len(document))]
+    assert told(telling_model(2, 1), inputs) == [expected]

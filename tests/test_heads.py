@@ -369,3 +369,40 @@ def test_a_head_trained_in_bfloat16_is_told_even_on_a_frozen_model(cls, monkeypa
     assert said == []
     model.train()(ids)
     assert len(said) == 1 and "Load the model with dtype=torch.float32" in said[0]
+
+
+def test_the_loss_of_an_answer_is_that_of_start_and_end():
+    model, inputs = classifier(STLMForQuestionAnswering), batch(ROWS[:4], "right")
+    start, end = torch.tensor([1, 2, 0, 3]), torch.tensor([2, 2, 400, 5])  # one end lies past the input
+    outputs = model(**inputs, start_positions=start, end_positions=end)
+    end = end.masked_fill(end >= inputs["input_ids"].shape[1], -100)
+    expected = (F.cross_entropy(outputs.start_logits, start) + F.cross_entropy(outputs.end_logits, end)) / 2
+    assert_equal(outputs.loss, expected)
+
+
+def test_parts_of_a_batch_of_choices_add_up_to_its_loss():
+    model = classifier(STLMForMultipleChoice)
+    texts = ("one two", "two one", "a b c d", "ab c de", "no no n", "yes yes")
+    ids, labels = torch.tensor([ids_of(text) for text in texts]).view(3, 2, -1), torch.tensor([1, 0, 1])
+    parts = [model(ids[r], labels=labels[r], num_items_in_batch=3).loss for r in (slice(0, 1), slice(1, 3))]
+    assert_equal(sum(parts), model(ids, labels=labels).loss)
+
+
+def test_parts_of_a_batch_of_labelled_bytes_add_up_to_its_loss():
+    model, inputs = classifier(STLMForTokenClassification), batch(ROWS[:4], "right")
+    labels = (inputs["input_ids"] % 3).masked_fill(inputs["attention_mask"] == 0, -100)
+    number, parts = int((labels != -100).sum()), []
+    for r in (slice(0, 1), slice(1, 4)):
+        part = {name: value[r] for name, value in inputs.items()}
+        parts.append(model(**part, labels=labels[r], num_items_in_batch=number).loss)
+    assert_equal(sum(parts), model(**inputs, labels=labels).loss)
+
+
+def test_dropout_of_a_classifier_acts_in_training_alone():
+    model, ids = (
+        classifier(STLMForSequenceClassification, classifier_dropout=0.5),
+        torch.tensor([ids_of("some words")]),
+    )
+    plain = model(ids).logits
+    assert not torch.allclose(model.train()(ids).logits, plain)
+    assert torch.equal(model.eval()(ids).logits, plain)

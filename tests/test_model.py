@@ -477,3 +477,17 @@ def test_patches_that_the_router_did_not_end_are_taken_whole():
     model = tiny_model(patching="learned", patch_bytes=2, max_patch_bytes=3)
     for ids in (ROWS[0], [byte for pair in zip(ROWS[0], [258] * 60) for byte in pair]):
         assert_equal(model(torch.tensor([ids])).logits[0], reference.logits(model, ids))
+
+
+@pytest.mark.parametrize("options", [{}, MIXERS["attention"]])
+def test_dropout_of_attention_acts_in_training_alone(options):
+    model, ids = tiny_model(attention_dropout=0.5, **options), torch.tensor([ids_of(TEXT)])
+    plain = tiny_model(**options)(ids).logits
+    assert torch.equal(model(ids).logits, plain)
+    assert not torch.allclose(model.train()(ids).logits, plain)
+
+
+def test_a_cache_is_made_where_the_config_says_so():
+    ids = torch.tensor([ids_of(TEXT)])
+    assert tiny_model()(ids).cache is None
+    assert tiny_model(use_cache=True)(ids).cache is not None
