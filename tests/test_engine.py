@@ -283,6 +283,9 @@ def test_sampled_text_depends_on_the_seed_and_not_on_the_batch(tiny):
         {"top_p": 0.6},
         {"min_p": 0.3, "repetition_penalty": 1.5},
         {"top_k": 8, "top_p": 0.7, "temperature": 2.0},
+        {"repetition_penalty": 4.0, "temperature": 2.0},
+        {"top_p": 0.8, "min_p": 0.3, "temperature": 0.4},
+        {"top_k": 20, "top_p": 0.8, "min_p": 0.3, "temperature": 0.4},
     ],
     ids=str,
 )

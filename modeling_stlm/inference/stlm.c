@@ -1878,7 +1878,7 @@ static int pick(stlm_batch *b, const Row *row, const stlm_sampling *s, uint64_t 
       int next = -1;
       for (int v = 0; v < vocab; v++)
         if (!b->is_chosen[v] && (next < 0 || weights[v] > weights[next])) next = v;
-      if (num_chosen && weights[next] < s->min_p) break;
+      if (num_chosen && most == vocab && weights[next] < s->min_p) break;
       b->is_chosen[next] = 1;
       b->chosen[num_chosen] = next;
       kept += weights[next];
@@ -1889,6 +1889,8 @@ static int pick(stlm_batch *b, const Row *row, const stlm_sampling *s, uint64_t 
       for (kept = 0.0f; count < num_chosen && (!count || kept < enough); count++) kept += weights[b->chosen[count]];
       num_chosen = count;
     }
+    // After top-p, whose share is one of what min-p leaves out, too.
+    for (; num_chosen > 1 && weights[b->chosen[num_chosen - 1]] < s->min_p; num_chosen--) kept -= weights[b->chosen[num_chosen - 1]];
   } else {
     for (int v = 0; v < vocab; v++) b->chosen[v] = v;
     kept = total;
