@@ -29,7 +29,17 @@ from transformers.generation import (
 from modeling_stlm import STLMTokenizer
 from modeling_stlm.inference import engine as engine_module
 from modeling_stlm.inference.engine import Engine, Rows
-from modeling_stlm.inference.export import CHECKSUM, SIZES, TYPES, export_gguf, folder_or_hub_id, load_gguf
+from modeling_stlm.inference.export import (
+    CHECKSUM,
+    SIZES,
+    TYPES,
+    dequantize,
+    export_gguf,
+    fingerprint,
+    folder_or_hub_id,
+    load_gguf,
+    quantize,
+)
 from modeling_stlm.training.objectives import MultiByte, with_objectives
 
 from .tiny import MIXERS, PATCHING, SHARING, TEXT, assert_equal, batch, ids_of, tiny_model
@@ -909,3 +919,14 @@ def test_a_loaded_model_ends_texts_where_the_file_does(tmp_path):
     model.generation_config.eos_token_id = [10, 258]
     engine = engine_of(model, tmp_path)
     assert engine.eos_token_ids == load_gguf(tmp_path / "model.gguf").generation_config.eos_token_id == [10, 258]
+
+
+@pytest.mark.parametrize("options", [{"rope_theta": 20.0}, {"norm_eps": 0.05}, {"hidden_act": "silu"}], ids=str)
+def test_models_that_compute_otherwise_have_other_fingerprints(options):
+    assert fingerprint(tiny_model(**options)) != fingerprint(tiny_model())
+
+
+def test_quantized_weights_are_the_nearest():
+    weights = np.random.default_rng(0).normal(size=(5, 64)).astype(np.float32)
+    numbers, scales = quantize(weights)
+    assert (np.abs(dequantize(numbers, scales) - weights) <= 0.501 * scales[:, None]).all()

@@ -260,22 +260,28 @@ def test_orthogonalize_evens_out_singular_values(shape):
     assert values.min() > 0.3 and values.max() < 1.3
 
 
-def test_muon_follows_the_one_of_torch():
+@pytest.mark.parametrize("shape", [(12, 12), (24, 6), (6, 24)])
+def test_muon_follows_the_one_of_torch(shape):
     # `torch.optim.Muon` iterates in bfloat16: the same update up to its rounding.
-    weights = torch.randn(12, 12)
-    ours, theirs = (torch.nn.Linear(12, 12, bias=False) for _ in range(2))
+    weights = torch.randn(*shape)
+    ours, theirs = (torch.nn.Linear(*shape[::-1], bias=False) for _ in range(2))
     for module in (ours, theirs):
         module.weight.data.copy_(weights)
     ours.get_output_embeddings = lambda: None
     recipe = MuonRecipe()(ours, muon_lr=0.02)
     reference = torch.optim.Muon(theirs.parameters(), lr=0.02, weight_decay=0.0)
     for _ in range(3):
-        gradient = torch.randn(12, 12)
+        gradient = torch.randn(*shape)
         ours.weight.grad, theirs.weight.grad = gradient.clone(), gradient.clone()
         recipe.step()
         reference.step()
     moved = (theirs.weight - weights).abs().max()
     assert (ours.weight - theirs.weight).abs().max() < 0.05 * moved
+
+
+def test_matrices_alone_decay():
+    groups = MuonRecipe()(tiny_model(), weight_decay=0.2).param_groups
+    assert [group["weight_decay"] for group in groups] == [0.2, 0.0]
 
 
 def test_muon_takes_weights_of_several_types_and_shrinks_them():
