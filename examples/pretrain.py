@@ -289,10 +289,10 @@ def train(args: argparse.Namespace, trainer: Trainer, step_bytes: float) -> None
     settings = {name: str(value) for name, value in vars(args).items() if name not in MAY_CHANGE}
     settings["train"] = names_and_sizes(args.train)
     if checkpoint is not None and begun.is_file():
-        recorded = json.loads(
-            begun.read_text()
-        )  # earlier versions recorded less, and patterns: `write_once` compares files
-        known = {name for name in settings if name in recorded and not recorded[name].startswith("['")}
+        recorded = json.loads(begun.read_text())  # of earlier versions: fewer settings, and patterns of the texts
+        known = settings.keys() & recorded.keys()
+        if recorded.get("train", "").startswith("["):
+            known -= {"train"}  # `write_once` compares the files
         check_same(begun, recorded | {name: settings[name] for name in known})
     begin(begun, settings, goes_on=False)
     stop = StopOnSignal()

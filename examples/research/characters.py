@@ -14,6 +14,7 @@ import argparse
 import json
 import statistics
 import sys
+import tempfile
 from collections import defaultdict
 from pathlib import Path
 from zlib import crc32
@@ -76,18 +77,9 @@ if __name__ == "__main__":
         sets = read_sets(args.data)
 
 import torch
-from run_folder import per_device, saved_at_the_end
-from summarize import tokenize
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    DataCollatorForSeq2Seq,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    Trainer,
-    TrainingArguments,
-    set_seed,
-)
+from run_folder import saved_at_the_end
+from summarize import tokenize, trainer_of
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 import modeling_stlm  # noqa: F401  (registers the Auto classes)
 
@@ -95,28 +87,13 @@ import modeling_stlm  # noqa: F401  (registers the Auto classes)
 def fine_tune(
     model: PreTrainedModel, tokenizer, rows: list[dict], args: argparse.Namespace, rate: float, seed: int
 ) -> None:
-    trainer = Trainer(
-        model,
-        TrainingArguments(
-            str(args.output.with_suffix("")),  # nothing is saved
-            num_train_epochs=args.epochs,
-            learning_rate=rate,
-            warmup_steps=0.1,
-            per_device_train_batch_size=per_device(args.batch_size),
-            train_sampling_strategy="group_by_length",
-            logging_steps=100,
-            save_strategy="no",
-            bf16=args.bf16,
-            seed=seed,
-            report_to="none",
-            disable_tqdm=True,
-            use_cpu=not torch.cuda.is_available(),
-        ),
-        train_dataset=tokenize(rows, tokenizer),
-        data_collator=DataCollatorForSeq2Seq(tokenizer),
-    )
-    with saved_at_the_end(trainer):
-        trainer.train()
+    options = {"num_train_epochs": args.epochs, "learning_rate": rate, "warmup_steps": 0.1, "disable_tqdm": True}
+    options["train_sampling_strategy"] = "group_by_length"
+    with tempfile.TemporaryDirectory() as folder:
+        settings = argparse.Namespace(output=Path(folder), batch_size=args.batch_size, bf16=args.bf16, seed=seed)
+        trainer = trainer_of(model, tokenizer, settings, tokenize(rows, tokenizer), **options)
+        with saved_at_the_end(trainer):
+            trainer.train()
 
 
 def continuations(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: list[dict]) -> list[str]:

@@ -124,7 +124,7 @@ def main():
     pretrain.choose_precision(args)
     tokenizer, corpora = prepare(args)
     model = build_model(args, tokenizer)
-    print(
+    launch_state().print(
         f"{args.checkpoint or args.model}: {model.num_parameters():,} stored parameters, {model.device}, {model.dtype}"
     )
 
@@ -145,7 +145,7 @@ def main():
     is_routed = isinstance(model, STLMForCausalLM) and model.config.patching == "learned"
     length = model.config.patch_bytes if is_routed else bytes_per_unit()
     flops = flops_per_byte(model, length, args.block_bytes)
-    print(
+    launch_state().print(
         f"{len(sets['train']):,} windows of {block_size} ids, {length:.2f} bytes per patch or token, "
         f"{flops / 1e6:.2f} MFLOP per byte"
     )

@@ -227,11 +227,10 @@ def build_model_card(
         else "",
     }
     has_code = (folder / "modeling_stlm.py").is_file()
+    here = '"."  # this folder' + ("" if has_code else " (after `import modeling_stlm`)") + ", or its id on the Hub"
     snippet = SNIPPET.format(
         auto_class="AutoModel" + class_name.removeprefix("STLM").removeprefix("Model"),
-        checkpoint=f'"{repo_id}"'
-        if repo_id
-        else f'"."  # this folder{"" if has_code else " (after `import modeling_stlm`)"}, or its id on the Hub',
+        checkpoint=f'"{repo_id}"' if repo_id else here,
         texts=task.texts,
         use=task.use,
     )
