@@ -453,10 +453,14 @@ def test_a_training_that_diverges_ends_at_the_next_log(tmp_path):
 
 
 def test_ctrl_c_says_that_nothing_is_saved(encoder_folder, animals_and_tools, tmp_path):
-    options = ["--checkpoint", encoder_folder, "--train", animals_and_tools[0], "--epochs", "1e6", "--output", "out"]
-    command = [sys.executable, "-u", str(ROOT / "examples" / "classify.py"), *map(str, options)]  # each line at once
+    options = ["--checkpoint", encoder_folder, "--train", animals_and_tools[0], "--epochs", "9999", "--output", "out"]
+    command = [sys.executable, str(ROOT / "examples" / "classify.py"), *map(str, options)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen(command, **pipes, text=True, cwd=tmp_path) as process:
+
+    def listen():  # a shell that runs the tests in the background has them ignore Ctrl-C
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    with subprocess.Popen(command, **pipes, preexec_fn=listen, text=True, cwd=tmp_path) as process:
         assert any("'loss'" in line for line in process.stdout)
         process.send_signal(signal.SIGINT)
         errors = process.stderr.read()
