@@ -62,7 +62,7 @@ from transformers import (
     set_seed,
 )
 
-import modeling_stlm  # noqa: F401  (registers the Auto classes)
+from modeling_stlm.training.adversarial import AdversarialTrainer  # modeling_stlm registers the Auto classes
 
 
 def tfidf(train: tuple[list, list]) -> Pipeline:
@@ -98,7 +98,7 @@ def trainer_of(train: tuple[list, list], args: argparse.Namespace) -> Trainer:
         args.checkpoint, dtype=torch.float32, id2label=dict(enumerate(names)), label2id=label2id
     )
     data = tokenized(train, tokenizer, label2id, args.max_bytes)
-    trainer = Trainer(
+    trainer = AdversarialTrainer(
         model,
         TrainingArguments(
             str(args.output),
@@ -116,6 +116,7 @@ def trainer_of(train: tuple[list, list], args: argparse.Namespace) -> Trainer:
         ),
         train_dataset=data,
         processing_class=tokenizer,
+        norm=args.adversarial,
         compute_metrics=lambda found: {"accuracy": float((found.predictions.argmax(-1) == found.label_ids).mean())},
     )
     head, model.score = model.score, torch.nn.Identity()

@@ -258,8 +258,8 @@ def read_json_lines(path: Path, min_rows: int = 1) -> list[dict]:
 
 def at_least_zero(value: str) -> float:
     number = float(value)
-    if not number >= 0:
-        raise argparse.ArgumentTypeError(f"{value} must be at least 0")
+    if not 0 <= number < math.inf:
+        raise argparse.ArgumentTypeError(f"{value} must be at least 0, and finite")
     return number
 
 
@@ -327,6 +327,12 @@ def add_label_training(
     parser.add_argument("--epochs", type=positive, default=3, help="over the rows")
     parser.add_argument(
         "--runs", type=at_least_one, default=1, help="in other orders of the rows; keeps the mean of their weights"
+    )
+    parser.add_argument(
+        "--adversarial",
+        type=at_least_zero,
+        default=0.0,
+        help="how far embeddings are moved against the training; 0: not",
     )
     parser.add_argument("--learning_rate", type=positive, default=learning_rate, help="of AdamW")
     parser.add_argument("--batch_size", type=at_least_one, default=batch_size, help="rows")

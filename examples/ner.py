@@ -108,13 +108,13 @@ from transformers import (
     AutoModelForTokenClassification,
     AutoTokenizer,
     DataCollatorForTokenClassification,
-    Trainer,
     TrainingArguments,
     pipeline,
     set_seed,
 )
 
 from modeling_stlm.inference.spans import SpanPipeline  # modeling_stlm registers the Auto classes
+from modeling_stlm.training.adversarial import AdversarialTrainer
 from modeling_stlm.training.sentence_embeddings import look_both_ways
 
 
@@ -172,7 +172,7 @@ def main(args: argparse.Namespace, train: list[dict], test: list[dict]):
     print(f"{args.checkpoint}: {model.num_parameters():,} parameters, {model.device}, {model.dtype}")
     print(f"{len(train):,} rows to train on, {len(test):,} to test on, spans of {kinds}")
     tell_of_known([row["text"] for row in train], [row["text"] for row in test])
-    trainer = Trainer(
+    trainer = AdversarialTrainer(
         model,
         TrainingArguments(
             str(args.output),
@@ -191,6 +191,7 @@ def main(args: argparse.Namespace, train: list[dict], test: list[dict]):
         train_dataset=[tagged(row, tokenizer, label2id, args.max_bytes) for row in train],
         data_collator=DataCollatorForTokenClassification(tokenizer),
         processing_class=tokenizer,
+        norm=args.adversarial,
     )
     train_runs(trainer, args.runs)
     model.config.use_cache = True  # Trainer turns it off, and would save it so

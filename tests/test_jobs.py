@@ -258,7 +258,9 @@ def animals_and_tools(tmp_path) -> tuple[str, str]:
 
 def test_classify_goes_from_rows_to_a_pipeline(encoder_folder, animals_and_tools, tmp_path):
     train, test = animals_and_tools
-    options = ["--runs", 2, "--epochs", 4, "--learning_rate", 1e-2, "--batch_size", 8, "--output", tmp_path / "out"]
+    numbers = {"runs": 2, "epochs": 4, "adversarial": 0.5, "learning_rate": 1e-2, "batch_size": 8}
+    options = [word for name, number in numbers.items() for word in (f"--{name}", number)]
+    options += ["--output", tmp_path / "out"]
     printed = run(
         "classify.py", "--checkpoint", encoder_folder, "--train", train, "--test", test, *options, cwd=tmp_path
     )
@@ -280,7 +282,7 @@ def test_classify_goes_from_rows_to_a_pipeline(encoder_folder, animals_and_tools
         "\n| test, TF-IDF with logistic regression | 1.0000 |\n",
         "- head: 2 classes of a text: `animal`, `tool`\n",
         "- fine-tuned from `base`\n- 48 steps\n- train: train.csv, 48 rows\n- test: test.csv, 8 rows\n- runs: 2\n- epochs: 4\n"
-        "- learning_rate: 0.01\n- batch_size: 8\n- max_bytes: 512\n- bf16: ",
+        "- adversarial: 0.5\n- learning_rate: 0.01\n- batch_size: 8\n- max_bytes: 512\n- bf16: ",
         "- seed: 1\n",
         "## Data\n\nThe texts of this training (train.csv, 48 rows) are not described here. ",
         "### Before that: the texts of `base`\n\nSome.\n",
@@ -601,7 +603,7 @@ def test_spans_go_from_rows_to_a_pipeline(encoder_folder, tmp_path):
         "F1 of spans whose start, end and label are right, as `SpanPipeline` reads them:\n\n| split | f1 |\n|---|---|\n| test | 1.0000 |\n"
         "| test, spans of the training rows looked up | 1.0000 |\n",
         "- head: 3 classes of a byte: `O`, `B-NAME`, `I-NAME`\n",
-        "- train: rows.jsonl, 36 rows\n- test: rows.jsonl, 36 rows\n- runs: 1\n- epochs: 8\n",
+        "- train: rows.jsonl, 36 rows\n- test: rows.jsonl, 36 rows\n- runs: 1\n- epochs: 8\n- adversarial: 0.0\n",
     ):
         assert sentence in card
 
