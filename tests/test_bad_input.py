@@ -73,7 +73,6 @@ def test_a_row_of_padding_alone_is_finite_and_changes_no_other_row(options):
         logits = model(**inputs, use_cache=use_cache).logits
         assert torch.isfinite(logits).all()
         assert_equal(logits[0], model(torch.tensor([ids_of("some words")])).logits[0])
-    inputs = batch([[], []], "left")
     inputs = {"input_ids": torch.full((2, 3), 256), "attention_mask": torch.zeros(2, 3, dtype=torch.long)}
     assert torch.isfinite(model(**inputs).logits).all()
 

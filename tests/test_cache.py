@@ -450,6 +450,44 @@ def test_positions_are_not_read_after_a_filled_cache():
     assert_equal(logits, model(IDS[:, :30], use_cache=False).logits[:, 20:])
 
 
+@torch.no_grad()
+def test_the_loss_after_a_padded_history_counts_the_bytes_that_have_one_before():
+    model = tiny_model()
+    rows = [ids_of("a row that fills it"), ids_of("abc"), ids_of("seven b")]
+    inputs = batch(rows, "left")
+    history = 14  # padding alone in the second row, one of seven bytes in the third
+    cache = model(
+        inputs["input_ids"][:, :history], attention_mask=inputs["attention_mask"][:, :history], use_cache=True
+    ).cache
+    new = inputs["input_ids"][:, history:]
+    loss = model(new, attention_mask=inputs["attention_mask"], cache=cache, labels=new).loss
+    nats = []
+    for row in rows:
+        log_probs = model(torch.tensor([row]), use_cache=False).logits[0].log_softmax(-1)
+        first = max(1, len(row) - new.shape[1] + 1)  # shifting drops the first byte of a call
+        nats += [-log_probs[t - 1, row[t]] for t in range(first, len(row))]
+    assert len(nats) == 4 + 2 + 4
+    torch.testing.assert_close(loss, torch.stack(nats).mean())
+
+
+@torch.no_grad()
+def test_slots_move_every_state_off_the_device_and_back():
+    model = tiny_model(**MIXERS["both"])
+    cache = DynamicCache(config=model.config)
+    cache.activate_past_recording()
+    model(IDS[:, :20], cache=cache)
+    model(IDS[:, 20:30], cache=cache)
+    for slot in cache.layers:
+        slot.offload()
+    assert_equal(model(IDS[:, 30:], cache=cache).logits, model(IDS, use_cache=False).logits[:, 30:])
+    for slot in cache.layers:
+        slot.device = torch.device("meta")
+        slot.prefetch()
+        states = [state for name in slot.row_states for state in tree_leaves(getattr(slot, name))]
+        on = {state.device.type for state in states if isinstance(state, torch.Tensor)}
+        assert on == ({"meta"} if slot.is_initialized else {"cpu"})
+
+
 def test_packed_documents_in_a_cache_are_refused():
     model = tiny_model()
     positions = torch.arange(IDS.shape[1])[None] % 30

@@ -94,12 +94,14 @@ def test_every_byte_sees_every_other(options):
         assert (model(changed).logits != before).any(-1).all(), f"some byte does not see byte {t}"
 
 
+@pytest.mark.parametrize("mask", [MASK, 300])
 @torch.no_grad()
-def test_a_mask_counts_as_a_letter_and_the_end_closes_the_last_patch():
-    model = masked_lm().model
-    ids = torch.tensor([[*b"one tw", MASK, *b" thr"]])
-    boundaries = model(ids, output_boundaries=True).boundaries[0]
-    assert boundaries.nonzero()[:, 0].tolist() == [3, 7, 10]
+def test_a_mask_counts_as_a_letter_and_the_end_closes_the_last_patch(mask):
+    model = masked_lm(mask_token_id=mask).model
+    for hidden, ends in ((mask, [3, 7, 10]), (MASK + 300 - mask, [3, 6, 10])):  # the other is a special token
+        ids = torch.tensor([[*b"one tw", hidden, *b" thr"]])
+        boundaries = model(ids, output_boundaries=True).boundaries[0]
+        assert boundaries.nonzero()[:, 0].tolist() == ends
 
 
 @torch.no_grad()

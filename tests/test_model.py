@@ -316,8 +316,11 @@ def test_shared_layers_are_one_module_and_the_budget_adds_up(options):
     assert len(set(map(id, model.parameters()))) == len(model.state_dict()) - 1  # only the head is there twice
 
 
-def test_flops_per_byte_equal_the_count_of_the_profiler():
-    model = STLMForCausalLM(STLMConfig.from_preset("stlm-3m")).eval()
+@pytest.mark.parametrize(
+    "changes", cases({"preset": {}, "learned": PATCHING["learned"], "own": OTHERS["passes that differ"]})
+)
+def test_flops_per_byte_equal_the_count_of_the_profiler(changes):
+    model = STLMForCausalLM(STLMConfig.from_preset("stlm-3m", **changes)).eval()
     ids = torch.tensor([ids_of(TEXT * 4)])
     with torch.no_grad():
         boundaries = model.model(ids, output_boundaries=True, use_cache=False).boundaries
@@ -485,6 +488,38 @@ def test_dropout_of_attention_acts_in_training_alone(options):
     plain = tiny_model(**options)(ids).logits
     assert torch.equal(model(ids).logits, plain)
     assert not torch.allclose(model.train()(ids).logits, plain)
+
+
+@torch.no_grad()
+def test_a_dropout_of_everything_leaves_the_residual_stream():
+    model = tiny_model(**MIXERS["both"])
+    model.train()
+    kinds = set()
+
+    def is_the_identity(module, args, output):
+        kinds.add(type(module).__name__)
+        assert torch.equal(output, args[0])
+
+    for module in model.modules():
+        if "dropout" in vars(module):
+            module.dropout = 1.0
+            module.register_forward_hook(is_the_identity)
+    model(torch.tensor([ids_of(TEXT)]))
+    assert kinds == {"STLMByteLayer", "STLMTrunkAttentionBlock", "STLMTrunkFeedForwardBlock"}
+
+
+def test_fresh_embeddings_convolutions_and_the_start_have_the_spread_of_the_config():
+    weights = []
+    for spread in (0.02, 0.2):
+        torch.manual_seed(0)
+        weights.append(dict(STLMForCausalLM(tiny_config(initializer_range=spread)).named_parameters()))
+    narrow, wide = weights
+    spread = {name for name, weight in narrow.items() if not torch.equal(weight, wide[name])}
+    ends = ("embed_tokens", "ngram_tables", "following", "length", "conv", "start")
+    assert spread == {name for name in narrow if name.removesuffix(".weight").endswith(ends)}
+    for name in spread:
+        torch.testing.assert_close(10 * narrow[name], wide[name])
+        assert 0.01 < narrow[name].std() < 0.03
 
 
 def test_a_cache_is_made_where_the_config_says_so():
