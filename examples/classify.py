@@ -116,7 +116,7 @@ def trainer_of(train: tuple[list, list], args: argparse.Namespace) -> Trainer:
         ),
         train_dataset=data,
         processing_class=tokenizer,
-        norm=args.adversarial,
+        epsilon=args.adversarial_epsilon,
         compute_metrics=lambda found: {"accuracy": float((found.predictions.argmax(-1) == found.label_ids).mean())},
     )
     head, model.score = model.score, torch.nn.Identity()

@@ -329,10 +329,10 @@ def add_label_training(
         "--runs", type=at_least_one, default=1, help="in other orders of the rows; keeps the mean of their weights"
     )
     parser.add_argument(
-        "--adversarial",
+        "--adversarial_epsilon",
         type=at_least_zero,
         default=0.0,
-        help="how far embeddings are moved against the training; 0: not",
+        help="how far embeddings are moved to where the loss rises (arXiv:1605.07725)",
     )
     parser.add_argument("--learning_rate", type=positive, default=learning_rate, help="of AdamW")
     parser.add_argument("--batch_size", type=at_least_one, default=batch_size, help="rows")

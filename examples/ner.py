@@ -191,7 +191,7 @@ def main(args: argparse.Namespace, train: list[dict], test: list[dict]):
         train_dataset=[tagged(row, tokenizer, label2id, args.max_bytes) for row in train],
         data_collator=DataCollatorForTokenClassification(tokenizer),
         processing_class=tokenizer,
-        norm=args.adversarial,
+        epsilon=args.adversarial_epsilon,
     )
     train_runs(trainer, args.runs)
     model.config.use_cache = True  # Trainer turns it off, and would save it so

@@ -1,86 +1,84 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training with moved embeddings equals the same training by hand, and leaves nothing behind."""
+"""A step with moved embeddings equals the same step by hand, and the model is as before."""
 
+import copy
+
+import peft
 import pytest
 import torch
+from torch.nn import functional as F
 from transformers import AutoModelForSequenceClassification, Trainer
 
-from modeling_stlm.training.adversarial import AdversarialTrainer
+from modeling_stlm import STLMForCausalLM
+from modeling_stlm.training.adversarial import AdversarialTrainer, adversarial_move
 
-from .tiny import randomize, tiny_config
+from .tiny import batch, ids_of, randomize, tiny_config
 from .trainers import RAGGED, TOKENIZER, arguments, assert_same_training, losses, weights
 
 
 DATA = [{"input_ids": ids, "labels": i % 2} for i, ids in enumerate(RAGGED)]
 PLAIN = {"optim": "sgd", "lr_scheduler_type": "constant", "max_grad_norm": 0, "max_steps": 1, "learning_rate": 0.5}
+EPSILON = 4.0
 
 
 def classifier():
     return randomize(AutoModelForSequenceClassification.from_config(tiny_config(is_causal=False, num_labels=2)))
 
 
-def trainer_of(folder, model, trainer_class=AdversarialTrainer, norm=None, data=DATA, **options):
-    keywords = {} if norm is None else {"norm": norm}
+def trainer_of(folder, model, trainer_class=AdversarialTrainer, data=DATA, epsilon=None, **options):
+    keywords = {} if epsilon is None else {"epsilon": epsilon}
     return trainer_class(
-        model,
-        arguments(folder, **(PLAIN | options)),
-        train_dataset=data,
-        processing_class=TOKENIZER,
-        **keywords,
+        model, arguments(folder, **(PLAIN | options)), train_dataset=data, processing_class=TOKENIZER, **keywords
     )
 
 
-def gradients(model, rows) -> dict[str, torch.Tensor]:
-    """Of the mean loss of the rows, one after the other and without padding."""
-    for row in rows:
-        loss = model(torch.tensor([row["input_ids"]]), labels=torch.tensor([row["labels"]])).loss
-        (loss / len(rows)).backward()
-    found = {name: value.grad.clone() for name, value in model.named_parameters()}
-    model.zero_grad()
-    return found
+def moved_loss(model, row, smoothing: float = 0.0) -> torch.Tensor:
+    """Half the loss of a row as it is and half that of the row with moved embeddings, without padding."""
+    ids, label = torch.tensor([row["input_ids"]]), torch.tensor([row["labels"]])
+    seen, moves = [], [0]
+
+    def look_up(module, args, output):
+        seen.append(output)
+        return output + moves[-1]
+
+    handle = model.get_input_embeddings().register_forward_hook(look_up)
+    first = F.cross_entropy(model(ids).logits, label, label_smoothing=smoothing)
+    (gradient,) = torch.autograd.grad(first, seen, retain_graph=True)
+    unit = seen[0].detach().square().mean().sqrt()
+    moves.append(EPSILON * unit * gradient / gradient.norm())
+    second = F.cross_entropy(model(ids).logits, label, label_smoothing=smoothing)
+    handle.remove()
+    assert second > first + 1e-4, "the move raises the loss"
+    return (first + second) / 2
 
 
-def tables_of(model) -> dict[str, torch.nn.Parameter]:
-    ends = ("embed_tokens.weight", "ngram_tables.weight", "following.weight", "length.weight")
-    return {name: value for name, value in model.named_parameters() if name.endswith(ends)}
-
-
-def both_halves(model, rows, norm) -> dict[str, torch.Tensor]:
-    """Gradients of the rows as they are plus those with all tables moved by `norm` along their gradient."""
-    first = gradients(model, rows)
-    tables = tables_of(model)
-    assert len(tables) == 4
-    length = torch.cat([first[name].flatten() for name in tables]).norm()
-    for name, table in tables.items():
-        table.data += norm * first[name] / length
-    second = gradients(model, rows)
-    for name, table in tables.items():
-        table.data -= norm * first[name] / length
-    return {name: value + second[name] for name, value in first.items()}
-
-
-@pytest.mark.parametrize("accumulate", [1, 3])
-def test_a_step_is_that_of_both_halves(accumulate, tmp_path):
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 3}, {"activation_checkpointing": True}],
+    ids=["batch", "accumulated", "checkpointing"],
+)
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_a_step_is_the_mean_of_rows_as_they_are_and_moved(options, smoothing, tmp_path):
     model, reference = classifier(), classifier()
-    start, size = weights(model), 6 // accumulate
-    options = {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulate, "seed": 3}
-    trainer = trainer_of(tmp_path, model, norm=3.0, train_sampling_strategy="sequential", **options)
+    start = weights(model)
+    options = {"per_device_train_batch_size": 6, "label_smoothing_factor": smoothing} | options
+    trainer = trainer_of(tmp_path, model, epsilon=EPSILON, **options)
     trainer.train()
-    plain = gradients(reference, DATA)
-    batches = [DATA[i : i + size] for i in range(0, 6, size)]
-    steps = [both_halves(reference, batch, 3.0) for batch in batches]
-    step = {name: sum(each[name] for each in steps) / len(steps) for name in plain}
-    assert max((step[name] - 2 * plain[name]).abs().max() for name in plain) > 1e-3  # the move matters
+    losses_by_hand = [moved_loss(reference, row, smoothing) for row in DATA]
+    sum(losses_by_hand).div(len(DATA)).backward()
     with torch.no_grad():
-        for name, value in reference.named_parameters():
-            value -= 0.5 * step[name]
+        for value in reference.parameters():
+            value -= 0.5 * value.grad
     assert_same_training(model, reference, start)
+    assert losses(trainer) == pytest.approx([sum(losses_by_hand).item() / len(DATA)], abs=1e-4)
+    hooks = [hook.__module__ for hook in model.get_input_embeddings()._forward_hooks.values()]
+    assert AdversarialTrainer.__module__ not in hooks
 
 
 def test_without_a_move_it_is_plain_training(tmp_path):
     models = [classifier(), classifier()]
     options = {"max_steps": 4, "optim": "adamw_torch", "learning_rate": 1e-2}
-    ours = trainer_of(tmp_path, models[0], norm=0, **options)
+    ours = trainer_of(tmp_path, models[0], epsilon=0, **options)
     plain = trainer_of(tmp_path, models[1], Trainer, **options)
     for trainer in (ours, plain):
         trainer.train()
@@ -89,30 +87,79 @@ def test_without_a_move_it_is_plain_training(tmp_path):
         assert torch.equal(one, other)
 
 
-def test_an_error_in_the_second_half_leaves_the_weights_as_they_were(tmp_path):
+def test_evaluation_is_that_of_the_library(tmp_path):
     model = classifier()
-    start, calls = weights(model), []
+    scores = [
+        trainer_of(tmp_path, model, kind, **keywords).evaluate(DATA)["eval_loss"]
+        for kind, keywords in ((AdversarialTrainer, {"epsilon": EPSILON}), (Trainer, {}))
+    ]
+    assert scores[0] == scores[1]
 
-    def fail_at_the_second(module, args):
-        calls.append({name: value.detach().clone() for name, value in tables_of(model).items()})
-        if len(calls) == 2:
-            raise RuntimeError("out of memory")
 
-    model.model.trunk.register_forward_pre_hook(fail_at_the_second)
-    with pytest.raises(RuntimeError, match="out of memory"):
-        trainer_of(tmp_path, model, norm=2.0).train()
-    moved = torch.cat([(calls[1][name] - calls[0][name]).flatten() for name in calls[0]]).norm()
-    torch.testing.assert_close(moved, torch.tensor(2.0))
-    for name, value in model.named_parameters():
-        assert torch.equal(value, start[name])
+def test_padding_is_not_moved_and_counts_for_nothing():
+    model, rows = classifier(), RAGGED[:3]
+    layer, moves = model.get_input_embeddings(), []
+
+    def move_of(inputs):
+        seen = []
+        handle = layer.register_forward_hook(lambda module, args, output: seen.append(output) or output.retain_grad())
+        model(**inputs).logits.square().sum().backward()
+        handle.remove()
+        return adversarial_move(seen[0], EPSILON)
+
+    for ids in rows:
+        moves.append(move_of({"input_ids": torch.tensor([ids])})[0])
+    padded = move_of(batch(rows, "right"))
+    for row, move in zip(padded, moves):
+        torch.testing.assert_close(row[: len(move)], move, atol=1e-5, rtol=1e-3)
+        assert not row[len(move) :].any()
+
+
+@pytest.mark.parametrize("gradient", [0.0, float("inf"), float("nan")])
+def test_rows_without_a_finite_gradient_stay(gradient):
+    embeddings = torch.randn(2, 3, 4, dtype=torch.float16, requires_grad=True)
+    embeddings.grad = torch.full((2, 3, 4), gradient, dtype=torch.float16)
+    embeddings.grad[1] = 1e-7  # the squares are zero in float16
+    move = adversarial_move(embeddings, 2.0)
+    assert not move[0].any()
+    expected = 2.0 * embeddings[1].detach().float().square().mean().sqrt()
+    torch.testing.assert_close(move[1].float().norm(), expected, rtol=2e-3, atol=0)
+
+
+def test_adapters_train_with_moved_embeddings(tmp_path):
+    trained = {}
+    for epsilon in (0, EPSILON):
+        torch.manual_seed(0)
+        model = peft.get_peft_model(classifier(), peft.LoraConfig(target_modules=["q_proj"], task_type="SEQ_CLS"))
+        assert not model.get_input_embeddings().weight.requires_grad
+        trainer = trainer_of(tmp_path, model, epsilon=epsilon, per_device_train_batch_size=6, label_names=["labels"])
+        trainer.train()
+        trained[epsilon] = (
+            losses(trainer)[0],
+            copy.deepcopy(model.base_model.model.score.modules_to_save.default.weight),
+        )
+    assert trained[EPSILON][0] > trained[0][0] + 1e-4
+    assert not torch.allclose(trained[EPSILON][1], trained[0][1])
+
+
+def test_a_tied_head_stays_where_it_is(tmp_path):
+    model, heads = randomize(STLMForCausalLM(tiny_config())), []
+    model.lm_head.register_forward_pre_hook(lambda module, args: heads.append(module.weight.detach().clone()))
+    data = [{"input_ids": ids_of("some words"), "labels": ids_of("some words")}]
+    trainer_of(tmp_path, model, epsilon=EPSILON, data=data, per_device_train_batch_size=1).train()
+    assert len(heads) == 2 and torch.equal(*heads)
 
 
 def test_what_it_refuses(tmp_path):
-    for norm in (-1, float("nan"), float("inf")):
-        with pytest.raises(ValueError, match=f"norm={norm} must be at least 0 and finite"):
-            trainer_of(tmp_path, classifier(), norm=norm)
+    for epsilon in (-1, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=f"epsilon={epsilon} must be at least 0 and finite"):
+            trainer_of(tmp_path, classifier(), epsilon=epsilon)
+    with pytest.raises(ValueError, match="use torch_compile=False or epsilon=0"):
+        trainer_of(tmp_path, classifier(), epsilon=1, torch_compile=True)
     model = classifier()
-    for table in tables_of(model).values():
-        table.requires_grad_(False)
-    with pytest.raises(ValueError, match="no embedding table of STLMForSequenceClassification is trained"):
-        trainer_of(tmp_path, model)
+    embedded = [{"inputs_embeds": model.get_input_embeddings()(torch.tensor(RAGGED[0])).detach(), "labels": 1}]
+    trainer = AdversarialTrainer(
+        model, arguments(tmp_path, **PLAIN, remove_unused_columns=False), train_dataset=embedded, epsilon=1
+    )
+    with pytest.raises(ValueError, match="expected inputs with input_ids"):
+        trainer.train()

@@ -200,7 +200,7 @@ def test_scripts_that_need_next_bytes_refuse_an_encoder(name, tmp_path):
 
 SMALL = {  # numbers that make no sense: option and value, by script
     "chat_sft.py": "max_steps 0, batch_size 0, max_length 0, learning_rate 0, seed -1",
-    "classify.py": "epochs 0, epochs -1, adversarial -1, learning_rate 0, batch_size 0, max_bytes 0, seed -1",
+    "classify.py": "epochs 0, epochs -1, adversarial_epsilon -1, learning_rate 0, batch_size 0, max_bytes 0, seed -1",
     "committee.py": "deep 0, shallow 0, members 0, articles -1, rows 0, max_bytes 0, pretraining_epochs 0, "
     "finetuning_epochs -1, batch_size 0, seeds 0",
     "distill.py": "windows 0, block_bytes 0, max_steps 0, batch_size 0, teacher_weight 1.5, muon_lr 0, adamw_lr 0, seed -1",
@@ -211,7 +211,7 @@ SMALL = {  # numbers that make no sense: option and value, by script
     "generate.py": "max_new_tokens 0, temperature -1, temperature nan",
     "identify.py": "max_minutes 0, batch_size 0, muon_lr 0, adamw_lr 0, seed -1",
     "inherit.py": "data_batches -1, max_steps 0, batch_size 0, muon_lr 0, adamw_lr 0, seed -1",
-    "ner.py": "epochs 0, adversarial inf, learning_rate -1, batch_size 0, max_bytes 0, seed -1",
+    "ner.py": "epochs 0, adversarial_epsilon inf, learning_rate -1, batch_size 0, max_bytes 0, seed -1",
     "pretrain.py": "max_minutes 0, max_steps 0, max_bytes 0, block_bytes 0, batch_size 0, muon_lr 0, adamw_lr -1, "
     "weight_decay -1, workers -1, eval_steps 0, seed -1",
     "self_play.py": "num_rounds 0, max_steps 0, learning_rate 0, beta 0",

@@ -25,10 +25,11 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 
 SCRIPT = """
 import json, sys, torch
-from transformers import Trainer, TrainingArguments
+from transformers import TrainingArguments
 from transformers.distributed import DistributedConfig
 from modeling_stlm import STLMForCausalLM
 from modeling_stlm.training import optimizer
+from modeling_stlm.training.adversarial import AdversarialTrainer
 settings = json.loads(sys.argv[1])
 optimizer.has_bfloat16 = lambda device: False  # as where there are no instructions for it: weights are compared to 1e-5
 sharding = {"distributed_config": DistributedConfig(fsdp_size=2)} if settings["sharded_by_transformers"] else {}
@@ -40,7 +41,7 @@ args = TrainingArguments(output_dir=settings["out"], max_steps=3, learning_rate=
                          save_strategy="no", report_to="none", use_cpu=True, disable_tqdm=True,
                          train_sampling_strategy="sequential", **settings["arguments"])
 recipe = {"optimizer_cls_and_kwargs": (optimizer.MuonRecipe, {})} if settings["muon"] else {}
-trainer = Trainer(model=model, args=args, train_dataset=data, **recipe)
+trainer = AdversarialTrainer(model=model, args=args, train_dataset=data, epsilon=settings["epsilon"], **recipe)
 trainer.train()
 trainer.save_model(settings["out"] + "/saved")
 names = {type(module).__name__ for module in model.modules()}
@@ -72,7 +73,13 @@ def run(script: Path, processes: int, settings: dict | None = None, *arguments) 
 
 
 def launch(
-    model: Path, out: Path, processes: int, sharded_by_transformers: bool = False, muon: bool = False, **options
+    model: Path,
+    out: Path,
+    processes: int,
+    sharded_by_transformers: bool = False,
+    muon: bool = False,
+    epsilon: float = 0.0,
+    **options,
 ) -> dict:
     """Three steps with four rows each, in one process or divided among several."""
     out.mkdir()
@@ -82,6 +89,7 @@ def launch(
         "out": str(out),
         "sharded_by_transformers": sharded_by_transformers,
         "muon": muon,
+        "epsilon": epsilon,
         "arguments": {"per_device_train_batch_size": 4 // processes, **options},
     }
     run(out / "train.py", processes, settings)
@@ -188,6 +196,18 @@ def test_two_processes_orthogonalize_whole_matrices(tmp_path, start):
         result = launch(start, tmp_path / name, 2, sharded_by_transformers=name == "fsdp2", muon=True)
         assert (result["held"] < 0.6) == (name == "fsdp2")
         assert result["losses"] == pytest.approx(expected["losses"], rel=1e-5)
+        assert_same_checkpoint(tmp_path / name / "saved", tmp_path / "one" / "saved")
+
+
+@pytest.mark.slow
+def test_embeddings_move_in_two_processes_as_in_one(tmp_path, start, alone):
+    expected = launch(start, tmp_path / "one", 1, epsilon=2.0)
+    assert expected["losses"][0] > alone[1]["losses"][0] + 1e-3
+    for name in ("ddp", "fsdp2"):
+        parts = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
+        result = launch(start, tmp_path / name, 2, sharded_by_transformers=name == "fsdp2", epsilon=2.0, **parts)
+        assert (result["held"] < 0.6) == (name == "fsdp2")
+        assert result["losses"] == pytest.approx(expected["losses"], rel=1e-4)
         assert_same_checkpoint(tmp_path / name / "saved", tmp_path / "one" / "saved")
 
 

@@ -258,7 +258,7 @@ def animals_and_tools(tmp_path) -> tuple[str, str]:
 
 def test_classify_goes_from_rows_to_a_pipeline(encoder_folder, animals_and_tools, tmp_path):
     train, test = animals_and_tools
-    numbers = {"runs": 2, "epochs": 4, "adversarial": 0.5, "learning_rate": 1e-2, "batch_size": 8}
+    numbers = {"runs": 2, "epochs": 4, "adversarial_epsilon": 0.5, "learning_rate": 1e-2, "batch_size": 8}
     options = [word for name, number in numbers.items() for word in (f"--{name}", number)]
     options += ["--output", tmp_path / "out"]
     printed = run(
@@ -282,7 +282,7 @@ def test_classify_goes_from_rows_to_a_pipeline(encoder_folder, animals_and_tools
         "\n| test, TF-IDF with logistic regression | 1.0000 |\n",
         "- head: 2 classes of a text: `animal`, `tool`\n",
         "- fine-tuned from `base`\n- 48 steps\n- train: train.csv, 48 rows\n- test: test.csv, 8 rows\n- runs: 2\n- epochs: 4\n"
-        "- adversarial: 0.5\n- learning_rate: 0.01\n- batch_size: 8\n- max_bytes: 512\n- bf16: ",
+        "- adversarial_epsilon: 0.5\n- learning_rate: 0.01\n- batch_size: 8\n- max_bytes: 512\n- bf16: ",
         "- seed: 1\n",
         "## Data\n\nThe texts of this training (train.csv, 48 rows) are not described here. ",
         "### Before that: the texts of `base`\n\nSome.\n",
@@ -456,7 +456,7 @@ def test_a_training_that_diverges_ends_at_the_next_log(tmp_path):
 
 def test_ctrl_c_says_that_nothing_is_saved(encoder_folder, animals_and_tools, tmp_path):
     options = ["--checkpoint", encoder_folder, "--train", animals_and_tools[0], "--epochs", "9999", "--output", "out"]
-    command = [sys.executable, str(ROOT / "examples" / "classify.py"), *map(str, options)]
+    command = [sys.executable, "-u", str(ROOT / "examples" / "classify.py"), *map(str, options)]  # each line at once
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
 
     def listen():  # a shell that runs the tests in the background has them ignore Ctrl-C
@@ -594,7 +594,18 @@ def test_spans_go_from_rows_to_a_pipeline(encoder_folder, tmp_path):
     content = [{"text": text, "spans": [[7, 7 + len(name), "NAME"]]} for text, name in lines]
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in content * 4))
-    options = ["--epochs", 8, "--learning_rate", 2e-2, "--batch_size", 4, "--output", tmp_path / "out"]
+    options = [
+        "--epochs",
+        8,
+        "--adversarial_epsilon",
+        2,
+        "--learning_rate",
+        2e-2,
+        "--batch_size",
+        4,
+        "--output",
+        tmp_path / "out",
+    ]
     printed = run("ner.py", "--checkpoint", encoder_folder, "--train", path, "--test", path, *options, cwd=tmp_path)
     assert "36 of the texts to test on are among those to train on" in printed
     assert "exact F1 of spans: 1.000    looked up: 1.000" in printed and 'aggregation_strategy="first"' in printed
@@ -603,7 +614,7 @@ def test_spans_go_from_rows_to_a_pipeline(encoder_folder, tmp_path):
         "F1 of spans whose start, end and label are right, as `SpanPipeline` reads them:\n\n| split | f1 |\n|---|---|\n| test | 1.0000 |\n"
         "| test, spans of the training rows looked up | 1.0000 |\n",
         "- head: 3 classes of a byte: `O`, `B-NAME`, `I-NAME`\n",
-        "- train: rows.jsonl, 36 rows\n- test: rows.jsonl, 36 rows\n- runs: 1\n- epochs: 8\n- adversarial: 0.0\n",
+        "- train: rows.jsonl, 36 rows\n- test: rows.jsonl, 36 rows\n- runs: 1\n- epochs: 8\n- adversarial_epsilon: 2.0\n",
     ):
         assert sentence in card
 

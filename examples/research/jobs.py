@@ -59,7 +59,7 @@ JOBS = {  # data, rows to train on, kind
 SYSTEMS = ("stlm", "tfidf", "fasttext", "teacher")
 PACKAGES = ("scikit-learn", "sentence-transformers")
 NOISE_RATE = 0.1
-SETTINGS = ("test_rows", "epochs", "runs", "adversarial", "learning_rate", "batch_size", "bf16")
+SETTINGS = ("test_rows", "epochs", "runs", "adversarial_epsilon", "learning_rate", "batch_size", "bf16")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -74,7 +74,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seeds", type=at_least_one, default=3)
     parser.add_argument("--epochs", type=positive, default=3)
     parser.add_argument("--runs", type=at_least_one, default=1, help="of classify.py; the mean of their weights")
-    parser.add_argument("--adversarial", type=at_least_zero, default=0.0, help="of classify.py")
+    parser.add_argument("--adversarial_epsilon", type=at_least_zero, default=0.0, help="of classify.py")
     parser.add_argument("--learning_rate", type=positive, default=2e-3)
     parser.add_argument("--batch_size", type=at_least_one, default=32)
     parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast while training; also of the teacher")
@@ -95,7 +95,7 @@ def read_sets(args: argparse.Namespace, name: str, rows: int | None, seed: int) 
 
 def classes_of_stlm(args, sets, seed):
     options = {"checkpoint": args.checkpoint, "output": args.output.parent / "trainer", "seed": seed, "max_bytes": 512}
-    names = ("epochs", "adversarial", "learning_rate", "batch_size", "bf16")
+    names = ("epochs", "adversarial_epsilon", "learning_rate", "batch_size", "bf16")
     options = argparse.Namespace(**options, **{name: getattr(args, name) for name in names})
     trainer = classify.trainer_of(sets["train"], options)
     head_alone, _ = classify.accuracy(trainer, sets["test"], 512)

@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Adversarial training: each step also learns from its batch with the embeddings moved to where the loss rises most.
+"""Adversarial training of text classifiers (Miyato et al., arXiv:1605.07725, section 3).
 
-    AdversarialTrainer(model, args, train_dataset=data, norm=1.0).train()
+    AdversarialTrainer(model, args, train_dataset=data, epsilon=5.0).train()
 
-After Miyato et al. (arXiv:1605.07725, section 3), for fine-tuning on few labelled texts. The paper moves the normalised
-embeddings of each text; here the tables are moved, those of bytes, n-grams and matches together, by one vector for the batch,
-and the model stays as it is.
+Half of the loss is that of the batch with its embeddings moved to where it rises most: those of each row by
+`epsilon * g / |g|`, g the gradient of the loss, in units of the root mean square of the row's embeddings. The paper
+normalises the embeddings instead, which would change the model; its virtual variant, for texts without labels, is not here.
 """
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -14,55 +17,82 @@ from transformers import Trainer
 
 
 class AdversarialTrainer(Trainer):
-    """`Trainer` whose gradients are those of the batch plus those of the same batch with other embeddings.
+    """`Trainer` whose loss, in training, is the mean of the batch's and of the same batch's with moved embeddings.
 
-    The second half sees the embedding tables moved by `norm` g / |g|, g their gradient in the first. A step takes about
-    twice the time. The loss in the logs is that of the first half; evaluation is that of `Trainer`.
+    A step takes twice the time, and dropout draws anew for the second half. What is moved is the output of
+    `model.get_input_embeddings()`; n-grams and matches of an STLM are added to it. Trained and frozen
+    embeddings (adapters) are treated alike.
 
     Args:
-        norm (`float`, defaults to 1.0): Euclidean length of the move, of all tables together; 0 is plain training.
+        epsilon (`float`): Euclidean length of the move of a row, as above; 0 is plain training.
 
     Raises:
-        ValueError: if `norm` is negative or no number, if no table is trained (adapters freeze them), or if the weights
-            are spread over devices (FSDP, DeepSpeed), where no process has the length of the gradient.
+        ValueError: if `epsilon` is negative or not finite; with `torch_compile=True`, which does not see the move; in
+            the first step, if the model looks up no embeddings (`inputs_embeds`).
     """
 
-    def __init__(self, *args, norm: float = 1.0, **kwargs):
+    def __init__(self, *args, epsilon: float, **kwargs):
+        if not 0 <= epsilon < float("inf"):
+            raise ValueError(f"epsilon={epsilon} must be at least 0 and finite")
         super().__init__(*args, **kwargs)
-        if not 0 <= norm < float("inf"):
-            raise ValueError(f"norm={norm} must be at least 0 and finite")
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            raise ValueError("adversarial training needs whole weights: expected no FSDP and no DeepSpeed")
-        self.norm = norm
-        if not self._tables():
-            raise ValueError(f"no embedding table of {type(self.model).__name__} is trained: there is nothing to move")
+        if epsilon and self.args.torch_compile:
+            raise ValueError(
+                "torch_compile=True does not see that embeddings are moved: use torch_compile=False or epsilon=0"
+            )
+        self.epsilon = epsilon
 
-    def _tables(self) -> list[nn.Parameter]:
-        tables = [module.weight for module in self.model.modules() if isinstance(module, nn.Embedding)]
-        return [table for table in tables if table.requires_grad]
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        options = {"return_outputs": True, "num_items_in_batch": num_items_in_batch}
+        loss, outputs = super().compute_loss(model, inputs, **options)
+        if self.epsilon and model.training:
+            loss = loss / 2
+        return (loss, outputs) if return_outputs else loss
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        tables = self._tables()
-        # Gradients of earlier batches are there while they accumulate.
-        before = [None if table.grad is None else table.grad.clone() for table in tables]
-        loss = super().training_step(model, dict(inputs), num_items_in_batch)
-        if not self.norm:
-            return loss
-        moves = [table.grad if old is None else table.grad - old for table, old in zip(tables, before)]
-        length = torch.stack([move.float().norm() for move in moves]).norm()
-        if not 0 < length < torch.inf:  # also not where float16 overflows
-            return loss
-        kept = [table.detach().clone() for table in tables]
-        try:
-            with torch.no_grad():
-                for table, move in zip(tables, moves):
-                    table.add_(move * (self.norm / length))
-            super().training_step(model, dict(inputs), num_items_in_batch)
-        finally:
-            with torch.no_grad():
-                for table, old in zip(tables, kept):
-                    table.copy_(old)
-        return loss
+        if not self.epsilon:
+            return super().training_step(model, inputs, num_items_in_batch)
+        layer, found = self.model.get_input_embeddings(), []
+
+        def keep(embeddings: torch.Tensor) -> torch.Tensor:
+            if not embeddings.requires_grad:  # frozen
+                embeddings = embeddings.detach().requires_grad_()
+            embeddings.retain_grad()
+            found.append(embeddings)
+            return embeddings
+
+        with outputs_through(layer, keep):
+            loss = super().training_step(model, dict(inputs), num_items_in_batch)  # a label smoother takes labels away
+        if all(embeddings.grad is None for embeddings in found):
+            raise ValueError(
+                "expected inputs with input_ids: the loss does not depend on embeddings that are looked up"
+            )
+        moves = iter([0 if each.grad is None else adversarial_move(each, self.epsilon) for each in found])
+        with outputs_through(layer, lambda embeddings: embeddings + next(moves)):
+            return loss + super().training_step(model, dict(inputs), num_items_in_batch)
+
+
+def adversarial_move(embeddings: torch.Tensor, epsilon: float) -> torch.Tensor:
+    """What `embeddings (B, T, D)`, whose gradient is known, are moved by; zero in rows without a finite gradient.
+
+    The root mean square is that of the positions that have a gradient: padding has none.
+    """
+    gradient, states = embeddings.grad.double(), embeddings.detach().double()
+    counted = (gradient != 0).any(-1, keepdim=True)  # (B, T, 1)
+    mean_square = (states * counted).square().sum((1, 2)) / (counted.sum((1, 2)) * states.shape[-1]).clamp(min=1)
+    length = gradient.norm(dim=(1, 2))
+    scale = torch.where((length > 0) & length.isfinite(), epsilon * mean_square.sqrt() / length, 0)
+    move = torch.where(scale[:, None, None] > 0, scale[:, None, None] * gradient, 0)
+    return move.to(embeddings.dtype)
+
+
+@contextmanager
+def outputs_through(layer: nn.Module, function: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
+    """Passes what `layer` returns through `function`."""
+    handle = layer.register_forward_hook(lambda module, args, output: function(output))
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 __all__ = ["AdversarialTrainer"]
