@@ -150,7 +150,7 @@ def test_a_tied_head_stays_where_it_is(tmp_path):
     assert len(heads) == 2 and torch.equal(*heads)
 
 
-def test_what_it_refuses(tmp_path):
+def test_what_it_refuses(tmp_path, monkeypatch):
     for epsilon in (-1, float("nan"), float("inf")):
         with pytest.raises(ValueError, match=f"epsilon={epsilon} must be at least 0 and finite"):
             trainer_of(tmp_path, classifier(), epsilon=epsilon)
@@ -161,5 +161,8 @@ def test_what_it_refuses(tmp_path):
     trainer = AdversarialTrainer(
         model, arguments(tmp_path, **PLAIN, remove_unused_columns=False), train_dataset=embedded, epsilon=1
     )
-    with pytest.raises(ValueError, match="expected inputs with input_ids"):
+    with pytest.raises(ValueError, match="no embedding that was looked up: pass input_ids"):
         trainer.train()
+    monkeypatch.setattr(type(arguments(tmp_path)), "n_gpu", 2)
+    with pytest.raises(ValueError, match="expected a process for each GPU, got one for 2"):
+        trainer_of(tmp_path, model, epsilon=1)

@@ -74,7 +74,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seeds", type=at_least_one, default=3)
     parser.add_argument("--epochs", type=positive, default=3)
     parser.add_argument("--runs", type=at_least_one, default=1, help="of classify.py; the mean of their weights")
-    parser.add_argument("--adversarial_epsilon", type=at_least_zero, default=0.0, help="of classify.py")
+    parser.add_argument("--adversarial_epsilon", type=at_least_zero, default=5.0, help="of classify.py")
     parser.add_argument("--learning_rate", type=positive, default=2e-3)
     parser.add_argument("--batch_size", type=at_least_one, default=32)
     parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast while training; also of the teacher")

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training parts that plug into an unchanged `Trainer`. Nothing here is part of a checkpoint."""
+"""Training parts: callbacks, objectives and optimizers for an unchanged `Trainer`, and subclasses of it. Nothing here is part of a checkpoint."""

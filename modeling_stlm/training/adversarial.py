@@ -27,8 +27,8 @@ class AdversarialTrainer(Trainer):
         epsilon (`float`): Euclidean length of the move of a row, as above; 0 is plain training.
 
     Raises:
-        ValueError: if `epsilon` is negative or not finite; with `torch_compile=True`, which does not see the move; in
-            the first step, if the model looks up no embeddings (`inputs_embeds`).
+        ValueError: if `epsilon` is negative or not finite; where it is not 0, with `torch_compile=True`, which does not see the
+            move, with several GPUs in one process, and in the first step, if no embeddings are looked up (`inputs_embeds`).
     """
 
     def __init__(self, *args, epsilon: float, **kwargs):
@@ -38,6 +38,10 @@ class AdversarialTrainer(Trainer):
         if epsilon and self.args.torch_compile:
             raise ValueError(
                 "torch_compile=True does not see that embeddings are moved: use torch_compile=False or epsilon=0"
+            )
+        if epsilon and self.args.n_gpu > 1:
+            raise ValueError(
+                f"expected a process for each GPU, got one for {self.args.n_gpu}: use `accelerate launch`"
             )
         self.epsilon = epsilon
 
@@ -64,7 +68,7 @@ class AdversarialTrainer(Trainer):
             loss = super().training_step(model, dict(inputs), num_items_in_batch)  # a label smoother takes labels away
         if all(embeddings.grad is None for embeddings in found):
             raise ValueError(
-                "expected inputs with input_ids: the loss does not depend on embeddings that are looked up"
+                "the loss depends on no embedding that was looked up: pass input_ids, and a model that is not compiled"
             )
         moves = iter([0 if each.grad is None else adversarial_move(each, self.epsilon) for each in found])
         with outputs_through(layer, lambda embeddings: embeddings + next(moves)):
