@@ -458,11 +458,13 @@ def test_ctrl_c_says_that_nothing_is_saved(encoder_folder, animals_and_tools, tm
     options = ["--checkpoint", encoder_folder, "--train", animals_and_tools[0], "--epochs", "9999", "--output", "out"]
     command = [sys.executable, "-u", str(ROOT / "examples" / "classify.py"), *map(str, options)]  # each line at once
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-
-    def listen():  # a shell that runs the tests in the background has them ignore Ctrl-C
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-    with subprocess.Popen(command, **pipes, preexec_fn=listen, text=True, cwd=tmp_path) as process:
+    # A shell that runs the tests in the background has them, and so the script, ignore Ctrl-C.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        process = subprocess.Popen(command, **pipes, text=True, cwd=tmp_path)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    with process:
         assert any("'loss'" in line for line in process.stdout)
         process.send_signal(signal.SIGINT)
         errors = process.stderr.read()
@@ -594,18 +596,9 @@ def test_spans_go_from_rows_to_a_pipeline(encoder_folder, tmp_path):
     content = [{"text": text, "spans": [[7, 7 + len(name), "NAME"]]} for text, name in lines]
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in content * 4))
-    options = [
-        "--epochs",
-        8,
-        "--adversarial_epsilon",
-        2,
-        "--learning_rate",
-        2e-2,
-        "--batch_size",
-        4,
-        "--output",
-        tmp_path / "out",
-    ]
+    numbers = {"epochs": 8, "adversarial_epsilon": 2, "learning_rate": 2e-2, "batch_size": 4}
+    options = [word for name, number in numbers.items() for word in (f"--{name}", number)]
+    options += ["--output", tmp_path / "out"]
     printed = run("ner.py", "--checkpoint", encoder_folder, "--train", path, "--test", path, *options, cwd=tmp_path)
     assert "36 of the texts to test on are among those to train on" in printed
     assert "exact F1 of spans: 1.000    looked up: 1.000" in printed and 'aggregation_strategy="first"' in printed
