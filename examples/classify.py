@@ -7,7 +7,7 @@
 
 Rows have the columns `text` and `label` (csv or JSON lines, also .gz). The head starts as a logistic regression on the mean
 of the hidden states, then everything is trained (LP-FT, arXiv:2202.10054). A head that starts at random has to grow first, and
-wants ten times the rate. Half of the loss is adversarial: that of texts whose embeddings are moved to where it rises
+wants ten times the rate. Half of the loss is adversarial: that of embeddings perturbed along its gradient
 (arXiv:1605.07725). The numbers are in `research/LOG.md`.
 """
 

@@ -332,7 +332,7 @@ def add_label_training(
         "--adversarial_epsilon",
         type=at_least_zero,
         default=5.0,
-        help="how far embeddings are moved to where the loss rises (arXiv:1605.07725); 0: not, in half the time",
+        help="of adversarial training (arXiv:1605.07725), nearly twice the time; 0: without",
     )
     parser.add_argument("--learning_rate", type=positive, default=learning_rate, help="of AdamW")
     parser.add_argument("--batch_size", type=at_least_one, default=batch_size, help="rows")

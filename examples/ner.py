@@ -10,7 +10,7 @@ beside that of looking up the spans of the rows to train on.
 `is_causal=False`: whether a byte belongs to a name is often decided by what follows it ("Washington" and "Washington Post"),
 and a causal model labels the first byte of a span before it has seen the second one. Spans come from `SpanPipeline`: the
 library's `aggregation_strategy="simple"` joins neighbouring bytes of one label and cuts words in two, and its other strategies take
-what stands between spaces for a word, punctuation included.
+what stands between spaces for a word, punctuation included. Training is adversarial, as in `classify.py`.
 """
 
 import argparse
