@@ -102,21 +102,21 @@ def test_evaluation_is_that_of_the_library(tmp_path):
 
 def test_padding_is_not_perturbed_and_counts_for_nothing():
     model, rows = classifier(), RAGGED[:3]
-    layer, moves = model.get_input_embeddings(), []
+    layer, expected = model.get_input_embeddings(), []
 
-    def move_of(inputs):
+    def perturbation_of(inputs):
         seen = []
         handle = layer.register_forward_hook(lambda module, args, output: seen.append(output) or output.retain_grad())
         model(**inputs).logits.square().sum().backward()
-        handle.remove()
+        handle.refound()
         return perturbation(seen[0], EPSILON)
 
     for ids in rows:
-        moves.append(move_of({"input_ids": torch.tensor([ids])})[0])
-    padded = move_of(batch(rows, "right"))
-    for row, move in zip(padded, moves):
-        torch.testing.assert_close(row[: len(move)], move, atol=1e-5, rtol=1e-3)
-        assert not row[len(move) :].any()
+        expected.append(perturbation_of({"input_ids": torch.tensor([ids])})[0])
+    padded = perturbation_of(batch(rows, "right"))
+    for row, alone in zip(padded, expected):
+        torch.testing.assert_close(row[: len(alone)], alone, atol=1e-5, rtol=1e-3)
+        assert not row[len(alone) :].any()
 
 
 @pytest.mark.parametrize("gradient", [0.0, float("inf"), float("nan")])
@@ -124,10 +124,10 @@ def test_rows_without_a_finite_gradient_stay(gradient):
     embeddings = torch.randn(2, 3, 4, dtype=torch.float16, requires_grad=True)
     embeddings.grad = torch.full((2, 3, 4), gradient, dtype=torch.float16)
     embeddings.grad[1] = 1e-7  # the squares are zero in float16
-    move = perturbation(embeddings, 2.0)
-    assert not move[0].any()
-    expected = 2.0 * embeddings[1].detach().float().square().mean().sqrt()
-    torch.testing.assert_close(move[1].float().norm(), expected, rtol=2e-3, atol=0)
+    found = perturbation(embeddings, 2.0)
+    assert not found[0].any()
+    length = 2.0 * embeddings[1].detach().float().square().mean().sqrt()
+    torch.testing.assert_close(found[1].float().norm(), length, rtol=2e-3, atol=0)
 
 
 @pytest.mark.parametrize("saved", [None, ["score", "embed_tokens"]], ids=["frozen", "trained"])

@@ -200,7 +200,7 @@ def test_two_processes_orthogonalize_whole_matrices(tmp_path, start):
 
 
 @pytest.mark.slow
-def test_embeddings_move_in_two_processes_as_in_one(tmp_path, start, alone):
+def test_embeddings_are_perturbed_in_two_processes_as_in_one(tmp_path, start, alone):
     expected = launch(start, tmp_path / "one", 1, epsilon=2.0)
     assert expected["losses"][0] > alone[1]["losses"][0] + 1e-3
     for name in ("ddp", "fsdp2"):

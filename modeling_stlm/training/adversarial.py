@@ -53,7 +53,9 @@ class AdversarialTrainer(Trainer):
                 "expected whole rows in a process, got parts of them (context parallelism): use epsilon=0"
             )
         if getattr(getattr(self.model, "active_peft_config", None), "is_prompt_learning", False):
-            raise ValueError("expected ids, prompt tuning passes embeddings, which an STLM has to know: use epsilon=0")
+            raise ValueError(
+                "expected ids, prompt tuning passes embeddings, and an STLM finds patches by ids: use epsilon=0"
+            )
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """That of `Trainer`; half of it in training, once for each half of a step."""
