@@ -108,7 +108,7 @@ def test_padding_is_not_perturbed_and_counts_for_nothing():
         seen = []
         handle = layer.register_forward_hook(lambda module, args, output: seen.append(output) or output.retain_grad())
         model(**inputs).logits.square().sum().backward()
-        handle.refound()
+        handle.remove()
         return perturbation(seen[0], EPSILON)
 
     for ids in rows:
