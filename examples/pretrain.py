@@ -101,6 +101,9 @@ def argument_parser(controls: tuple[str, ...] = ()):
     parser.add_argument("--decay", type=share, default=0.6, help="share of the budget in which the rates fall to zero")
     add_bf16(parser)
     parser.add_argument(
+        "--compile", action="store_true", help="compile every layer for itself, which pays on a GPU after a minute or two"
+    )
+    parser.add_argument(
         "--workers", type=whole, default=0, help="processes that cut windows; then signal the main process alone"
     )
     parser.add_argument("--eval_steps", type=at_least_one, default=500, help="steps between evaluated checkpoints")
@@ -131,6 +134,7 @@ from run_folder import (
 from score import documents
 from transformers import (
     AutoModelForCausalLM,
+    PreTrainedModel,
     PrinterCallback,
     Trainer,
     TrainingArguments,
@@ -233,6 +237,14 @@ def build_model(args: argparse.Namespace) -> STLMForCausalLM:
     return model
 
 
+def compile_layers(model: PreTrainedModel) -> None:
+    """Compile every layer for itself, in place. A graph of the whole model would have room for one patch per byte."""
+    torch._dynamo.config.recompile_limit = 64  # of one function, which all layers share
+    for module in model.modules():
+        if type(module).__name__ in (model._no_split_modules or ()):
+            module.compile(dynamic="Trunk" in type(module).__name__ or None)  # the number of patches changes
+
+
 def describe_start(args: argparse.Namespace) -> dict:
     """For `results.json`: the preset or folder of the config, and what the weights of `--checkpoint` bring with them."""
     if args.checkpoint is None:
@@ -285,6 +297,8 @@ def train(args: argparse.Namespace, trainer: Trainer, step_bytes: float) -> None
             return f"step {state.global_step} of {state.max_steps}"
         return f"{megabytes} of {state.max_steps * step_bytes / 1e6:.1f} MB"
 
+    if args.compile:
+        compile_layers(trainer.model)
     begun, checkpoint = args.output / "begun.json", last_checkpoint(args.output)
     settings = {name: str(value) for name, value in vars(args).items() if name not in MAY_CHANGE}
     settings["train"] = names_and_sizes(args.train)
@@ -304,6 +318,8 @@ def train(args: argparse.Namespace, trainer: Trainer, step_bytes: float) -> None
     if is_spent(trainer, checkpoint, args.max_minutes, splits):
         return
     trainer.train(resume_from_checkpoint=checkpoint)
+    if args.compile:
+        torch.compiler.set_stance("force_eager")  # a last evaluation is not worth graphs of its own
     if stop.received is not None:
         launch_state().print(
             f"{stop.received.name}: saved at {progress(trainer.state)}; the same command goes on from here"

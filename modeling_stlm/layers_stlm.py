@@ -253,24 +253,23 @@ class STLMShortConv(nn.Module):
             inputs = F.pad(inputs, (0, 0, keep, self.num_after))  # (B, N - 1 + T, D)
         else:
             inputs, _ = cache.update(inputs, None, slot, keep=keep, lengths=batch.lengths)
-        output = self.conv(inputs.transpose(1, 2)).transpose(1, 2)
-        if batch.positions is not None:
-            output = self._stop_at_documents(output, inputs, batch, keep)
+        if batch.positions is None:
+            output = self.conv(inputs.transpose(1, 2)).transpose(1, 2)
+        else:
+            output = self._conv_in_documents(inputs, batch, keep)
         return self.out_proj(gate_out * output), None
 
-    def _stop_at_documents(self, output, inputs, batch: STLMBatch, keep: int) -> torch.Tensor:
-        """`output (B, T, D)`, with the few bytes whose window crosses a document computed again without it."""
-        crosses = batch.positions < keep
-        if self.num_after:
-            crosses = crosses | (batch.remaining < self.num_after)
-        row, time = crosses.nonzero(as_tuple=True)  # (n,)
-        tap = torch.arange(self.kernel_size, device=time.device)  # (N,) oldest byte first
-        window = inputs[row[:, None], time[:, None] + tap]  # (n, N, D)
-        inside = keep - tap <= batch.positions[row, time][:, None]
-        if self.num_after:
-            inside = inside & (tap - keep <= batch.remaining[row, time][:, None])
-        alone = self.conv((window * inside[..., None]).transpose(1, 2))[..., 0]
-        return output.index_put((row, time), alone.to(output.dtype))  # they differ under autocast
+    def _conv_in_documents(self, inputs: torch.Tensor, batch: STLMBatch, keep: int) -> torch.Tensor:
+        """The convolution of `inputs (B, N - 1 + T, D)` to (B, T, D), in which a byte sees those of its document only."""
+        output, taps = 0, self.conv.weight[:, 0].to(inputs.dtype)  # (D, N) oldest byte first
+        for tap in range(self.kernel_size):
+            seen = inputs[:, tap : tap + batch.num_bytes] * taps[:, tap]
+            if tap < keep:
+                seen = seen * (batch.positions >= keep - tap)[..., None]
+            elif tap > keep:
+                seen = seen * (batch.remaining >= tap - keep)[..., None]
+            output = output + seen
+        return output
 
 
 def dropout(states: torch.Tensor, probability: float, training: bool) -> torch.Tensor:
