@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The library's pipelines on our models: one by one and in batches, against the model called by hand."""
 
-from itertools import pairwise
+from itertools import pairwise, product
 
+import numpy as np
 import pytest
 import torch
 from transformers import pipeline
@@ -14,7 +15,7 @@ from modeling_stlm import (
     STLMModel,
     STLMTokenizer,
 )
-from modeling_stlm.inference.spans import SpanPipeline
+from modeling_stlm.inference.spans import SpanPipeline, likeliest_labels
 
 from . import reference
 from .tiny import assert_equal, ids_of, randomize, tiny_config, tiny_model
@@ -126,24 +127,89 @@ WORDS = {  # the words of texts whose bytes a random model labels
 
 def spans_of_words(words: list[str], scores: torch.Tensor, strategy: str) -> list[tuple[int, int, str]]:
     """Start, end and label of each span, from probabilities `scores (bytes, labels)`, word by word."""
-    spans, at, byte = [], 0, 0
+    parts, of_words, byte = [], [], 0
     for word in words:
         own = scores[byte : byte + len(word.encode())]
-        first, mean = (BIO[row.argmax().item()] for row in (own[0], own.mean(0)))
-        label = first if strategy == "first" or (mean[:1], first) == ("I", f"B{mean[1:]}") else mean
-        kind, is_start = label[2:] or "O", label.startswith("B")
-        if spans and spans[-1][2] == kind and not is_start:
-            spans[-1] = (spans[-1][0], at + len(word), kind)
+        byte += len(word.encode())
+        if word.isspace() and parts:
+            parts[-1] += word
+            continue
+        parts.append(word)
+        kinds = own.clone()
+        for first in (1, 3):
+            kinds[:, first : first + 2] = own[:, first : first + 2].sum(1, keepdim=True)
+        row = {"first": kinds[0], "average": kinds.mean(0), "max": max(kinds, key=lambda of_byte: of_byte.max())}
+        of_words.append((row[strategy] * own[0] / kinds[0]).tolist())
+    labels = likeliest_labels(np.array(of_words), list(BIO.values()))
+    spans, at = [], 0
+    for part, number in zip(parts, labels, strict=True):
+        label = BIO[number]
+        if label.startswith("I"):
+            assert spans[-1][2] == label[2:]
+            spans[-1] = (spans[-1][0], at + len(part), label[2:])
         else:
-            spans.append((at, at + len(word), kind))
-        at, byte = at + len(word), byte + len(word.encode())
+            spans.append((at, at + len(part), label[2:] or "O"))
+        at += len(part)
     text = "".join(words)
-    parts = [(text[start:end], start, kind) for start, end, kind in spans if kind != "O"]
-    stripped = [(part.strip(), start + len(part) - len(part.lstrip()), kind) for part, start, kind in parts]
+    found = [(text[start:end], start, kind) for start, end, kind in spans if kind != "O"]
+    stripped = [(part.strip(), start + len(part) - len(part.lstrip()), kind) for part, start, kind in found]
     return [(start, start + len(part), kind) for part, start, kind in stripped if part]
 
 
-@pytest.mark.parametrize("strategy", ["first", "average"])
+@pytest.mark.parametrize("names", [[*BIO.values()], ["O", "B-A", "I-A", "I-B", "C"], ["LABEL_0", "LABEL_1"]])
+def test_the_likeliest_labels_are_those_of_a_search_through_all(names):
+    def is_allowed(labels):
+        begun = {name[2:] for name in names if name.startswith("B-")}
+        ends = (None, *labels)
+        return all(
+            label[:2] != "I-"
+            or label[2:] not in begun
+            or (before and before[:2] in ("B-", "I-") and before[2:] == label[2:])
+            for before, label in pairwise(ends)
+        )
+
+    generator = np.random.default_rng(0)
+    for words in (1, 2, 4, 4, 4, 4):
+        scores = generator.dirichlet(np.full(len(names), 0.5), words)
+        sequences = [
+            found for found in product(range(len(names)), repeat=words) if is_allowed([names[i] for i in found])
+        ]
+        best = max(sequences, key=lambda found: np.prod(scores[range(words), found]))
+        assert likeliest_labels(scores, names) == list(best)
+
+
+class Scripted(torch.nn.Module):
+    """Probabilities of the labels of `BIO` for each byte, whatever the text is."""
+
+    def __init__(self, probabilities: list[list[float]]):
+        super().__init__()
+        self.logits = torch.tensor(probabilities).log()[None]
+
+    def forward(self, hidden_states):
+        return self.logits
+
+
+def spans_found(text: str, **by_place: list[float]) -> list[tuple[str, str]]:
+    """Of a model that says `O` but at the bytes `b0`, `b1` and so on."""
+    options = {"is_causal": False, "id2label": BIO, "label2id": {name: i for i, name in BIO.items()}}
+    model = STLMForTokenClassification(tiny_config(**options))
+    model.score = Scripted([by_place.get(f"b{i}", [0.8, 0.05, 0.05, 0.05, 0.05]) for i in range(len(text.encode()))])
+    tagger = pipe("token-classification", model, pipeline_class=SpanPipeline, aggregation_strategy="first")
+    return [(span["word"], span["entity_group"]) for span in tagger(text)]
+
+
+def test_a_name_of_two_words_is_one_span_where_the_model_is_not_sure():
+    begins, inside = [0.01, 0.9, 0.03, 0.03, 0.03], [0.01, 0.03, 0.9, 0.03, 0.03]
+    assert spans_found("Al Bo x", b0=begins, b3=inside) == [("Al Bo", "A")]  # the space is labelled O
+    assert spans_found("Al Bo x", b0=begins, b3=begins) == [("Al", "A"), ("Bo", "A")]
+    # The kind likeliest for each word alone is B, then A: a span of B cannot go on as one of A.
+    unsure = [0.01, 0.44, 0.01, 0.53, 0.01]
+    assert spans_found("Al Bo x", b0=unsure, b3=inside) == [("Al Bo", "A")]
+    # A span begins before it goes on.
+    assert spans_found("Al x", b0=[0.2, 0.3, 0.48, 0.01, 0.01]) == [("Al", "A")]
+
+
+@pytest.mark.parametrize("strategy", ["first", "average", "max"])
 @pytest.mark.parametrize("text", WORDS)
 def test_spans_are_whole_words(text, strategy):
     config = tiny_config(is_causal=False, id2label=BIO, label2id={name: i for i, name in BIO.items()})

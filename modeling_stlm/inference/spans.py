@@ -30,6 +30,43 @@ def is_in_word(character: str) -> bool:
     return (category(character)[0] in "LMN" or character in JOINERS) and not NO_SPACES.match(character)
 
 
+def scores_of_word(scores: np.ndarray, names: list[str], strategy: AggregationStrategy) -> np.ndarray:
+    """Those of a word `(L,)`, from those of its bytes `(T, L)`.
+
+    `strategy` says which bytes decide about the kind (`B-X` or `I-X`); the first one decides between the two.
+    """
+    kinds = [name[2:] if name.startswith(("B-", "I-")) else name for name in names]
+    is_same = np.equal.outer(kinds, kinds)  # (L, L)
+    by_kind = scores @ is_same  # (T, L)
+    rows = {
+        AggregationStrategy.FIRST: by_kind[0],
+        AggregationStrategy.AVERAGE: by_kind.mean(0),
+        AggregationStrategy.MAX: by_kind[by_kind.max(-1).argmax()],
+    }
+    return rows[strategy] * scores[0] / np.maximum(by_kind[0], 1e-30)
+
+
+def likeliest_labels(scores: np.ndarray, names: list[str]) -> list[int]:
+    """The sequence of labels with the largest product of `scores (W, L)`, in which `I-X` stands after `B-X` or `I-X` only.
+
+    Names without a `B-X`, or not of this form, may stand anywhere.
+    """
+    before = [{name, f"B{name[1:]}"} if name.startswith("I-") and f"B{name[1:]}" in names else None for name in names]
+    steps = np.array(
+        [[0 if one is None or name in one else -np.inf for one in before] for name in names]
+    )  # (from, to)
+    best = np.array([0 if one is None else -np.inf for one in before])  # of the sequences that end with each label
+    came_from = []
+    for score in np.log(np.maximum(scores, 1e-30)):
+        paths = best[:, None] + steps if came_from else best[None]
+        came_from.append(paths.argmax(0))
+        best = paths.max(0) + score
+    labels = [int(best.argmax())]
+    for previous in came_from[:0:-1]:
+        labels.append(int(previous[labels[-1]]))
+    return labels[::-1]
+
+
 class SpanPipeline(TokenClassificationPipeline):
     """
     The token-classification pipeline, with words that are words of the text.
@@ -64,16 +101,34 @@ class SpanPipeline(TokenClassificationPipeline):
         for entity in found:
             at = entity["start"]
             is_next = at == before + 1 and is_in_word(sentence[before]) and is_in_word(sentence[at])
-            entity["is_subword"] = at == before or is_next
+            entity["is_space"] = sentence[at].isspace()
+            entity["is_subword"] = at == before or is_next or (entity["is_space"] and before >= 0)
             before = at
         return found
 
-    def aggregate_word(self, entities: list[dict], aggregation_strategy: AggregationStrategy) -> dict:
-        word = super().aggregate_word(entities, aggregation_strategy)
-        first = self.model.config.id2label[int(np.argmax(entities[0]["scores"]))]
-        if word["entity"].startswith("I-") and first == f"B-{word['entity'][2:]}":
-            word["entity"] = first
-        return word
+    def aggregate_words(self, entities: list[dict], aggregation_strategy: AggregationStrategy) -> list[dict]:
+        """One for each word, with the label that it has in the likeliest sequence."""
+        names = [name for _, name in sorted(self.model.config.id2label.items())]
+        words, scores = [], []
+        for entity in entities:
+            if entity["is_subword"]:
+                words[-1].append(entity)
+            else:
+                words.append([entity])
+        for word in words:
+            own = [entity["scores"] for entity in word if not entity["is_space"]] or [word[0]["scores"]]
+            scores.append(scores_of_word(np.stack(own), names, aggregation_strategy))
+        labels = likeliest_labels(np.stack(scores), names) if words else []
+        return [
+            {
+                "entity": names[label],
+                "score": score[label],
+                "word": self.tokenizer.convert_tokens_to_string([entity["word"] for entity in word]),
+                "start": word[0]["start"],
+                "end": word[-1]["end"],
+            }
+            for word, score, label in zip(words, scores, labels, strict=True)
+        ]
 
     def postprocess(self, all_outputs: list[dict], *args, **kwargs) -> list[dict]:
         sentence, found = all_outputs[0]["sentence"], []
