@@ -251,9 +251,9 @@ def write_results(folder: Path, checkpoint: str, **results) -> None:
 
 def write_label_results(trainer: Trainer, args: argparse.Namespace, files: dict[str, str], **results) -> None:
     """[`write_results`] of `classify.py` and `ner.py`, whose arguments are those of `inputs.add_label_training`."""
-    names = ("adversarial_epsilon", "learning_rate", "batch_size", "max_bytes", "bf16", "seed")
+    names = ("adversarial_epsilon", "word_noise", "learning_rate", "batch_size", "max_bytes", "bf16", "seed")
     arguments = files | {"runs": args.runs, "epochs": f"{args.epochs:g}"}
-    arguments |= {name: getattr(args, name) for name in names}
+    arguments |= {name: getattr(args, name) for name in names if name in args}
     results |= {"steps": args.runs * trainer.state.global_step, "arguments": arguments}
     write_results(args.output, args.checkpoint, **results)
 

@@ -211,7 +211,7 @@ SMALL = {  # numbers that make no sense: option and value, by script
     "generate.py": "max_new_tokens 0, temperature -1, temperature nan",
     "identify.py": "max_minutes 0, batch_size 0, muon_lr 0, adamw_lr 0, seed -1",
     "inherit.py": "data_batches -1, max_steps 0, batch_size 0, muon_lr 0, adamw_lr 0, seed -1",
-    "ner.py": "epochs 0, adversarial_epsilon inf, learning_rate -1, batch_size 0, max_bytes 0, seed -1",
+    "ner.py": "epochs 0, adversarial_epsilon inf, word_noise 1.5, learning_rate -1, batch_size 0, max_bytes 0, seed -1",
     "pretrain.py": "max_minutes 0, max_steps 0, max_bytes 0, block_bytes 0, batch_size 0, muon_lr 0, adamw_lr -1, "
     "weight_decay -1, workers -1, eval_steps 0, seed -1",
     "self_play.py": "num_rounds 0, max_steps 0, learning_rate 0, beta 0",

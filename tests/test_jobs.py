@@ -52,7 +52,9 @@ from .tiny import assert_equal, batch, ids_of, randomize, tiny_config, tiny_mode
 
 
 sys.path.append(str(ROOT / "examples"))
-classify, ner, rows, run_folder = (importlib.import_module(name) for name in ("classify", "ner", "rows", "run_folder"))
+classify, inputs, ner, rows, run_folder = (
+    importlib.import_module(name) for name in ("classify", "inputs", "ner", "rows", "run_folder")
+)
 
 TOKENIZER = STLMTokenizer()
 ANIMALS = [f"The {animal} {verb}." for animal in ("cat", "dog", "cow", "hen") for verb in ("eats", "runs", "sleeps")]
@@ -548,6 +550,42 @@ def test_tags_of_bytes_and_spans_that_were_found():
     assert ner.looked_up([row], [{"text": "Al saw Zoë and Alan"}]) == [{(0, 2, "NAME"), (7, 10, "NAME")}]
 
 
+def test_words_have_random_letters_of_their_kind():
+    texts = ["Zo\u00eb met Ann-Lu, at 9:45. \u6771\u4eac", "x Bo"]
+    ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(ids_of(text)) for text in texts], True, 256)
+    assert_equal(ner.with_random_words(ids, 0.0), ids)
+    torch.manual_seed(0)
+    found = torch.stack([ner.with_random_words(ids, 1.0) for _ in range(200)])
+    kinds = ("ABCDEFGHIJKLMNOPQRSTUVWXYZ", "abcdefghijklmnopqrstuvwxyz", "0123456789")
+    for row, text in enumerate(texts):
+        for at, byte in enumerate(text.encode()):
+            kind = next((kind for kind in kinds if chr(byte) in kind), chr(byte))
+            assert {chr(i) for i in found[:, row, at].tolist()} == set(kind)
+    assert (found[:, 1, 4:] == 256).all()
+
+
+def test_a_word_is_noisy_as_a_whole_at_its_rate():
+    ids = torch.tensor([ids_of("Zo\u00ebzoe " + "abcdefghijklmnop " * 400 + "end")])
+    torch.manual_seed(0)
+    changed = (ner.with_random_words(ids, 0.3) != ids)[0]
+    words = changed[8:-3].reshape(400, 17)
+    assert not words[:, 16].any()
+    share = words[:, :16].float().mean(1)  # 25 of 26 random letters are others
+    assert ((share == 0) | (share > 0.5)).all() and (share > 0).float().mean().item() == pytest.approx(0.3, abs=0.07)
+
+
+@pytest.mark.parametrize(
+    ("rows", "batch_size", "epochs"), [(200, 16, 16), (10, 16, 200), (1066, 16, 3), (8800, 32, 3)]
+)
+def test_few_rows_have_enough_steps_by_default(rows, batch_size, epochs):
+    args = argparse.Namespace(epochs=None, batch_size=batch_size)
+    inputs.choose_epochs(args, rows)
+    assert args.epochs == epochs
+    args.epochs = 2.5
+    inputs.choose_epochs(args, rows)
+    assert args.epochs == 2.5
+
+
 def test_spans_that_are_looked_up_are_whole_words_and_have_the_commonest_label():
     rows = [{"text": f"{span} ", "spans": [[0, len(span), label]]} for span, label in (("C++", "L"), ("東京", "P"))]
     rows += [{"text": "May", "spans": [[0, 3, label]]} for label in ("P", "P", "T")]
@@ -596,7 +634,7 @@ def test_spans_go_from_rows_to_a_pipeline(encoder_folder, tmp_path):
     content = [{"text": text, "spans": [[7, 7 + len(name), "NAME"]]} for text, name in lines]
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in content * 4))
-    numbers = {"epochs": 8, "adversarial_epsilon": 2, "learning_rate": 2e-2, "batch_size": 4}
+    numbers = {"epochs": 8, "adversarial_epsilon": 2, "word_noise": 0.1, "learning_rate": 2e-2, "batch_size": 4}
     options = [word for name, number in numbers.items() for word in (f"--{name}", number)]
     options += ["--output", tmp_path / "out"]
     printed = run("ner.py", "--checkpoint", encoder_folder, "--train", path, "--test", path, *options, cwd=tmp_path)
@@ -607,7 +645,7 @@ def test_spans_go_from_rows_to_a_pipeline(encoder_folder, tmp_path):
         "F1 of spans whose start, end and label are right, as `SpanPipeline` reads them:\n\n| split | f1 |\n|---|---|\n| test | 1.0000 |\n"
         "| test, spans of the training rows looked up | 1.0000 |\n",
         "- head: 3 classes of a byte: `O`, `B-NAME`, `I-NAME`\n",
-        "- train: rows.jsonl, 36 rows\n- test: rows.jsonl, 36 rows\n- runs: 1\n- epochs: 8\n- adversarial_epsilon: 2.0\n",
+        "- train: rows.jsonl, 36 rows\n- test: rows.jsonl, 36 rows\n- runs: 1\n- epochs: 8\n- adversarial_epsilon: 2.0\n- word_noise: 0.1\n",
     ):
         assert sentence in card
 
