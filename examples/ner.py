@@ -10,8 +10,8 @@ beside that of looking up the spans of the rows to train on.
 `is_causal=False`: whether a byte belongs to a name is often decided by what follows it ("Washington" and "Washington Post"),
 and a causal model labels the first byte of a span before it has seen the second one. Spans come from `SpanPipeline`: the
 library's `aggregation_strategy="simple"` joins neighbouring bytes of one label and cuts words in two, and its other strategies take
-what stands between spaces for a word, punctuation included. Training is adversarial, as in `classify.py`, and in each step
-some words have random letters: the names in a few hundred rows are soon known by heart, what stands around them is not.
+what stands between spaces for a word, punctuation included. Training is adversarial, as in `classify.py`, and in each
+step some words have random letters: a model soon knows the names in a few hundred rows by heart, and finds no others.
 """
 
 import argparse
@@ -145,7 +145,7 @@ def tagged(row: dict, tokenizer, label2id: dict[str, int], max_bytes: int) -> di
 
 
 def with_random_words(input_ids: torch.Tensor, rate: float) -> torch.Tensor:
-    """`input_ids (B, T)`; a word has random letters and digits (ASCII), of their kind and case, with probability `rate`."""
+    """`input_ids (B, T)`; words have, with probability `rate`, random letters and digits (ASCII), of their case."""
     kinds = [(input_ids >= ord(first)) & (input_ids <= ord(last)) for first, last in ("AZ", "az", "09")]
     is_in_word = torch.stack([*kinds, (input_ids >= 128) & (input_ids < 256)]).any(0)
     number = (is_in_word & ~F.pad(is_in_word[:, :-1], (1, 0))).cumsum(1)  # of the word, from 1 on

@@ -33,7 +33,7 @@ def is_in_word(character: str) -> bool:
 def scores_of_word(scores: np.ndarray, names: list[str], strategy: AggregationStrategy) -> np.ndarray:
     """Those of a word `(L,)`, from those of its bytes `(T, L)`.
 
-    `strategy` says which bytes decide about the kind (`B-X` or `I-X`); the first one decides between the two.
+    `strategy` says which bytes decide about X, that is for the sum of `B-X` and `I-X`; the first byte divides it.
     """
     kinds = [name[2:] if name.startswith(("B-", "I-")) else name for name in names]
     is_same = np.equal.outer(kinds, kinds)  # (L, L)
@@ -47,14 +47,13 @@ def scores_of_word(scores: np.ndarray, names: list[str], strategy: AggregationSt
 
 
 def likeliest_labels(scores: np.ndarray, names: list[str]) -> list[int]:
-    """The sequence of labels with the largest product of `scores (W, L)`, in which `I-X` stands after `B-X` or `I-X` only.
+    """The sequence of labels with the largest product of `scores (W, L)`; `I-X` stands only after `B-X` or `I-X`.
 
     Names without a `B-X`, or not of this form, may stand anywhere.
     """
     before = [{name, f"B{name[1:]}"} if name.startswith("I-") and f"B{name[1:]}" in names else None for name in names]
-    steps = np.array(
-        [[0 if one is None or name in one else -np.inf for one in before] for name in names]
-    )  # (from, to)
+    is_allowed = np.array([[one is None or name in one for one in before] for name in names])  # (from, to)
+    steps = np.where(is_allowed, 0, -np.inf)
     best = np.array([0 if one is None else -np.inf for one in before])  # of the sequences that end with each label
     came_from = []
     for score in np.log(np.maximum(scores, 1e-30)):
@@ -71,13 +70,15 @@ class SpanPipeline(TokenClassificationPipeline):
     """
     The token-classification pipeline, with words that are words of the text.
 
-    In the library's own, `aggregation_strategy="simple"` joins neighbouring bytes of one label and may cut a word in two, and
-    `"first"`, `"average"` and `"max"` take what stands between spaces for a word, punctuation included. Here a word is a run
-    of letters and digits, and every other character is one of its own, as are those of scripts without spaces. `"first"` gives
-    a word the label of its first byte, `"average"` that of the mean probability over its bytes; a span is a run of words of one
-    label, and a new one starts at a word whose first byte is likeliest to start one. No span begins or ends with a space, and
-    `word` is its text. Entities of FewRel-16, exact F1 of three seeds: 0.51 with `"simple"` of the library, 0.63 with
-    `"average"` and 0.64 with `"first"` of this class (`examples/research/LOG.md`).
+    In the library's own, `aggregation_strategy="simple"` joins neighbouring bytes of one label and may cut words, and
+    `"first"`, `"average"` and `"max"` take what stands between spaces for a word, punctuation included. Here a word is
+    a run of letters and digits, and every other character is one of its own, as are those of scripts without spaces; a
+    space belongs to the word before it and has no label of its own. The label of a word comes from its first byte
+    (`"first"`), the mean over its bytes (`"average"`) or the byte with the largest probability (`"max"`); whether it
+    starts a span, always from the first. Chosen is the likeliest sequence of labels in which a span goes on only after
+    a word of the same label. So "Agnes" and "Tanaka" are one span where the model is sure that the second goes on and
+    less sure of its label. No span begins or ends with a space, and `word` is its text. Exact F1 with and without
+    these rules: `examples/research/LOG.md`.
     """
 
     def _sanitize_parameters(self, stride: int | None = None, **kwargs):
@@ -93,7 +94,7 @@ class SpanPipeline(TokenClassificationPipeline):
             yield inputs | {"offset_mapping": inputs["offset_mapping"].reshape(1, -1, 2)}
 
     def gather_pre_entities(self, sentence: str, *args, **kwargs) -> list[dict]:
-        """One for each byte, with whether it goes on with the word of the byte before."""
+        """One for each byte, with whether it goes on with the word of the byte before, as spaces do."""
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Tokenizer does not support real words")
             found = super().gather_pre_entities(sentence, *args, **kwargs)
