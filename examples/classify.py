@@ -15,7 +15,7 @@ import argparse
 import time
 from pathlib import Path
 
-from inputs import HelpFormatter, add_label_training, choose_epochs, choose_precision, quiet_exit, require, text_file
+from inputs import HelpFormatter, add_label_training, choose_precision, positive, quiet_exit, require, text_file
 from rows import read_labelled, speeches, split_rows, tell_of_known
 
 
@@ -28,6 +28,7 @@ def parse_arguments() -> argparse.Namespace:
         "--train", type=text_file, help="labelled rows; without it, speeches of the shipped Shakespeare"
     )
     parser.add_argument("--test", type=text_file, help="labelled rows; without it, a fifth of --train")
+    parser.add_argument("--epochs", type=positive, default=3, help="over the rows")
     add_label_training(parser, "runs/classifier", "STLMForSequenceClassification", 2e-3, 32)
     return parser.parse_args()
 
@@ -148,7 +149,6 @@ def accuracy(trainer: Trainer, rows: tuple[list, list], max_bytes: int) -> tuple
 
 def main(args: argparse.Namespace, train: tuple[list, list], test: tuple[list, list]):
     choose_precision(args)
-    choose_epochs(args, len(train[0]))
     trainer = trainer_of(train, args)
     model = trainer.model
     print(f"{args.checkpoint}: {model.num_parameters():,} parameters, {model.device}, {model.dtype}")

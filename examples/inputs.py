@@ -21,7 +21,6 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 PACKAGE = HERE.parent / "modeling_stlm"
-FEWEST_STEPS = 200  # of a fine-tuning by default; 3 epochs of a few hundred rows are a tenth of that
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -317,12 +316,6 @@ def choose_precision(args: argparse.Namespace) -> None:
         args.bf16 = has_bfloat16("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def choose_epochs(args: argparse.Namespace, rows: int) -> None:
-    """Settle `--epochs` before it is used or recorded."""
-    if args.epochs is None:
-        args.epochs = max(3, math.ceil(FEWEST_STEPS / math.ceil(rows / args.batch_size)))
-
-
 def add_label_training(
     parser: argparse.ArgumentParser, output: str, architecture: str, learning_rate: float, batch_size: int
 ) -> None:
@@ -331,8 +324,6 @@ def add_label_training(
         "--checkpoint", type=checkpoint, default=str(HERE / "checkpoints" / "stlm-3m-encoder"), help="folder or Hub id"
     )
     parser.add_argument("--output", type=output_of(architecture), default=output, help="folder of the trained model")
-    by_default = f"by default 3, with few rows as many as {FEWEST_STEPS} steps take"
-    parser.add_argument("--epochs", type=positive, help=f"over the rows; {by_default}")
     parser.add_argument(
         "--runs", type=at_least_one, default=1, help="in other orders of the rows; keeps the mean of their weights"
     )

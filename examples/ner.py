@@ -16,6 +16,7 @@ step some words have random letters: a model soon knows the names in a few hundr
 
 import argparse
 import json
+import math
 import random
 import re
 from collections import Counter, defaultdict
@@ -24,8 +25,8 @@ from pathlib import Path
 from inputs import (
     HelpFormatter,
     add_label_training,
-    choose_epochs,
     choose_precision,
+    positive,
     quiet_exit,
     read_json_lines,
     require,
@@ -37,6 +38,7 @@ from rows import tell_of_known
 
 HERE = Path(__file__).parent
 OUTSIDE = "O"
+FEWEST_STEPS = 200  # by default; 3 epochs of 200 rows are 39
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -45,6 +47,8 @@ def parse_arguments() -> argparse.Namespace:
         "--train", type=text_file, help="rows with spans; without it, names in the shipped Shakespeare"
     )
     parser.add_argument("--test", type=text_file, help="rows with spans; needed with --train")
+    by_default = f"by default 3, with few rows as many as {FEWEST_STEPS} steps take"
+    parser.add_argument("--epochs", type=positive, help=f"over the rows; {by_default}")
     add_label_training(parser, "runs/spans", "STLMForTokenClassification", 5e-3, 16)
     parser.add_argument(
         "--word_noise", type=share, default=0.3, help="share of the words with random letters in a step"
@@ -53,6 +57,11 @@ def parse_arguments() -> argparse.Namespace:
     if bool(args.train) != bool(args.test):
         parser.error("--train and --test come together")
     return args
+
+
+def enough_epochs(rows: int, batch_size: int) -> int:
+    """How often to read so many rows by default."""
+    return max(3, math.ceil(FEWEST_STEPS / math.ceil(rows / batch_size)))
 
 
 def is_span(span, length: int) -> bool:
@@ -199,7 +208,7 @@ def looked_up(train: list[dict], test: list[dict]) -> list[set]:
 
 def main(args: argparse.Namespace, train: list[dict], test: list[dict]):
     choose_precision(args)
-    choose_epochs(args, len(train))
+    args.epochs = args.epochs or enough_epochs(len(train), args.batch_size)
     set_seed(args.seed)
     kinds = sorted({label for row in train for _, _, label in row["spans"]})
     names = [OUTSIDE, *(f"{place}-{kind}" for kind in kinds for place in "BI")]
