@@ -250,7 +250,7 @@ def write_results(folder: Path, checkpoint: str, **results) -> None:
 
 
 def write_label_results(trainer: Trainer, args: argparse.Namespace, files: dict[str, str], **results) -> None:
-    """[`write_results`] of `classify.py` and `ner.py`, whose arguments are those of `inputs.add_label_training`."""
+    """[`write_results`] of `classify.py` and `ner.py`: `--epochs` and what `inputs.add_label_training` adds."""
     names = ("adversarial_epsilon", "word_noise", "learning_rate", "batch_size", "max_bytes", "bf16", "seed")
     arguments = files | {"runs": args.runs, "epochs": f"{args.epochs:g}"}
     arguments |= {name: getattr(args, name) for name in names if name in args}
