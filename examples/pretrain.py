@@ -38,7 +38,17 @@ from inputs import (
 SPLITS = ("train", "validation", "test")
 # What another call may change when a run goes on; the results describe all other settings as those of the whole run. The
 # second line is of `research/train.py`. Texts are checked by `write_once`: those of a corpus that is there may not change.
-MAY_CHANGE = ("output", "validation", "test", "max_minutes", "max_steps", "max_bytes", "workers", "eval_steps")
+MAY_CHANGE = (
+    "output",
+    "validation",
+    "test",
+    "max_minutes",
+    "max_steps",
+    "max_bytes",
+    "workers",
+    "eval_steps",
+    "compile",
+)
 MAY_CHANGE += ("max_flops", "data", "eval_at_end")
 
 
@@ -101,7 +111,9 @@ def argument_parser(controls: tuple[str, ...] = ()):
     parser.add_argument("--decay", type=share, default=0.6, help="share of the budget in which the rates fall to zero")
     add_bf16(parser)
     parser.add_argument(
-        "--compile", action="store_true", help="compile every layer for itself, which pays on a GPU after a minute or two"
+        "--compile",
+        action="store_true",
+        help="compile every layer for itself: on a GPU twice as fast, after half a minute, which counts",
     )
     parser.add_argument(
         "--workers", type=whole, default=0, help="processes that cut windows; then signal the main process alone"

@@ -1,12 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training compiles into one graph, forward and backward, and gives the loss and the gradients of the plain step."""
 
+import importlib
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
 from .tiny import MIXERS, PATCHING, TEXT, ids_of, tiny_model
 
 
+sys.path.append(str(Path(__file__).parents[1] / "examples"))
 IDS = torch.tensor([ids_of(TEXT)[:96], ids_of(TEXT)[20:116], ids_of("ab " * 32)])
 POSITIONS = torch.arange(96).expand(3, -1).clone()
 POSITIONS[:, 40:] -= 40
@@ -58,6 +63,28 @@ def test_a_training_step_is_one_graph_for_every_length(options, kind):
     assert_compiled_training_is_training(options, KINDS[kind], backend, sizes=(96, 64) if options else (96, 64, 77))
     # `fullgraph` allows no break. The second graph is that of a model that has gradients already.
     assert 1 <= len(graphs) <= 2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_layers_compiled_one_by_one_train_the_same(kind, monkeypatch):
+    pretrain, graphs, compile_module = importlib.import_module("pretrain"), [], torch.nn.Module.compile
+
+    def backend(graph, example_inputs):
+        graphs.append(graph)
+        return graph
+
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **o: compile_module(self, backend=backend, **o))
+    torch._dynamo.reset()
+    model, compiled = tiny_model().train(), tiny_model().train()
+    compiled.load_state_dict(model.state_dict())
+    pretrain.compile_layers(compiled)
+    for num_bytes in (96, 64, 77):
+        expected = gradients(model, model, num_bytes, KINDS[kind])
+        for name, gradient in gradients(compiled, compiled, num_bytes, KINDS[kind]).items():
+            largest = expected[name].abs().max().item()
+            torch.testing.assert_close(gradient, expected[name], rtol=0, atol=1e-5 + 1e-4 * largest, msg=name)
+    # One for each kind of layer, which its layers share; those of bytes get another one, for any length.
+    assert len(graphs) == 4
 
 
 @pytest.mark.slow

@@ -7,13 +7,14 @@
 # DATA is a folder with train/*.jsonl.gz, validation.jsonl.gz and test.jsonl.gz (rows with `text`), MINUTES the budget of each
 # preset; without presets, all. There is a checkpoint every ten minutes, and when `train.py` (not its workers) gets SIGTERM: the
 # same command goes on from there, also with more minutes. The environment variables WINDOWS (per step) and WINDOW_BYTES override
-# what fits 80 GB of memory. OUTPUT/PRESET gets the checkpoint, its curve and results.json; `export.py` makes a published
+# what fits 80 GB of memory, and with COMPILE=no layers are not compiled. OUTPUT/PRESET gets the checkpoint, its curve and results.json; `export.py` makes a published
 # folder of it.
 set -euo pipefail
 if (($# < 3)); then
     sed -n '3,/^set/s/^# \{0,1\}//p' "$0"
     exit 2
 fi
+[ "${COMPILE:-yes}" = no ] || compile=--compile
 here=$(cd "$(dirname "$0")" && pwd)
 data=$1 output=$2 minutes=$3
 shift 3
@@ -22,6 +23,6 @@ for preset; do
     case $preset in stlm-50m | stlm-100m) windows=32 ;; *) windows=64 ;; esac
     python "$here/train.py" --train "$data/train/*.jsonl.gz" --validation "$data/validation.jsonl.gz" \
         --test "$data/test.jsonl.gz" --data "$output/data" --model "$preset" --max_minutes "$minutes" \
-        --block_bytes "${WINDOW_BYTES:-4096}" --batch_size "${WINDOWS:-$windows}" --workers 4 --eval_steps 1000 \
+        --block_bytes "${WINDOW_BYTES:-4096}" --batch_size "${WINDOWS:-$windows}" --workers 4 ${compile:-} --eval_steps 1000 \
         --output "$output/$preset"
 done
