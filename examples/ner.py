@@ -20,6 +20,7 @@ import math
 import random
 import re
 from collections import Counter, defaultdict
+from itertools import pairwise
 from pathlib import Path
 
 from inputs import (
@@ -71,23 +72,29 @@ def is_span(span, length: int) -> bool:
     return 0 <= span[0] < span[1] <= length and span[2].strip() != ""
 
 
+def fault_of(row: dict) -> str | None:
+    """What is wrong with `text` and `spans`, if anything."""
+    text, spans = row.get("text"), row.get("spans")
+    if not isinstance(text, str) or not text or not isinstance(spans, list):
+        shown = json.dumps(spans, ensure_ascii=False)[:80]
+        return f"has the fields {sorted(row)} and the spans {shown}, expected `text`, not empty, and `spans`: a list of [start, end, 'label']"
+    for span in spans:
+        if not is_span(span, len(text)):
+            shown = json.dumps(span, ensure_ascii=False)[:80]
+            return f'has the span {shown}, expected [start, end, "label"] within its {len(text)} characters'
+    for before, after in pairwise(sorted(spans)):
+        if after[0] < before[1]:
+            return f"has the spans {before} and {after}, which overlap: a character has one label"
+    return None
+
+
 def read_rows(path: Path) -> list[dict]:
     """Rows with `text` and `spans`; the first one that has not, ends the program."""
     rows = read_json_lines(path)
     for number, row in enumerate(rows, start=1):
-        text, spans = row.get("text"), row.get("spans")
-        if (
-            not isinstance(text, str)
-            or not text
-            or not isinstance(spans, list)
-            or not all(is_span(span, len(text)) for span in spans)
-        ):
-            shown = json.dumps(spans, ensure_ascii=False)[:80]
-            raise SystemExit(
-                f"row {number} of {path} has the fields {sorted(row)} and the spans {shown}, expected `text`, not empty, and "
-                '`spans`: a list of [start, end, "label"], in characters of the text'
-            )
-        row["spans"] = [[start, end, label.strip()] for start, end, label in spans]
+        if fault := fault_of(row):
+            raise SystemExit(f"row {number} of {path} {fault}")
+        row["spans"] = [[start, end, label.strip()] for start, end, label in row["spans"]]
     if not any(row["spans"] for row in rows):
         raise SystemExit(f"no row of {path} has a span")
     return rows
@@ -185,6 +192,10 @@ def f1(found: list[set], right: list[set]) -> float:
     return 2 * hits / max(1, sum(map(len, found)) + sum(map(len, right)))
 
 
+def with_label(spans: set, label: str) -> set:
+    return {span for span in spans if span[2] == label}
+
+
 def pattern_of(span: str) -> str:
     """A pattern of `span` that is not part of a longer word. Punctuation, and scripts without spaces, have no word boundary."""
 
@@ -270,6 +281,9 @@ def main(args: argparse.Namespace, train: list[dict], test: list[dict]):
         scoring="F1 of spans whose start, end and label are right, as `SpanPipeline` reads them",
     )
     print(f"\nexact F1 of spans: {score:.3f}    looked up: {baseline:.3f}")
+    if len(kinds) > 1:
+        of_label = {kind: f1(*([with_label(row, kind) for row in rows] for rows in (found, right))) for kind in kinds}
+        print("of each label:", ", ".join(f"{kind} {value:.3f}" for kind, value in of_label.items()))
     options = 'pipeline_class=SpanPipeline, aggregation_strategy="first"'
     print(
         "next, in Python:\n\n    from transformers import pipeline\n    from modeling_stlm.inference.spans import SpanPipeline"

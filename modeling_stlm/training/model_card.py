@@ -94,8 +94,15 @@ CARD = """\
 {requirements}{sections}"""
 
 SPANS = """\
-Spans of whole words: `pipeline("token-classification", ..., pipeline_class=SpanPipeline, aggregation_strategy="first")`, with
-`SpanPipeline` of `modeling_stlm.inference.spans`, which is in the package and not among the files here.
+Spans of whole words, with a class of the package that is not among the files here:
+
+```python
+from transformers import pipeline
+from modeling_stlm.inference.spans import SpanPipeline
+
+tagger = pipeline("token-classification", checkpoint, pipeline_class=SpanPipeline, aggregation_strategy="first")
+tagger("A text.")
+```
 
 """
 
