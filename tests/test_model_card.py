@@ -59,7 +59,7 @@ def checkpoint(tmp_path) -> Path:
 
 
 def snippet(card: ModelCard) -> str:
-    return re.search(r"```python\n(.*?)```", card.text, re.DOTALL)[1]
+    return "".join(re.findall(r"```python\n(.*?)```", card.text, re.DOTALL))
 
 
 def data_of(card: ModelCard) -> str:
