@@ -48,11 +48,11 @@ def parse_arguments() -> argparse.Namespace:
         "--train", type=text_file, help="rows with spans; without it, names in the shipped Shakespeare"
     )
     parser.add_argument("--test", type=text_file, help="rows with spans; needed with --train")
-    by_default = f"by default 3, with few rows as many as {FEWEST_STEPS} steps take"
+    by_default = f"by default 3, or more where these are fewer than {FEWEST_STEPS} steps"
     parser.add_argument("--epochs", type=positive, help=f"over the rows; {by_default}")
     add_label_training(parser, "runs/spans", "STLMForTokenClassification", 5e-3, 16)
     parser.add_argument(
-        "--word_noise", type=share, default=0.3, help="share of the words with random letters in a step"
+        "--word_noise", type=share, default=0.3, help="share of the words that get random ASCII letters in each step"
     )
     args = parser.parse_args()
     if bool(args.train) != bool(args.test):
@@ -275,6 +275,7 @@ def main(args: argparse.Namespace, train: list[dict], test: list[dict]):
             split: getattr(args, split).name if args.train else "lines of shakespeare.txt"
             for split in ("train", "test")
         },
+        own=("word_noise",),
         rows={"train": len(train), "test": len(test)},
         scores={"test": {"f1": score}},
         baselines={"test, spans of the training rows looked up": {"f1": baseline}},

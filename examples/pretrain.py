@@ -113,7 +113,7 @@ def argument_parser(controls: tuple[str, ...] = ()):
     parser.add_argument(
         "--compile",
         action="store_true",
-        help="compile every layer for itself: on a GPU twice as fast, after half a minute, which counts",
+        help="compile each layer: on a GPU steps take half the time, after half a minute of the budget",
     )
     parser.add_argument(
         "--workers", type=whole, default=0, help="processes that cut windows; then signal the main process alone"
@@ -155,6 +155,7 @@ from transformers import (
 )
 
 from modeling_stlm import STLMConfig, STLMForCausalLM, STLMTokenizer
+from modeling_stlm.layers_stlm import STLMTrunkAttentionBlock, STLMTrunkFeedForwardBlock
 from modeling_stlm.training.bits_per_byte import BitsPerByteEvaluator
 from modeling_stlm.training.corpus import PackedWindows, write_corpus
 from modeling_stlm.training.long_runs import SaveByTime, StopOnSignal
@@ -253,8 +254,9 @@ def compile_layers(model: PreTrainedModel) -> None:
     """Compile every layer for itself, in place. A graph of the whole model would have room for one patch per byte."""
     torch._dynamo.config.recompile_limit = 64  # of one function, which all layers share
     for module in model.modules():
-        if type(module).__name__ in (model._no_split_modules or ()):
-            module.compile(dynamic="Trunk" in type(module).__name__ or None)  # the number of patches changes
+        if type(module).__name__ in model._no_split_modules:
+            is_of_patches = isinstance(module, (STLMTrunkAttentionBlock, STLMTrunkFeedForwardBlock))
+            module.compile(dynamic=is_of_patches or None)  # their number changes in every step
 
 
 def describe_start(args: argparse.Namespace) -> dict:
@@ -309,8 +311,6 @@ def train(args: argparse.Namespace, trainer: Trainer, step_bytes: float) -> None
             return f"step {state.global_step} of {state.max_steps}"
         return f"{megabytes} of {state.max_steps * step_bytes / 1e6:.1f} MB"
 
-    if args.compile:
-        compile_layers(trainer.model)
     begun, checkpoint = args.output / "begun.json", last_checkpoint(args.output)
     settings = {name: str(value) for name, value in vars(args).items() if name not in MAY_CHANGE}
     settings["train"] = names_and_sizes(args.train)
@@ -329,6 +329,8 @@ def train(args: argparse.Namespace, trainer: Trainer, step_bytes: float) -> None
     splits = [split for split in SPLITS if split != "train" and getattr(args, split)]
     if is_spent(trainer, checkpoint, args.max_minutes, splits):
         return
+    if args.compile:
+        compile_layers(trainer.model)
     trainer.train(resume_from_checkpoint=checkpoint)
     if args.compile:
         torch.compiler.set_stance("force_eager")  # a last evaluation is not worth graphs of its own

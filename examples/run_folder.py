@@ -249,11 +249,14 @@ def write_results(folder: Path, checkpoint: str, **results) -> None:
     (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
 
 
-def write_label_results(trainer: Trainer, args: argparse.Namespace, files: dict[str, str], **results) -> None:
-    """[`write_results`] of `classify.py` and `ner.py`: `--epochs` and what `inputs.add_label_training` adds."""
-    names = ("adversarial_epsilon", "word_noise", "learning_rate", "batch_size", "max_bytes", "bf16", "seed")
+def write_label_results(
+    trainer: Trainer, args: argparse.Namespace, files: dict[str, str], own: tuple[str, ...] = (), **results
+) -> None:
+    """[`write_results`] of `classify.py` and `ner.py`: their arguments are `--epochs`, what `inputs.add_label_training` adds, and
+    `own`."""
+    names = ("adversarial_epsilon", *own, "learning_rate", "batch_size", "max_bytes", "bf16", "seed")
     arguments = files | {"runs": args.runs, "epochs": f"{args.epochs:g}"}
-    arguments |= {name: getattr(args, name) for name in names if name in args}
+    arguments |= {name: getattr(args, name) for name in names}
     results |= {"steps": args.runs * trainer.state.global_step, "arguments": arguments}
     write_results(args.output, args.checkpoint, **results)
 

@@ -65,6 +65,7 @@ def test_a_training_step_is_one_graph_for_every_length(options, kind):
     assert 1 <= len(graphs) <= 2
 
 
+@torch._dynamo.config.patch(recompile_limit=8)  # which is set anew
 @pytest.mark.parametrize("kind", KINDS)
 def test_layers_compiled_one_by_one_train_the_same(kind, monkeypatch):
     pretrain, graphs, compile_module = importlib.import_module("pretrain"), [], torch.nn.Module.compile

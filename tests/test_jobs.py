@@ -565,11 +565,25 @@ def test_words_have_random_letters_of_their_kind():
 def test_a_word_is_noisy_as_a_whole_at_its_rate():
     ids = torch.tensor([ids_of("Zo\u00ebzoe " + "abcdefghijklmnop " * 400 + "end")])
     torch.manual_seed(0)
-    changed = (ner.with_random_words(ids, 0.3) != ids)[0]
+    drawn = [(ner.with_random_words(ids, 0.3) != ids)[0] for _ in range(100)]
+    before, after = (torch.stack([changed[part].any() for changed in drawn]) for part in (slice(2), slice(4, 7)))
+    assert (before == after).float().mean() > 0.95  # the letters before and after the accented one are of one word
+    changed = drawn[0]
     words = changed[8:-3].reshape(400, 17)
     assert not words[:, 16].any()
     share = words[:, :16].float().mean(1)  # 25 of 26 random letters are others
     assert ((share == 0) | (share > 0.5)).all() and (share > 0).float().mean().item() == pytest.approx(0.3, abs=0.07)
+
+
+def test_a_batch_has_noisy_words_and_the_labels_of_its_rows():
+    rows = [
+        {"input_ids": ids_of("a longer text"), "labels": [0] * 13},
+        {"input_ids": ids_of("Ann"), "labels": [1, 2, 2]},
+    ]
+    for rate in (0.0, 1.0):
+        batch = ner.NoisyCollator(TOKENIZER, rate)([dict(row) for row in rows])
+        assert_equal(batch["labels"][1], torch.tensor([-100] * 10 + [1, 2, 2]))
+        assert (batch["input_ids"][0].tolist() == rows[0]["input_ids"]) == (rate == 0)
 
 
 def test_few_rows_have_enough_steps_by_default():

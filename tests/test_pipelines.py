@@ -127,12 +127,15 @@ WORDS = {  # the words of texts whose bytes a random model labels
 
 def spans_of_words(words: list[str], scores: torch.Tensor, strategy: str) -> list[tuple[int, int, str]]:
     """Start, end and label of each span, from probabilities `scores (bytes, labels)`, word by word."""
-    parts, of_words, byte = [], [], 0
+    parts, of_words, byte, at = [], [], 0, 0
     for word in words:
         own = scores[byte : byte + len(word.encode())]
         byte += len(word.encode())
-        if word.isspace() and parts:
-            parts[-1] += word
+        if word.isspace():
+            if parts:
+                parts[-1] += word
+            else:
+                at += len(word)
             continue
         parts.append(word)
         kinds = own.clone()
@@ -141,7 +144,7 @@ def spans_of_words(words: list[str], scores: torch.Tensor, strategy: str) -> lis
         row = {"first": kinds[0], "average": kinds.mean(0), "max": max(kinds, key=lambda of_byte: of_byte.max())}
         of_words.append((row[strategy] * own[0] / kinds[0]).tolist())
     labels = likeliest_labels(np.array(of_words), list(BIO.values()))
-    spans, at = [], 0
+    spans = []
     for part, number in zip(parts, labels, strict=True):
         label = BIO[number]
         if label.startswith("I"):
@@ -205,6 +208,10 @@ def test_a_name_of_two_words_is_one_span_where_the_model_is_not_sure():
     # The kind likeliest for each word alone is B, then A: a span of B cannot go on as one of A.
     unsure = [0.01, 0.44, 0.01, 0.53, 0.01]
     assert spans_found("Al Bo x", b0=unsure, b3=inside) == [("Al Bo", "A")]
+    # Spaces at the start of a text are no word that a span could begin with.
+    assert spans_found("  Al x", b0=begins, b2=[0.3, 0.05, 0.6, 0.03, 0.02]) == spans_found(
+        "Al x", b0=[0.3, 0.05, 0.6, 0.03, 0.02]
+    )
     # A span begins before it goes on.
     assert spans_found("Al x", b0=[0.2, 0.3, 0.48, 0.01, 0.01]) == [("Al", "A")]
 

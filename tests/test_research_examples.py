@@ -295,6 +295,24 @@ def test_the_time_of_a_training_includes_what_was_before_an_interruption(small_t
     assert resumed["steps"] == 8 and 5000 <= resumed["wall_seconds"] < 5300
 
 
+def test_what_changes_layers_in_every_step_is_not_compiled(tmp_path, capsys):
+    arguments = [
+        "--train",
+        str(TEXT),
+        "--validation",
+        str(TEXT),
+        "--output",
+        str(tmp_path / "run"),
+        "--max_steps",
+        "1",
+    ]
+    parse = importlib.import_module("train").parse_arguments
+    assert parse([*arguments, "--compile", "--dropout", "constant", "0.1"]).compile
+    with pytest.raises(SystemExit):
+        parse([*arguments, "--compile", "--dropout", "early", "0.1"])
+    assert "--compile and a --dropout that changes" in capsys.readouterr().err
+
+
 def test_fields_that_do_not_exist_are_named(small_text, tmp_path):
     command = [sys.executable, str(ROOT / "examples" / "pretrain.py"), "--train", str(small_text), "--max_steps", "1"]
     command += ["--validation", str(small_text), "--output", str(tmp_path), "--set", "depth=3"]

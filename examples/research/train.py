@@ -76,7 +76,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--dropout", nargs=2, help="schedule of DropoutSchedule and probability, for a budget in steps"
     )
     parser.add_argument("--eval_at_end", action="store_true", help="evaluate only the last checkpoint")
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    if args.compile and args.dropout and args.dropout[0] != "constant":
+        parser.error("--compile and a --dropout that changes: layers would be compiled again in every step")
+    return args
 
 
 def prepare(args: argparse.Namespace) -> tuple[PreTrainedTokenizerBase, dict[str, Path]]:
