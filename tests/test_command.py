@@ -180,6 +180,12 @@ def test_what_is_wrong_is_said_in_one_line(stlm, engine, tmp_path):
         assert code == 2 and output == b"" and f"argument --temperature: {cold} must be at least 0" in errors
 
 
+def test_the_command_is_a_module_too():
+    command = [sys.executable, "-m", "modeling_stlm.inference.cli", "run", "none.gguf", "-p", "x"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 1 and "stlm: none.gguf is no such file" in result.stderr
+
+
 def test_the_command_knows_its_version(stlm):
     code, output, errors = end_of(stlm("--version"))
     assert (code, output.decode(), errors) == (0, f"stlm {modeling_stlm.__version__}\n", "")

@@ -189,6 +189,16 @@ def test_ctrl_c_saves_and_a_larger_budget_is_honoured(small_text, tmp_path):
     assert (tmp_path / "run" / "model.safetensors").stat().st_mode & 0o040
 
 
+@pytest.mark.slow
+def test_a_compiled_pretraining_evaluates_and_goes_on_without(small_text, tmp_path):
+    tiny_model().config.save_pretrained(tmp_path / "config")
+    options = ["--model", tmp_path / "config", "--block_bytes", 128]
+    compiled = pretrain(small_text, tmp_path / "run", *options, "--max_steps", 5, "--compile")
+    plain = pretrain(small_text, tmp_path / "plain", *options, "--max_steps", 5)
+    assert compiled["bits_per_byte"]["validation"] == pytest.approx(plain["bits_per_byte"]["validation"], abs=1e-3)
+    assert pretrain(small_text, tmp_path / "run", *options, "--max_steps", 6)["steps"] == 6
+
+
 def test_a_pretraining_goes_on_with_the_settings_it_began_with(small_text, tmp_path):
     pretrain(small_text, tmp_path / "run", "--max_steps", 2)
     begun, files = tmp_path / "run" / "begun.json", ["--train", small_text, "--validation", small_text]

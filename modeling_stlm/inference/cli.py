@@ -213,3 +213,7 @@ def main() -> int:
         print(f"stlm: {name}: {words}" if name else f"stlm: {words}", file=sys.stderr)
         return 1
     return 0
+
+
+if __name__ == "__main__":  # slower to start than `stlm`: the package imports torch
+    sys.exit(main())
