@@ -82,6 +82,8 @@ def fault_of(row: dict) -> str | None:
         if not is_span(span, len(text)):
             shown = json.dumps(span, ensure_ascii=False)[:80]
             return f'has the span {shown}, expected [start, end, "label"] within its {len(text)} characters'
+    if any(span[2].strip() == OUTSIDE for span in spans):
+        return f"has a span of the label {OUTSIDE!r}, which is that of bytes outside of spans: call it something else"
     for before, after in pairwise(sorted(spans)):
         if after[0] < before[1]:
             return f"has the spans {before} and {after}, which overlap: a character has one label"
@@ -283,7 +285,8 @@ def main(args: argparse.Namespace, train: list[dict], test: list[dict]):
     )
     print(f"\nexact F1 of spans: {score:.3f}    looked up: {baseline:.3f}")
     if len(kinds) > 1:
-        of_label = {kind: f1(*([with_label(row, kind) for row in rows] for rows in (found, right))) for kind in kinds}
+        shown = sorted({label for row in test for _, _, label in row["spans"]})
+        of_label = {kind: f1(*([with_label(row, kind) for row in rows] for rows in (found, right))) for kind in shown}
         print("of each label:", ", ".join(f"{kind} {value:.3f}" for kind, value in of_label.items()))
     options = 'pipeline_class=SpanPipeline, aggregation_strategy="first"'
     print(

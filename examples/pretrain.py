@@ -254,7 +254,7 @@ def compile_layers(model: PreTrainedModel) -> None:
     """Compile every layer for itself, in place. A graph of the whole model would have room for one patch per byte."""
     torch._dynamo.config.recompile_limit = 64  # of one function, which all layers share
     for module in model.modules():
-        if type(module).__name__ in model._no_split_modules:
+        if type(module).__name__ in (model._no_split_modules or ()):
             is_of_patches = isinstance(module, (STLMTrunkAttentionBlock, STLMTrunkFeedForwardBlock))
             module.compile(dynamic=is_of_patches or None)  # their number changes in every step
 

@@ -223,17 +223,21 @@ class STLMConv1d(nn.Conv1d):
         """`inputs (B, D, N - 1 + T)` to `(B, D, T)`; `inside (B, T, N)`: which bytes of its window an output may see."""
         size = self.kernel_size[0]
         if inside is not None:
-            taps, inside = self.weight[:, 0].to(inputs.dtype), inside[:, None].to(inputs.dtype)  # (D, N), (B, 1, T, N)
-            output = inputs.new_zeros(())
-            for tap in range(size):  # no lookup of the few bytes at document starts: it would wait for the device
-                seen = inputs[..., tap : tap + inside.shape[2]] * inside[..., tap]
-                output = torch.addcmul(output, seen, taps[:, tap, None])
-            return output
+            return self._seen_alone(inputs.transpose(1, 2), inside.to(inputs.dtype)).transpose(1, 2)
         if is_torchdynamo_compiling() or inputs.shape[-1] >= SHORT_CALL_BYTES + size:
             return super().forward(inputs)
         if inputs.shape[-1] == size:
             return (inputs * self.weight[:, 0]).sum(-1, keepdim=True)
         return (inputs.unfold(-1, size, 1) * self.weight).sum(-1)
+
+    def _seen_alone(self, inputs: torch.Tensor, inside: torch.Tensor) -> torch.Tensor:
+        """`inputs (B, N - 1 + T, D)` to `(B, T, D)`: a lookup of the few bytes at document starts would wait for the device."""
+        taps = self.weight[:, 0].to(inputs.dtype)  # (D, N) oldest byte first
+        output = 0
+        for tap in range(self.kernel_size[0]):
+            # The mask comes last: it has no gradient, so the product is not saved.
+            output = output + inputs[:, tap : tap + inside.shape[1]] * taps[:, tap] * inside[..., tap, None]
+        return output
 
 
 class STLMShortConv(nn.Module):

@@ -634,6 +634,9 @@ def test_spans_that_overlap_are_named(tmp_path):
     assert str(error.value).endswith(
         "rows.jsonl has the spans [0, 4, 'A'] and [3, 5, 'B'], which overlap: a character has one label"
     )
+    path.write_text('{"text": "Al Bo", "spans": [[3, 5, " O"]]}\n')
+    with pytest.raises(SystemExit, match="has a span of the label 'O', which is that of bytes outside of spans"):
+        ner.read_rows(path)
 
 
 def test_names_to_test_on_are_not_among_those_to_train_on():

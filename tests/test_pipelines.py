@@ -192,11 +192,16 @@ class Scripted(torch.nn.Module):
         return self.logits
 
 
-def spans_found(text: str, **by_place: list[float]) -> list[tuple[str, str]]:
-    """Of a model that says `O` but at the bytes `b0`, `b1` and so on."""
+def scripted(text: str, **by_place: list[float]) -> STLMForTokenClassification:
+    """A model that says `O` but at the bytes `b0`, `b1` and so on."""
     options = {"is_causal": False, "id2label": BIO, "label2id": {name: i for i, name in BIO.items()}}
     model = STLMForTokenClassification(tiny_config(**options))
     model.score = Scripted([by_place.get(f"b{i}", [0.8, 0.05, 0.05, 0.05, 0.05]) for i in range(len(text.encode()))])
+    return model
+
+
+def spans_found(text: str, **by_place: list[float]) -> list[tuple[str, str]]:
+    model = scripted(text, **by_place)
     tagger = pipe("token-classification", model, pipeline_class=SpanPipeline, aggregation_strategy="first")
     return [(span["word"], span["entity_group"]) for span in tagger(text)]
 
@@ -208,6 +213,12 @@ def test_a_name_of_two_words_is_one_span_where_the_model_is_not_sure():
     # The kind likeliest for each word alone is B, then A: a span of B cannot go on as one of A.
     unsure = [0.01, 0.44, 0.01, 0.53, 0.01]
     assert spans_found("Al Bo x", b0=unsure, b3=inside) == [("Al Bo", "A")]
+    # The score is that of the kind, over the words.
+    model = scripted("Al Bo x", b0=begins, b3=unsure)
+    tagger = pipe("token-classification", model, pipeline_class=SpanPipeline, aggregation_strategy="first")
+    (span,) = tagger("Al Bo x")[:1]
+    assert (span["word"], span["entity_group"]) == ("Al", "A") and span["score"] == pytest.approx(0.93, abs=1e-4)
+    assert spans_found("   ", b0=begins) == [] == spans_found("\u3000", b0=begins)
     # Spaces at the start of a text are no word that a span could begin with.
     assert spans_found("  Al x", b0=begins, b2=[0.3, 0.05, 0.6, 0.03, 0.02]) == spans_found(
         "Al x", b0=[0.3, 0.05, 0.6, 0.03, 0.02]

@@ -78,7 +78,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--eval_at_end", action="store_true", help="evaluate only the last checkpoint")
     args = parser.parse_args(arguments)
     if args.compile and args.dropout and args.dropout[0] != "constant":
-        parser.error("--compile and a --dropout that changes: layers would be compiled again in every step")
+        parser.error("--compile and a --dropout that changes: layers would be compiled again at every change")
     return args
 
 

@@ -81,7 +81,7 @@ class SpanPipeline(TokenClassificationPipeline):
     (`"first"`), the mean over its bytes (`"average"`) or the byte with the largest probability (`"max"`); whether it
     starts a span, always from the first. Chosen is the likeliest sequence of labels in which a span goes on only after
     a word of the same label. Its `score` is the mean probability of the label over its words, `B-` and `I-` together. No
-    span begins or ends with a space, and `word` is its text. Strategies `"none"` and `"simple"` are those of the library.
+    span begins or ends with a space, and `word` is its text. Under `"none"` and `"simple"` labels are read as in the library.
     Exact F1 with and without these rules: `examples/research/LOG.md`.
     """
 
