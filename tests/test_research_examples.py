@@ -239,7 +239,6 @@ def test_presets_train_one_after_the_other_and_go_on(small_text, tmp_path):
     environment = os.environ | {
         "WINDOWS": "2",
         "WINDOW_BYTES": "256",
-        "COMPILE": "no",
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
     }
     steps = []

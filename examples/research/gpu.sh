@@ -7,14 +7,14 @@
 # DATA is a folder with train/*.jsonl.gz, validation.jsonl.gz and test.jsonl.gz (rows with `text`), MINUTES the budget of each
 # preset; without presets, all. There is a checkpoint every ten minutes, and when `train.py` (not its workers) gets SIGTERM: the
 # same command goes on from there, also with more minutes. The environment variables WINDOWS (per step) and WINDOW_BYTES override
-# what fits 80 GB of memory; COMPILE=no compiles no layers. OUTPUT/PRESET gets the checkpoint, its curve and results.json;
+# what fits 80 GB of memory; COMPILE=yes compiles the layers. OUTPUT/PRESET gets the checkpoint, its curve and results.json;
 # `export.py` makes a published folder of it.
 set -euo pipefail
 if (($# < 3)); then
     sed -n '3,/^set/s/^# \{0,1\}//p' "$0"
     exit 2
 fi
-[ "${COMPILE:-yes}" = no ] || compile=--compile
+[ "${COMPILE:-no}" = no ] || compile=--compile
 here=$(cd "$(dirname "$0")" && pwd)
 data=$1 output=$2 minutes=$3
 shift 3
