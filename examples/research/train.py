@@ -46,6 +46,7 @@ from modeling_stlm.training.corpus import PackedWindows
 from modeling_stlm.training.dropout_schedule import DropoutSchedule
 from modeling_stlm.training.optimizer import MuonRecipe
 from modeling_stlm.training.patch_curriculum import PatchLengthCurriculum
+from modeling_stlm.training.repetition import LearnedRepetitionPenalty  # noqa: F401  (an objective)
 from modeling_stlm.training.replay import ReplayRounds, ReplayWindows
 from modeling_stlm.training.time_budget import TimeBudget
 
@@ -113,9 +114,12 @@ def build_model(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) ->
 
 def with_objectives(model: PreTrainedModel, chosen: list[list[str]]) -> PreTrainedModel:
     """`model` with the objectives of `--objective`."""
-    pairs = [
-        (getattr(objectives, name)(*map(json.loads, arguments)), float(weight)) for name, *arguments, weight in chosen
-    ]
+    known = {
+        each.__name__: each for each in objectives.Objective.__subclasses__() if each is not objectives.WeightedSum
+    }
+    if unknown := {name for name, *_ in chosen} - known.keys():
+        raise SystemExit(f"--objective {' '.join(sorted(unknown))}: expected one of {', '.join(sorted(known))}")
+    pairs = [(known[name](*map(json.loads, arguments)), float(weight)) for name, *arguments, weight in chosen]
     return objectives.with_objectives(model, pairs) if pairs else model
 
 
