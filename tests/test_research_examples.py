@@ -294,6 +294,21 @@ def test_the_time_of_a_training_includes_what_was_before_an_interruption(small_t
     assert resumed["steps"] == 8 and 5000 <= resumed["wall_seconds"] < 5300
 
 
+def test_objectives_beside_the_next_byte_by_name(small_text, tmp_path):
+    chosen = [
+        word
+        for penalty in ("3.0", "6.0")
+        for word in ("--objective", "LearnedRepetitionPenalty", penalty, "4", "20", "0.5")
+    ]
+    results = train(small_text, tmp_path / "run", "--max_steps", 4, "--eval_at_end", *chosen)
+    assert results["steps"] == 4
+    config = modeling_stlm.STLMForCausalLM.from_pretrained(tmp_path / "run").config
+    assert config.architectures == ["STLMForCausalLM"]
+    command = ["research/train.py", "--train", small_text, "--validation", small_text, "--output", tmp_path / "other"]
+    line = refused(*command, "--max_steps", "1", "--objective", "WeightedSum", "1", cwd=tmp_path)
+    assert line.startswith("--objective WeightedSum: expected one of Denoising, EarlyExit, LearnedRepetitionPenalty, ")
+
+
 def test_layers_that_change_are_not_compiled(tmp_path, capsys):
     arguments = [
         "--train",

@@ -124,6 +124,8 @@ class LearnedRepetitionPenalty(Objective):
         options = GenerationConfig(
             max_new_tokens=self.text_bytes,
             do_sample=False,
+            temperature=1.0,  # with top_p: those of the model are for sampling, and `generate` warns of them
+            top_p=1.0,
             use_cache=True,
             **{name: getattr(config, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")},
         )
