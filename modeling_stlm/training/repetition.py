@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A repetition penalty that the weights learn: greedy text no longer loops, without a penalty while decoding.
+"""A repetition penalty that the weights of a trained model learn, so that its greedy text loops less without one.
 
     Trainer(model=with_objectives(model, [LearnedRepetitionPenalty()]), ...).train()
 
@@ -13,7 +13,9 @@ Shapes: B rows, T bytes, V vocabulary.
 """
 
 import copy
+import math
 import random
+from typing import NamedTuple
 
 import torch
 from torch.nn import functional as F
@@ -24,40 +26,60 @@ from modeling_stlm.training.objectives import IGNORED, Objective, Step
 
 
 LONGEST_PROMPT = 200
+CALLS_BETWEEN = 48  # a text of the default sizes is drawn three times
+GENERATED_AT_ONCE = 64
 
 
 def is_in_word(byte: int) -> bool:
-    """Whether a word may go on after `byte`: ASCII letters and digits, the apostrophe, bytes beyond ASCII."""
+    """Whether `byte` is of a word: ASCII letters and digits, the apostrophe, bytes beyond ASCII."""
     return 128 <= byte < 256 or (byte < 128 and (chr(byte).isalnum() or byte == ord("'")))
 
 
 def repeating_ids(ids: list[int], context_bytes: int, distance: int) -> set[int]:
-    """What began words after the last `context_bytes` of `ids` where these stood before, up to `distance` ids back."""
+    """First bytes of the words that began after the last `context_bytes` of `ids` where these stood before, up to
+    `distance` ids back; of anything if there is no word in these. None within a word."""
     length = len(ids)
     if length <= context_bytes or is_in_word(ids[-1]):
         return set()
     context = ids[-context_bytes:]
     starts = range(max(context_bytes, length - distance), length)
-    return {ids[i] for i in starts if ids[i - context_bytes : i] == context}
+    found = {ids[i] for i in starts if ids[i - context_bytes : i] == context}
+    return set(filter(is_in_word, found)) if any(map(is_in_word, context)) else found
+
+
+def divergences(log_probs: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    """Kullback-Leibler divergence (B, T) of `logits (B, T, V)` from `log_probs (B, T, V)`."""
+    return F.kl_div(F.log_softmax(logits.float(), -1), log_probs, reduction="none", log_target=True).sum(-1)
+
+
+class Text(NamedTuple):
+    """A greedy text with its prompt."""
+
+    ids: list[int]
+    prompt_length: int
+    repeating: dict[int, list[int]]  # by the place after which a word would repeat: its first bytes
 
 
 class LearnedRepetitionPenalty(Objective):
-    """Follows the model as it was at the start, with a penalty on words that repeat, on greedy texts of its own.
+    """Follows the model as it was at the start, with a penalty on words that repeat on greedy texts of its own.
 
-    Each row of a call gives a prompt of at most 200 bytes. Whenever there are `num_texts` of them the model goes on
-    from each greedily for `text_bytes`, and from then on every call draws `rows_per_call` of these texts. At each
-    byte that it wrote the loss is the divergence to the probabilities of the start. Where a word begins after
-    `context_bytes` that stood within the last `distance` bytes, the logit of what followed there is lower by
-    `penalty`, and the byte counts ten times. Repeats from further back, such as a passage that is written twice, are
-    not touched. The objective is the mean over the bytes of the drawn texts; before there are texts it is zero.
+    For a trained model, or one that was fine-tuned: untrained weights have nothing to teach. The objective is the
+    divergence to the probabilities of the start, on the bytes of the batch and on texts: every 48 calls the model goes
+    on greedily for `text_bytes` from up to `num_texts` prompts, of at most 200 bytes, out of the rows of the last calls,
+    and until the next time each call draws `rows_per_call` of these texts. Where a word begins after `context_bytes`
+    that stood within the last `distance` bytes, the logits of the bytes that began a word there are lower by `penalty`,
+    and the byte counts ten times (so does whatever repeats after as many bytes that are of no word). Repeats from
+    further back, such as a passage that is written twice, are not touched, nor are scripts without spaces. The mean over
+    the bytes that were written in the drawn texts is added to that over the bytes of the batch. The larger the weight
+    of the objective, the closer the model stays to what it was on other text.
 
-    A second model is kept in memory, and a byte of the drawn texts costs another forward pass. The prompts and texts
-    are not in checkpoints: a resumed training writes new ones. It has to start from the same model, which is the one
-    that `with_objectives` is called with.
+    A second model is kept in memory and reads all that the model reads. Texts take one generation of `text_bytes` steps
+    every 48 calls. They are not in checkpoints: a resumed training writes new ones 48 calls later. It has to start from
+    the model that it started from before.
 
     Args:
         penalty (`float`, defaults to 6.0): nats.
-        num_texts (`int`, defaults to 192): texts at once.
+        num_texts (`int`, defaults to 192): texts at once, in each process.
         text_bytes (`int`, defaults to 256): length of a text.
         rows_per_call (`int`, defaults to 12): texts in a call.
         context_bytes (`int`, defaults to 10): that stand twice.
@@ -81,8 +103,10 @@ class LearnedRepetitionPenalty(Objective):
             "context_bytes": context_bytes,
             "distance": distance,
         }
-        if penalty <= 0 or min(sizes.values()) < 1:
-            raise ValueError(f"expected penalty above 0 and sizes of at least 1, got penalty={penalty} and {sizes}")
+        if not 0 < penalty < math.inf or any(not isinstance(size, int) or size < 1 for size in sizes.values()):
+            raise ValueError(
+                f"expected a penalty above 0 and whole numbers of at least 1, got penalty={penalty} and {sizes}"
+            )
         self.penalty, self.num_texts, self.text_bytes, self.rows_per_call = (
             penalty,
             num_texts,
@@ -90,8 +114,9 @@ class LearnedRepetitionPenalty(Objective):
             rows_per_call,
         )
         self.context_bytes, self.distance = context_bytes, distance
+        self.num_calls = 0
         self.prompts: list[list[int]] = []
-        self.texts: list[tuple[list[int], int]] = []  # ids and the length of the prompt
+        self.texts: list[Text] = []
 
     def prepare(self, model):
         start = copy.deepcopy(model).eval().requires_grad_(False)
@@ -99,75 +124,90 @@ class LearnedRepetitionPenalty(Objective):
 
     @torch.compiler.disable  # lists of ids
     def forward(self, step):
-        self._collect(step)
-        if len(self.prompts) >= self.num_texts:
-            self.texts = self._write(step.model, self.prompts[: self.num_texts])
-            self.prompts = self.prompts[self.num_texts :]
-        num_targets = (step.targets(1) != IGNORED).sum()
-        if not self.texts:
-            return 0.0 * num_targets
-        drawn = random.sample(self.texts, min(self.rows_per_call, len(self.texts)))
-        return self.divergence(step.model, drawn) * num_targets
+        self.prompts = [*self.prompts, *self._prompts(step)][-self.num_texts :]
+        self.num_calls += 1
+        if self.num_calls % CALLS_BETWEEN == 0 and self.prompts:
+            self.texts, self.prompts = self.write(step.model, self.prompts), []
+        counted = step.targets(1) != IGNORED
+        start = self.log_probs(step.model, step.input_ids, **step.layout)
+        total = divergences(start, step.model.lm_head(step.hidden_states))[counted].sum()
+        if self.texts:
+            drawn = random.sample(self.texts, min(self.rows_per_call, len(self.texts)))
+            total = total + self.divergence(step.model, drawn) * counted.sum()
+        return total
 
-    def _collect(self, step: Step) -> None:
-        """Keep a prompt of each row: bytes of one document."""
+    def log_probs(
+        self, model: STLMForCausalLM, input_ids: torch.Tensor, lower: torch.Tensor | float = 0.0, **layout
+    ) -> torch.Tensor:
+        """Of the start after `input_ids (B, T)`, with logits lower by `lower (B, T, V)`: (B, T, V)."""
+        (start,) = self.start
+        if start.config.vocab_size != model.config.vocab_size:
+            raise ValueError(
+                f"expected the {start.config.vocab_size} ids of the model that with_objectives was called with, got "
+                f"{model.config.vocab_size}: resize the embeddings before"
+            )
+        with torch.no_grad():
+            logits = start.to(input_ids.device)(input_ids, **layout, use_cache=False).logits
+            return F.log_softmax(logits.float() - lower, -1)
+
+    @staticmethod
+    def _prompts(step: Step) -> list[list[int]]:
+        """One of each row with labels: bytes of one document."""
+        prompts = []
         for row, documents, labels in zip(*(x.tolist() for x in (step.input_ids, step.documents, step.labels))):
-            given = [i for i, label in enumerate(labels) if label != IGNORED and row[i] < 256]
-            if given:
+            if given := [i for i, label in enumerate(labels) if label != IGNORED and row[i] < 256]:
                 end = random.choice(given) + 1
                 start = max(documents.index(documents[end - 1]), end - LONGEST_PROMPT)
-                self.prompts.append(row[start:end])
+                prompts.append(row[start:end])
+        return prompts
 
-    def _write(self, model: STLMForCausalLM, prompts: list[list[int]]) -> list[tuple[list[int], int]]:
-        """Greedy texts after `prompts`, each with the length of its prompt."""
-        config, device = model.config, model.device
+    def write(self, model: STLMForCausalLM, prompts: list[list[int]]) -> list[Text]:
+        """Greedy texts after `prompts`, whatever the generation config of the model says."""
+        eos = model.config.eos_token_id
+        ends = {eos} if isinstance(eos, int) else set(eos or [])
+        pad = model.config.pad_token_id or 0  # masked
         options = GenerationConfig(
             max_new_tokens=self.text_bytes,
             do_sample=False,
-            temperature=1.0,  # with top_p: those of the model are for sampling, and `generate` warns of them
-            top_p=1.0,
             use_cache=True,
-            **{name: getattr(config, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")},
+            pad_token_id=pad,
+            bos_token_id=model.config.bos_token_id,
+            eos_token_id=eos,
         )
-        longest, texts = max(map(len, prompts)), []
-        ids = torch.tensor([[config.pad_token_id] * (longest - len(p)) + p for p in prompts], device=device)
-        mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
+        longest, texts, own = max(map(len, prompts)), [], model.generation_config
+        ids = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts], device=model.device)
+        mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=model.device)
         model.eval()
+        model.generation_config = options
         try:
-            for rows, rows_mask in zip(ids.split(64), mask.split(64)):
-                written = model.generate(rows, attention_mask=rows_mask, generation_config=options)
-                texts += written[:, longest:].tolist()
+            for rows, rows_mask in zip(ids.split(GENERATED_AT_ONCE), mask.split(GENERATED_AT_ONCE)):
+                texts += model.generate(rows, attention_mask=rows_mask)[:, longest:].tolist()
         finally:
+            model.generation_config = own
             model.train()
-        ends = (text.index(config.eos_token_id) + 1 if config.eos_token_id in text else len(text) for text in texts)
-        return [(prompt + text[:end], len(prompt)) for prompt, text, end in zip(prompts, texts, ends)]
+        lengths = (next((i + 1 for i, each in enumerate(text) if each in ends), len(text)) for text in texts)
+        return [self.text(p + text[:length], len(p)) for p, text, length in zip(prompts, texts, lengths)]
 
-    def penalties(self, ids: list[int], prompt_length: int) -> dict[int, set[int]]:
-        """For the places from the end of the prompt on, what would repeat after them, where anything would."""
+    def text(self, ids: list[int], prompt_length: int) -> Text:
         places = range(prompt_length, len(ids))
-        found = {i - 1: repeating_ids(ids[:i], self.context_bytes, self.distance) for i in places}
-        return {place: repeated for place, repeated in found.items() if repeated}
+        found = {i - 1: sorted(repeating_ids(ids[:i], self.context_bytes, self.distance)) for i in places}
+        return Text(ids, prompt_length, {place: repeating for place, repeating in found.items() if repeating})
 
-    def divergence(self, model: STLMForCausalLM, texts: list[tuple[list[int], int]]) -> torch.Tensor:
-        """Mean over the bytes that were written in `texts` (ids and the length of the prompt)."""
-        config, device = model.config, model.device
-        longest = max(len(ids) for ids, _ in texts)
-        rows = torch.full((len(texts), longest), config.pad_token_id)
+    def divergence(self, model: STLMForCausalLM, texts: list[Text]) -> torch.Tensor:
+        """Mean over the bytes that were written in `texts`."""
+        longest = max(len(text.ids) for text in texts)
+        rows = torch.zeros(len(texts), longest, dtype=torch.long)  # right padding of any id is not seen
         weights = torch.zeros(len(texts), longest)
-        lower = torch.zeros(len(texts), longest, config.vocab_size)
-        for row, (ids, prompt_length) in enumerate(texts):
+        lower = torch.zeros(len(texts), longest, model.config.vocab_size)
+        for row, (ids, prompt_length, repeating) in enumerate(texts):
             rows[row, : len(ids)] = torch.tensor(ids)
             weights[row, prompt_length - 1 : len(ids) - 1] = 1
-            for place, repeated in self.penalties(ids, prompt_length).items():
+            for place, repeated in repeating.items():
                 weights[row, place] = 10
-                lower[row, place, list(repeated)] = self.penalty
-        rows, weights, lower = rows.to(device), weights.to(device), lower.to(device)
-        (start,) = self.start
-        start.to(device)
-        with torch.no_grad():
-            target = F.log_softmax(start(rows, use_cache=False).logits.float() - lower, -1)
+                lower[row, place, repeated] = self.penalty
+        rows, weights, lower = (tensor.to(model.device) for tensor in (rows, weights, lower))
         logits = model.lm_head(model.model(rows, use_cache=False).last_hidden_state)
-        each = F.kl_div(F.log_softmax(logits.float(), -1), target, reduction="none", log_target=True).sum(-1)  # (B, T)
+        each = divergences(self.log_probs(model, rows, lower), logits)
         return (weights * each).sum() / weights.sum()
 
 
