@@ -15,7 +15,7 @@ from modeling_stlm.training import repetition
 from modeling_stlm.training.objectives import Step, with_objectives
 from modeling_stlm.training.repetition import LearnedRepetitionPenalty, repeating_ids
 
-from .tiny import PATCHING, TEXT, ids_of, tiny_config, tiny_model
+from .tiny import PATCHING, TEXT, batch, ids_of, tiny_config, tiny_model
 from .trainers import arguments
 
 
@@ -154,6 +154,31 @@ def test_the_loss_has_the_mean_of_the_drawn_texts_from_the_48th_call_on():
         assert loss == pytest.approx((plain + 0.5 * expected) * 158 / 400, rel=1e-4)
     assert expected > 1e-3
     assert not trained(ids, labels=torch.full_like(ids, -100), num_items_in_batch=torch.tensor(400)).loss
+
+
+@pytest.mark.parametrize("layout", ["left", "packed"])
+def test_the_batch_follows_the_start(layout):
+    """Before there are texts the objective is the divergence on the bytes with labels, whatever stands around them."""
+    model = tiny_model()
+    trained = with_objectives(copy.deepcopy(model), [LearnedRepetitionPenalty()]).train()
+    with torch.no_grad():
+        for weight in trained.parameters():
+            weight.mul_(1.1)
+    documents, total, count = [ids_of(TEXT)[:50], ids_of("Zoë 東京, and more")], 0.0, 0
+    for ids in documents:
+        before, after = (m.eval()(torch.tensor([ids])).logits[0, :-1].log_softmax(-1) for m in (model, trained))
+        total, count = total + (before.exp() * (before - after)).sum().item(), count + len(ids) - 1
+    if layout == "packed":
+        ids = torch.tensor([documents[0] + documents[1]])
+        positions = torch.cat([torch.arange(len(each)) for each in documents])[None]
+        inputs = {"position_ids": positions, "labels": ids.masked_fill(positions == 0, -100)}
+    else:
+        inputs = batch(documents, "left")
+        ids = inputs.pop("input_ids")
+        inputs["labels"] = ids.masked_fill(inputs["attention_mask"] == 0, -100)
+    plain = trained.eval()(ids, **inputs).loss.item()
+    loss = trained.train()(ids, **inputs).loss.item()
+    assert loss == pytest.approx(plain + total / count, rel=1e-4) and total > 1e-2
 
 
 def test_embeddings_that_were_resized_are_refused():

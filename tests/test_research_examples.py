@@ -296,17 +296,40 @@ def test_the_time_of_a_training_includes_what_was_before_an_interruption(small_t
 
 def test_objectives_beside_the_next_byte_by_name(small_text, tmp_path):
     chosen = [
-        word
-        for penalty in ("3.0", "6.0")
-        for word in ("--objective", "LearnedRepetitionPenalty", penalty, "4", "20", "0.5")
+        "--objective",
+        "LearnedRepetitionPenalty",
+        "3.0",
+        "4",
+        "20",
+        "10",
+        "--objective",
+        "MultiByte",
+        "2",
+        "0.1",
     ]
-    results = train(small_text, tmp_path / "run", "--max_steps", 4, "--eval_at_end", *chosen)
-    assert results["steps"] == 4
+    start = ["--checkpoint", STLM_3M]
+    results = train(small_text, tmp_path / "run", "--max_steps", 2, "--eval_at_end", *start, *chosen)
+    assert results["steps"] == 2
     config = modeling_stlm.STLMForCausalLM.from_pretrained(tmp_path / "run").config
     assert config.architectures == ["STLMForCausalLM"]
-    command = ["research/train.py", "--train", small_text, "--validation", small_text, "--output", tmp_path / "other"]
-    line = refused(*command, "--max_steps", "1", "--objective", "WeightedSum", "1", cwd=tmp_path)
-    assert line.startswith("--objective WeightedSum: expected one of Denoising, EarlyExit, LearnedRepetitionPenalty, ")
+
+
+@pytest.mark.parametrize(
+    ("objective", "message"),
+    [
+        ("WeightedSum 1", "expected one of Denoising, EarlyExit, LearnedRepetitionPenalty, "),
+        ("MultiByte", "its arguments and a weight"),
+        ("MultiByte 2 much", "Expecting value"),
+        ("MultiByte 1 0.5", "num_bytes=1 must be at least 2"),
+        ("NextThought 1 2", "positional argument"),
+        ("LearnedRepetitionPenalty 10", "the weights of a trained model: give --checkpoint"),
+    ],
+)
+def test_objectives_that_cannot_be_made_are_told_at_once(objective, message, tmp_path, capsys):
+    arguments = ["--train", TEXT, "--validation", TEXT, "--output", tmp_path, "--max_steps", "1"]
+    with pytest.raises(SystemExit):
+        importlib.import_module("train").parse_arguments([*map(str, arguments), "--objective", *objective.split()])
+    assert message in capsys.readouterr().err
 
 
 def test_layers_that_change_are_not_compiled(tmp_path, capsys):

@@ -80,6 +80,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     if args.compile and args.dropout and args.dropout[0] != "constant":
         parser.error("--compile and a --dropout that changes: layers would be compiled again at every change")
+    try:
+        objectives_of(args.objective)
+    except (TypeError, ValueError) as error:  # before the corpora are written
+        parser.error(f"--objective {args.objective}: {error}")
+    if args.checkpoint is None and "LearnedRepetitionPenalty" in (name for name, *_ in args.objective):
+        parser.error("--objective LearnedRepetitionPenalty follows the weights of a trained model: give --checkpoint")
     return args
 
 
@@ -112,15 +118,18 @@ def build_model(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) ->
     return pretrain.build_model(args)
 
 
-def with_objectives(model: PreTrainedModel, chosen: list[list[str]]) -> PreTrainedModel:
-    """`model` with the objectives of `--objective`."""
+def objectives_of(chosen: list[list[str]]) -> list[tuple[objectives.Objective, float]]:
+    """Those of `--objective`, each with its weight."""
     known = {
         each.__name__: each for each in objectives.Objective.__subclasses__() if each is not objectives.WeightedSum
     }
-    if unknown := {name for name, *_ in chosen} - known.keys():
-        raise SystemExit(f"--objective {' '.join(sorted(unknown))}: expected one of {', '.join(sorted(known))}")
-    pairs = [(known[name](*map(json.loads, arguments)), float(weight)) for name, *arguments, weight in chosen]
-    return objectives.with_objectives(model, pairs) if pairs else model
+    pairs = []
+    for name, *arguments in chosen:
+        if name not in known or not arguments:
+            raise ValueError(f"expected one of {', '.join(sorted(known))}, its arguments and a weight")
+        *arguments, weight = map(json.loads, arguments)
+        pairs.append((known[name](*arguments), float(weight)))
+    return pairs
 
 
 def main():
@@ -174,7 +183,7 @@ def main():
         callbacks.append(DropoutSchedule(args.dropout[0], float(args.dropout[1])))
     evaluator = BitsPerByteEvaluator(sizes)
     trainer = Trainer(
-        model=with_objectives(model, args.objective),
+        model=objectives.with_objectives(model, objectives_of(args.objective)) if args.objective else model,
         args=pretrain.training_arguments(args, step_bytes, **changes),
         train_dataset=train_set,
         eval_dataset=windows,

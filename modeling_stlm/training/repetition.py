@@ -64,18 +64,18 @@ class LearnedRepetitionPenalty(Objective):
     """Follows the model as it was at the start, with a penalty on words that repeat on greedy texts of its own.
 
     For a trained model, or one that was fine-tuned: untrained weights have nothing to teach. The objective is the
-    divergence to the probabilities of the start, on the bytes of the batch and on texts: every 48 calls the model goes
-    on greedily for `text_bytes` from up to `num_texts` prompts, of at most 200 bytes, out of the rows of the last calls,
-    and until the next time each call draws `rows_per_call` of these texts. Where a word begins after `context_bytes`
-    that stood within the last `distance` bytes, the logits of the bytes that began a word there are lower by `penalty`,
-    and the byte counts ten times (so does whatever repeats after as many bytes that are of no word). Repeats from
-    further back, such as a passage that is written twice, are not touched, nor are scripts without spaces. The mean over
-    the bytes that were written in the drawn texts is added to that over the bytes of the batch. The larger the weight
-    of the objective, the closer the model stays to what it was on other text.
+    divergence to the probabilities of the start, on the bytes of the batch and on texts: every 48 calls the model
+    goes on greedily for `text_bytes` from up to `num_texts` prompts, of at most 200 bytes, out of the rows of the
+    last calls, and until the next time each call draws `rows_per_call` of these texts. Where a word begins after
+    `context_bytes` that stood within the last `distance` bytes, the logits of the bytes that began a word there are
+    lower by `penalty`, and the byte counts ten times (so does whatever repeats after as many bytes that are of no
+    word). Repeats from further back, such as a passage that is written twice, are not touched, nor are scripts
+    without spaces. The mean over the bytes that were written in the drawn texts is added to that over the bytes of
+    the batch. The larger the weight of the objective, the closer the model stays to what it was on other text.
 
-    A second model is kept in memory and reads all that the model reads. Texts take one generation of `text_bytes` steps
-    every 48 calls. They are not in checkpoints: a resumed training writes new ones 48 calls later. It has to start from
-    the model that it started from before.
+    A second model is kept in memory and reads all that the model reads. Texts take one generation of `text_bytes`
+    steps every 48 calls. They are not in checkpoints: a resumed training writes new ones 48 calls later. It has to
+    start from the model that it started from before.
 
     Args:
         penalty (`float`, defaults to 6.0): nats.
