@@ -128,10 +128,13 @@ def test_the_card_tells_what_was_trained_afterwards(checkpoint):
     assert "- only match_embedding was trained\n- a passage repeated in 3% of the documents\n- another; torch" in card
     second = {**after, "bytes_seen": 3_000_000, "arguments": arguments | {"decay": "0.9", "sentences": "0.3"}}
     second["share_of_weights"] = 0.4
+    second["arguments"]["objective"] = "[['LearnedRepetitionPenalty', '6.0', '10'], ['NextThought', '0.1']]"
     (checkpoint / "results.json").write_text(json.dumps(RESULTS | {"afterwards": [after, second]}))
     card = str(build_model_card(checkpoint, **OPTIONS))
     mean = "- from there, for 40% of the mean of weights that is published, 3,000,000 bytes"
     assert card.index("- then 1,998,848 bytes") < card.index(mean)
+    objectives = "\n- objective beside the next byte: LearnedRepetitionPenalty 6.0, weight 10"
+    assert card.count(objectives) == 1 and "\n- objective beside the next byte: NextThought, weight 0.1\n" in card
     assert "- 30% of the documents replaced by documents of one of their sentences\n- another; torch" in card
     for name in ("only", "repeat"):
         del after["arguments"][name]

@@ -19,6 +19,7 @@ Without one the card has no results and says nothing about training. Without a d
 none. A `README.md` that somebody wrote or edited is never replaced.
 """
 
+import ast
 import json
 import re
 from hashlib import sha256
@@ -487,8 +488,11 @@ def _afterwards(results: dict) -> list[str]:
 
 
 def _special(arguments: dict[str, str]) -> list[str]:
-    """What `--only` and the alterations of `examples/pretrain.py` changed, where they were given."""
-    lines = []
+    """What `--only`, `--objective` and the alterations of `examples/pretrain.py` changed, where they were given."""
+    lines = [
+        f"- objective beside the next byte: {' '.join(words[:-1])}, weight {words[-1]}"
+        for words in ast.literal_eval(arguments.get("objective", "[]"))
+    ]
     if (only := arguments.get("only", "None")) != "None":
         lines.append(f"- only {only} was trained")
     alterations = {
