@@ -12,7 +12,7 @@ from modeling_stlm import STLMConfig
 from .tiny import tiny_config
 
 
-PRESETS = ["stlm-3m", "stlm-10m", "stlm-50m", "stlm-100m"]
+PRESETS = ["stlm-3m", "stlm-10m", "stlm-10m-wide", "stlm-50m", "stlm-100m"]
 
 
 @pytest.mark.parametrize("name", PRESETS)

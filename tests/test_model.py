@@ -357,15 +357,23 @@ def test_flops_of_attention_are_those_of_the_pairs_that_attend(is_causal):
     assert model.flops_per_byte(patch, ids.shape[1]) == pytest.approx(expected, rel=0.01)
 
 
-@pytest.mark.parametrize("name", ["stlm-3m", "stlm-10m", "stlm-50m", "stlm-100m"])
+PRESET_SIZES = {
+    "stlm-3m": 2_996_992,
+    "stlm-10m": 9_919_424,
+    "stlm-10m-wide": 9_899_328,
+    "stlm-50m": 49_179_328,
+    "stlm-100m": 98_421_120,
+}
+
+
+@pytest.mark.parametrize("name", PRESET_SIZES)
 def test_presets_are_up_to_two_percent_below_their_name(name):
     with torch.device("meta"):
         model = STLMForCausalLM(STLMConfig.from_preset(name))
-    expected = {"stlm-3m": 2_996_992, "stlm-10m": 9_919_424, "stlm-50m": 49_179_328, "stlm-100m": 98_421_120}
     assert {tensor.device.type for tensor in (*model.parameters(), *model.buffers())} == {"meta"}
-    size = int(name.removeprefix("stlm-").removesuffix("m")) * 1_000_000
-    assert model.num_parameters() == expected[name]
-    assert 0.98 * size <= expected[name] <= size
+    size = int(name.removeprefix("stlm-").removesuffix("-wide").removesuffix("m")) * 1_000_000
+    assert model.num_parameters() == PRESET_SIZES[name]
+    assert 0.98 * size <= PRESET_SIZES[name] <= size
 
 
 @pytest.mark.parametrize(
