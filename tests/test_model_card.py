@@ -116,7 +116,7 @@ def test_the_card_tells_what_was_trained_afterwards(checkpoint):
         "block_bytes": "4096",
         "only": "match_embedding",
         "muon_lr": "0.02",
-        "adamw_lr": "0.0015",
+        "adamw_lr": "0.0006000000000000001",
         "train": "some.txt",
     }
     after = {"steps": 122, "bytes_seen": 1_998_848, "arguments": arguments | {"decay": "0.9", "repeat": "0.03"}}
@@ -139,7 +139,9 @@ def test_the_card_tells_what_was_trained_afterwards(checkpoint):
     for name in ("only", "repeat"):
         del after["arguments"][name]
     (checkpoint / "results.json").write_text(json.dumps(RESULTS | {"afterwards": [after]}))
-    assert "linear decay over the last 90%\n- another; torch" in str(build_model_card(checkpoint, **OPTIONS))
+    assert "- their rates: Muon 0.02, AdamW 0.0006, linear decay over the last 90%\n- another; torch" in str(
+        build_model_card(checkpoint, **OPTIONS)
+    )
 
 
 def test_scores_of_exported_weights_replace_those_of_the_run(checkpoint):

@@ -453,8 +453,8 @@ def _training(results: dict, base: dict) -> str:
             *([f"- starts from the weights of `{base['name']}`"] if base else []),
             f"- {results['bytes_seen']:,} bytes seen{passes} in {results['steps']:,} steps of {arguments['batch_size']} "
             f"windows of {arguments['block_bytes']} bytes; budget: {budget}",
-            f"- optimizer: Muon {arguments['muon_lr']} on matrices, AdamW {arguments['adamw_lr']} on the rest, warm-up "
-            f"2%, linear decay over the last {float(arguments.get('decay', 0.6)):.0%}",
+            f"- optimizer: Muon {float(arguments['muon_lr']):g} on matrices, AdamW {float(arguments['adamw_lr']):g} on the "
+            f"rest, warm-up 2%, linear decay over the last {float(arguments.get('decay', 0.6)):.0%}",
             f"- texts: {arguments['train']}",
             *_teacher(arguments),
             *_special(arguments),
@@ -479,8 +479,8 @@ def _afterwards(results: dict) -> list[str]:
         lines += [
             f"- {start} {after['bytes_seen']:,} bytes in {after['steps']:,} steps of {arguments['batch_size']} windows "
             f"of {arguments['block_bytes']} bytes; texts: {arguments['train']}",
-            f"- their rates: Muon {arguments['muon_lr']}, AdamW {arguments['adamw_lr']}, linear decay over the last "
-            f"{float(arguments['decay']):.0%}",
+            f"- their rates: Muon {float(arguments['muon_lr']):g}, AdamW {float(arguments['adamw_lr']):g}, linear decay "
+            f"over the last {float(arguments['decay']):.0%}",
             *_special(arguments),
             _made_with(after),
         ]
