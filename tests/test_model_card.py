@@ -131,7 +131,7 @@ def test_the_card_tells_what_was_trained_afterwards(checkpoint):
     second["arguments"]["objective"] = "[['LearnedRepetitionPenalty', '6.0', '10'], ['NextThought', '0.1']]"
     (checkpoint / "results.json").write_text(json.dumps(RESULTS | {"afterwards": [after, second]}))
     card = str(build_model_card(checkpoint, **OPTIONS))
-    mean = "- from there, for 40% of the mean of weights that is published, 3,000,000 bytes"
+    mean = "- from the weights of then, for 40% of a mean with them, 3,000,000 bytes"
     assert card.index("- then 1,998,848 bytes") < card.index(mean)
     objectives = "\n- objective beside the next byte: LearnedRepetitionPenalty 6.0, weight 10"
     assert card.count(objectives) == 1 and "\n- objective beside the next byte: NextThought, weight 0.1\n" in card

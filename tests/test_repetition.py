@@ -221,8 +221,7 @@ def test_breaks_loops(tmp_path, monkeypatch):
         trained = with_objectives(trained, objectives) if objectives else trained
         Trainer(trained, arguments(tmp_path / name, max_steps=60, **options), train_dataset=data).train()
         shares[name] = repeated_share(trained)
-    print(shares)
-    assert shares["penalty"] < 0.5 * shares["plain"]
+    assert shares["plain"] > 0.5 and shares["penalty"] < 0.5 * shares["plain"]
     assert all(torch.equal(value, start[name]) for name, value in objective.start[0].state_dict().items())
 
     trained.save_pretrained(tmp_path / "saved")

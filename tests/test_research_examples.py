@@ -308,8 +308,11 @@ def test_objectives_beside_the_next_byte_by_name(small_text, tmp_path):
         "0.1",
     ]
     start = ["--checkpoint", STLM_3M]
-    results = train(small_text, tmp_path / "run", "--max_steps", 2, "--eval_at_end", *start, *chosen)
-    assert results["steps"] == 2
+    results = train(
+        small_text, tmp_path / "run", "--max_steps", 50, "--eval_at_end", *start, *chosen
+    )  # texts after 48
+    assert results["steps"] == 50
+    assert results["arguments"]["objective"] == str([chosen[1:6], chosen[7:]])
     config = modeling_stlm.STLMForCausalLM.from_pretrained(tmp_path / "run").config
     assert config.architectures == ["STLMForCausalLM"]
 

@@ -18,7 +18,7 @@ fi
 here=$(cd "$(dirname "$0")" && pwd)
 data=$1 output=$2 minutes=$3
 shift 3
-(($#)) || set -- stlm-10m stlm-50m stlm-100m stlm-3m
+(($#)) || set -- stlm-10m-wide stlm-10m stlm-50m stlm-100m stlm-3m
 for preset; do
     case $preset in stlm-50m | stlm-100m) windows=32 ;; *) windows=64 ;; esac
     python "$here/train.py" --train "$data/train/*.jsonl.gz" --validation "$data/validation.jsonl.gz" \

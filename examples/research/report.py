@@ -237,7 +237,7 @@ def document(results: list[dict]) -> str:
     sections = [
         "## Quality\n\nWritten by `make report` from `examples/research/results`, which also name the files, versions and "
         "hardware.\nEvery text starts with `<bos>`; nothing was tuned on the test files. Of BLiMP, every fifth pair "
-        "chose the last phase of training\nof `stlm-3m` and `stlm-10m`, single sentences, and its share in the mean of weights. The Llamas had the learning "
+        "chose the phase of single\nsentences of `stlm-3m` and `stlm-10m` and its share in the mean of weights. The Llamas had the learning "
         "rates of\nSTLM, which cost the one over a BPE 3% after 16 MB and 10% after 64 MB ([equal bytes](#equal-bytes)).",
         markdown_table(["", *names], about),
     ]

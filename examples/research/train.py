@@ -121,7 +121,9 @@ def build_model(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) ->
 def objectives_of(chosen: list[list[str]]) -> list[tuple[objectives.Objective, float]]:
     """Those of `--objective`, each with its weight."""
     known = {
-        each.__name__: each for each in objectives.Objective.__subclasses__() if each is not objectives.WeightedSum
+        each.__name__: each
+        for each in objectives.Objective.__subclasses__()
+        if each.__module__.startswith("modeling_stlm.") and each is not objectives.WeightedSum
     }
     pairs = []
     for name, *arguments in chosen:

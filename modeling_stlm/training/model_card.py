@@ -475,7 +475,7 @@ def _afterwards(results: dict) -> list[str]:
     lines = []
     for after in results.get("afterwards", []):
         arguments, share = after["arguments"], after.get("share_of_weights", 1)
-        start = "then" if share == 1 else f"from there, for {100 * share:g}% of the mean of weights that is published,"
+        start = "then" if share == 1 else f"from the weights of then, for {100 * share:g}% of a mean with them,"
         lines += [
             f"- {start} {after['bytes_seen']:,} bytes in {after['steps']:,} steps of {arguments['batch_size']} windows "
             f"of {arguments['block_bytes']} bytes; texts: {arguments['train']}",

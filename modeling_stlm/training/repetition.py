@@ -75,11 +75,12 @@ class LearnedRepetitionPenalty(Objective):
 
     A second model is kept in memory and reads all that the model reads. Texts take one generation of `text_bytes`
     steps every 48 calls. They are not in checkpoints: a resumed training writes new ones 48 calls later. It has to
-    start from the model that it started from before.
+    start from the model that it started from before. Not for FSDP, whose processes would wait for each other: their
+    texts end at different lengths.
 
     Args:
         penalty (`float`, defaults to 6.0): nats.
-        num_texts (`int`, defaults to 192): texts at once, in each process.
+        num_texts (`int`, defaults to 192): most texts at once; there is a prompt of each row of the last 48 calls.
         text_bytes (`int`, defaults to 256): length of a text.
         rows_per_call (`int`, defaults to 12): texts in a call.
         context_bytes (`int`, defaults to 10): that stand twice.
