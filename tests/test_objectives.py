@@ -578,11 +578,11 @@ def test_research_training_takes_objectives_by_name(monkeypatch):
     text = str(examples / "data" / "shakespeare.txt")
     command = "--output c --max_steps 1 --objective NextThought 0.1 --objective Denoising 0.2 0.3 0.4"
     chosen = train.parse_arguments(["--train", text, "--validation", text, *command.split()]).objective
-    terms = train.with_objectives(tiny_model(), chosen).objectives
-    assert [type(term).__name__ for term in terms.terms] == ["NextThought", "Denoising"]
-    assert terms.weights == [0.1, 0.4] and (terms.terms[1].spans, terms.terms[1].noise) == (0.2, 0.3)
-    model = tiny_model()
-    assert train.with_objectives(model, []) is model
+    thought, denoising = train.objectives_of(chosen)
+    assert (type(thought[0]).__name__, thought[1]) == ("NextThought", 0.1)
+    assert (type(denoising[0]).__name__, denoising[1]) == ("Denoising", 0.4)
+    assert (denoising[0].spans, denoising[0].noise) == (0.2, 0.3)
+    assert train.objectives_of([]) == []
 
 
 def test_label_smoothing_is_refused(tmp_path):

@@ -681,7 +681,7 @@ def test_export_takes_the_mean_of_weights_before_and_after(small_text, tmp_path)
     assert results["steps"] == 2
     assert "bits_per_byte" not in results  # those of neither run
     assert set(results["exported"]["scores"]) == {"validation", "test"}
-    assert "for 25% of the mean of weights that is published" in (tmp_path / "out" / "README.md").read_text()
+    assert "- from the weights of then, for 25% of a mean with them, " in (tmp_path / "out" / "README.md").read_text()
 
     def refused(*words) -> str:
         command = [str(word) for word in (sys.executable, RESEARCH / "export.py", *words)]
