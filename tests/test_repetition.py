@@ -49,9 +49,8 @@ def test_what_repeats(context_bytes, distance):
 
 
 def test_distance_counts_to_the_byte_that_repeats():
-    ids = ids_of(
-        LOOP + LOOP[:18]
-    )  # "the old man saw a " for the second time: "dog" began 26 bytes before what follows
+    # "the old man saw a " for the second time: "dog" began 26 bytes before what follows.
+    ids = ids_of(LOOP + LOOP[:18])
     assert repeating_ids(ids, 10, 26) == {ord("d")}
     assert repeating_ids(ids, 10, 25) == set()
     assert repeating_ids(ids[:-1], 10, 26) == set()  # within "a"

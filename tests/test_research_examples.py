@@ -295,26 +295,19 @@ def test_the_time_of_a_training_includes_what_was_before_an_interruption(small_t
 
 
 def test_objectives_beside_the_next_byte_by_name(small_text, tmp_path):
-    chosen = [
-        "--objective",
-        "LearnedRepetitionPenalty",
-        "3.0",
-        "4",
-        "20",
-        "10",
-        "--objective",
-        "MultiByte",
-        "2",
-        "0.1",
-    ]
-    start = ["--checkpoint", STLM_3M]
-    results = train(
-        small_text, tmp_path / "run", "--max_steps", 50, "--eval_at_end", *start, *chosen
-    )  # texts after 48
+    penalty, multi_byte = "LearnedRepetitionPenalty 3.0 4 20 10".split(), "MultiByte 2 0.1".split()
+    options = ["--max_steps", 50, "--eval_at_end", "--checkpoint", STLM_3M]  # its own texts begin after 48
+    results = train(small_text, tmp_path / "both", *options, "--objective", *penalty, "--objective", *multi_byte)
     assert results["steps"] == 50
-    assert results["arguments"]["objective"] == str([chosen[1:6], chosen[7:]])
-    config = modeling_stlm.STLMForCausalLM.from_pretrained(tmp_path / "run").config
-    assert config.architectures == ["STLMForCausalLM"]
+    assert results["arguments"]["objective"] == str([penalty, multi_byte])
+    train(small_text, tmp_path / "one", *options, "--objective", *multi_byte)
+    train(small_text, tmp_path / "none", *options)
+    weights = {}
+    for name in ("both", "one", "none"):
+        model = modeling_stlm.STLMForCausalLM.from_pretrained(tmp_path / name)
+        assert model.config.architectures == ["STLMForCausalLM"]
+        weights[name] = model.get_input_embeddings().weight
+    assert not torch.equal(weights["one"], weights["none"]) and not torch.equal(weights["both"], weights["one"])
 
 
 @pytest.mark.parametrize(
@@ -506,6 +499,25 @@ def test_bits_of_a_doubled_text_are_those_of_a_loop():
     assert bits == pytest.approx(nats / math.log(2) / len(text), rel=1e-4)
 
 
+def test_bits_after_a_context_are_those_of_a_loop(monkeypatch):
+    monkeypatch.setattr(report, "CONTEXTS", (0, 3, 8))
+    monkeypatch.setattr(report, "TARGET_BYTES", 4)
+    model, texts = tiny_model(), ("Once upon a time", "Four and a☃", "short")  # the second is cut in a character
+    bits = {"0": 0, "3": 0, "8": 0}
+    for text in texts[:2]:
+        data = text.encode()
+        target = data[8:12].decode(errors="ignore").encode()
+        for size in (0, 3, 8):
+            ids = [257, *data[8 - size : 8].decode(errors="ignore").encode(), *target]
+            for place in range(len(ids) - len(target), len(ids)):
+                logits = model(torch.tensor([ids[:place]])).logits[0, -1]
+                bits[str(size)] -= logits.log_softmax(-1)[ids[place]].item() / math.log(2)
+    found = report.context_bits(model, STLMTokenizer(), [{"text": text} for text in texts])
+    num_bytes = sum(len(text.encode()[8:12].decode(errors="ignore").encode()) for text in texts[:2])
+    assert found["documents"] == 2 and num_bytes < 8
+    assert found["bits"] == pytest.approx({size: total / num_bytes for size, total in bits.items()}, rel=1e-4)
+
+
 def test_results_and_curves_are_those_of_the_files_here(tmp_path):
     (tmp_path / "RESULTS.md").write_text((ROOT / "RESULTS.md").read_text(encoding="utf-8"), encoding="utf-8")
     run("research/report.py", "write", "--output", "RESULTS.md", cwd=tmp_path)
@@ -559,6 +571,7 @@ def test_the_report_measures_and_writes(tmp_path):
     assert f"| copa_file | acc | {measured['tasks']['copa_file']['acc']:.4f} |" in scored
     assert measured["tasks"]["copa_file"]["rows"] == 3 and measured["tasks"]["blimp_file"]["rows"] == 30
     assert len(measured["repetition"]) == 2
+    assert measured["context"]["documents"] == 4 and len(measured["context"]["bits"]) == 7
     expected = {"bytes_seen": 50_000, "commit": "a, b", "device": "a chip", "bytes_seen_afterwards": 3400}
     assert measured["training"] == expected
     assert all(sample["text"].startswith(sample["prompt"]) for sample in measured["samples"])

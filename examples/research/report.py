@@ -43,6 +43,7 @@ import modeling_stlm  # noqa: F401  (registers the Auto classes)
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 NOISE_RATE, NOISE_BYTES, WINDOW_BYTES, GREEDY_TEXTS = 0.1, 200_000, 1024, 200
+CONTEXTS, TARGET_BYTES = (0, 256, 1024, 2048, 4096, 8192, 12_288), 4096
 PROMPTS = ("The history of the", "In this chapter, you will", '"I do not know," said the old man, ')
 
 
@@ -149,6 +150,32 @@ def doubled_bits(model, tokenizer, rows: list[dict]) -> float:
     return nats / math.log(2) / num_bytes
 
 
+@torch.no_grad()
+def context_bits(model, tokenizer, rows: list[dict]) -> dict:
+    """Bits per byte of the same 4 kB of each document of at least 16 kB, after 0 to 12 kB of it: does more context help?
+
+    A character that is cut at either end of a piece is left out of it.
+    """
+    start, nats, num_bytes, num_documents = max(CONTEXTS), dict.fromkeys(CONTEXTS, 0.0), 0, 0
+    for row in rows:
+        data = row["text"].encode()
+        if len(data) < start + TARGET_BYTES:
+            continue
+        num_documents += 1
+        text = data[start : start + TARGET_BYTES].decode(errors="ignore")
+        num_bytes += len(text.encode())
+        target = tokenizer(text, add_special_tokens=False)["input_ids"]
+        for size in CONTEXTS:
+            context = tokenizer(data[start - size : start].decode(errors="ignore"), add_special_tokens=False)[
+                "input_ids"
+            ]
+            ids = torch.tensor([[tokenizer.bos_token_id, *context, *target]], device=model.device)
+            logits = model(ids).logits[0, -len(target) - 1 : -1]
+            nats[size] += cross_entropy(logits.float(), ids[0, -len(target) :], reduction="sum").item()
+    bits = {f"{size:,}": total / math.log(2) / num_bytes for size, total in nats.items() if num_bytes}
+    return {"documents": num_documents, "bits": bits}
+
+
 def repeated_share(model, tokenizer, rows: list[dict]) -> float:
     """Share of the windows of 16 bytes in greedy continuations of about 256 bytes that stood earlier in the same one."""
     text = "\n\n".join(row["text"] for row in rows)
@@ -189,6 +216,7 @@ def measure(args: argparse.Namespace) -> dict:
             model, tokenizer, texts["validation"]
         ),
     }
+    results["context"] = context_bits(model, tokenizer, [row for rows in texts.values() for row in rows])
     results["samples"] = samples(model, tokenizer)
     results["training"] = {key: trained[key] for key in ("bytes_seen", "budget", "commit", "device") if key in trained}
     if afterwards := trained.get("afterwards"):
@@ -257,6 +285,11 @@ def document(results: list[dict]) -> str:
     sections.append(
         f"### Repetition\n\nDoes the model copy a text that it reads twice, and does its greedy text ({GREEDY_TEXTS} "
         "continuations of about 256 bytes) loop?\n\n" + markdown_table(["", *names], lines("repetition"))
+    )
+    sections.append(
+        f"### Context\n\nBits per byte of the same {TARGET_BYTES:,} bytes, those from {max(CONTEXTS):,} on, of every document of "
+        "validation and test that has them\n(`report.py` counts them in each file of `results`), after so many bytes of the same "
+        "document:\n\n" + markdown_table(["bytes before", *names], lines("context", "bits", digits=4))
     )
     tasks = dict.fromkeys(task for result in results for task in result["tasks"])
     rows = []
