@@ -34,7 +34,6 @@ from .test_engine import isas
 from .tiny import MIXERS, PATCHING, TEXT, tiny_model
 
 
-pytest.importorskip("gguf")
 pytestmark = [
     pytest.mark.skipif(shutil.which("cc") is None, reason="the engine is compiled with cc"),
     pytest.mark.usefixtures("built"),

@@ -27,7 +27,6 @@ from .test_engine import SHIPPED, step_logits
 from .tiny import MIXERS, TEXT, tiny_model
 
 
-pytest.importorskip("gguf")
 pytestmark = [
     pytest.mark.skipif(shutil.which("cc") is None, reason="the engine is compiled with cc"),
     pytest.mark.usefixtures("built"),

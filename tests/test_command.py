@@ -31,7 +31,6 @@ from modeling_stlm.inference.server import Completion, Server, cut
 from .tiny import TEXT, tiny_model
 
 
-pytest.importorskip("gguf")
 pytestmark = [
     pytest.mark.skipif(shutil.which("cc") is None, reason="the engine is compiled with cc"),
     pytest.mark.usefixtures("built"),

@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import peft
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessorList, TopKLogitsWarper, TopPLogitsWarper
@@ -45,7 +46,6 @@ from modeling_stlm.training.objectives import MultiByte, with_objectives
 from .tiny import MIXERS, PATCHING, SHARING, TEXT, assert_equal, batch, ids_of, tiny_model
 
 
-pytest.importorskip("gguf")
 pytestmark = [
     pytest.mark.skipif(shutil.which("cc") is None, reason="the engine is compiled with cc"),
     pytest.mark.usefixtures("built"),
@@ -721,7 +721,6 @@ def test_weights_that_are_not_finite_are_not_exported(tmp_path):
 
 
 def test_a_model_with_more_weights_than_its_configuration_says_is_refused(tmp_path):
-    peft = pytest.importorskip("peft")
     model = tiny_model(use_cache=True)
     wrapped = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(target_modules=["q_proj"]))
     with pytest.raises(ValueError, match=r"got a PeftModel: merge adapters first \(merge_and_unload\)"):

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 
+import gguf
 import numpy as np
 import pytest
 import torch
@@ -193,7 +194,6 @@ def test_a_llama_is_measured_beside_the_engine(documents, files, llama, tmp_path
 
 
 def test_the_file_for_llama_cpp_has_the_weights_of_the_model(llama, tmp_path):
-    gguf = pytest.importorskip("gguf")
     _, model, tokenizer = llama
     llamacpp.write_gguf(tmp_path / "model.gguf", "f32", model, tokenizer)
     reader = gguf.GGUFReader(tmp_path / "model.gguf")
