@@ -136,6 +136,9 @@ def test_the_card_tells_what_was_trained_afterwards(checkpoint):
     objectives = "\n- objective beside the next byte: LearnedRepetitionPenalty 6.0, weight 10"
     assert card.count(objectives) == 1 and "\n- objective beside the next byte: NextThought, weight 0.1\n" in card
     assert "- 30% of the documents replaced by documents of one of their sentences\n- another; torch" in card
+    (checkpoint / "results.json").write_text(json.dumps(RESULTS | {"afterwards": [after, second | {"added": True}]}))
+    added = f"- added to these, what another training of earlier weights changed: {mean[2:]}"
+    assert added in str(build_model_card(checkpoint, **OPTIONS))
     for name in ("only", "repeat"):
         del after["arguments"][name]
     (checkpoint / "results.json").write_text(json.dumps(RESULTS | {"afterwards": [after]}))

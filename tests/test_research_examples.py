@@ -696,6 +696,21 @@ def test_export_takes_the_mean_of_weights_before_and_after(small_text, tmp_path)
     assert set(results["exported"]["scores"]) == {"validation", "test"}
     assert "- from the weights of then, for 25% of a mean with them, " in (tmp_path / "out" / "README.md").read_text()
 
+    # Half of what the two changed, added to one of them.
+    plus = ["--plus", tmp_path / "before", tmp_path / "out"]
+    added = ["--run", tmp_path / "before", "--after", tmp_path / "after", *arguments[7:]]
+    run("research/export.py", *added, *plus, "--output", tmp_path / "sum", cwd=tmp_path)
+    total = torch.cat(
+        [value.flatten() for value in AutoModelForCausalLM.from_pretrained(tmp_path / "sum").state_dict().values()]
+    )
+    assert (total - after - out + before).norm() <= 2**-9 * total.norm()
+    phases = json.loads((tmp_path / "sum" / "results.json").read_text())["afterwards"]
+    assert [(phase["share_of_weights"], phase.get("added")) for phase in phases] == [
+        (1, None),
+        (0.25, True),
+        (0.25, True),
+    ]
+
     def refused(*words) -> str:
         command = [str(word) for word in (sys.executable, RESEARCH / "export.py", *words)]
         result = subprocess.run(command, capture_output=True, text=True)
@@ -703,7 +718,10 @@ def test_export_takes_the_mean_of_weights_before_and_after(small_text, tmp_path)
         return result.stderr
 
     for name in ("before", "other"):
-        assert "would average twice" in refused(*arguments, "--output", tmp_path / name)
+        assert "would average or add twice" in refused(*arguments, "--output", tmp_path / name)
+    assert "not known to have gone on" in refused(
+        *added, "--plus", tmp_path / "out", tmp_path / "before", "--output", tmp_path / "another"
+    )
     rest = [*arguments[5:], "--output", tmp_path / "another"]
     assert "--share needs --after" in refused(*arguments[:2], *rest)
     swapped = ["--run", tmp_path / "after", "--after", tmp_path / "before", *rest]

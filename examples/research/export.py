@@ -8,7 +8,8 @@ r"""Turn a finished run of `train.py` into a shipped checkpoint: bfloat16 weight
 rounded weights are evaluated again, so the card has the scores of the files, not of the run. The folder gets no code
 (`push_to_hub.py` adds it), and a `config.json` with dtype float32, in which the weights are loaded. With `--after`,
 the weights are those of a run that started from `--run`, or the mean of several (arXiv:2203.05482), and `results.json` keeps what
-is known of all. `--share 0.5` takes the mean of the weights before and after (WiSE-FT, arXiv:2109.01903).
+is known of all. `--share 0.5` takes the mean of the weights before and after (WiSE-FT, arXiv:2109.01903). `--plus BEFORE AFTER` adds what
+another training changed, from the weights in BEFORE to those in AFTER (task arithmetic, arXiv:2212.04089).
 """
 
 import argparse
@@ -43,6 +44,13 @@ def parse_arguments() -> argparse.Namespace:
         help="output folders of runs that went on from the weights of --run",
     )
     parser.add_argument("--share", type=share, default=1.0, help="of the weights after, in a mean with those before")
+    parser.add_argument(
+        "--plus",
+        type=Path,
+        nargs=2,
+        metavar=("BEFORE", "AFTER"),
+        help="checkpoints: the weights in AFTER minus those in BEFORE are added",
+    )
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--data", type=Path, required=True, help="Markdown about the training texts")
     parser.add_argument("--licence", default="cc-by-sa-4.0", help="licence of the weights, as the Hub spells it")
@@ -52,8 +60,9 @@ def parse_arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if not args.after and args.share != 1:
         parser.error("--share needs --after")
-    if args.after and args.output.resolve() in (folder.resolve() for folder in (args.run, *args.after)):
-        parser.error("--output must be neither --run nor --after: a second call would average twice")
+    read = (args.run, *args.after, *(args.plus or ()))
+    if len(read) > 1 and args.output.resolve() in (folder.resolve() for folder in read):
+        parser.error("--output must be none of --run, --after and --plus: a second call would average or add twice")
     return args
 
 
@@ -71,8 +80,26 @@ def interpolated(args: argparse.Namespace) -> PreTrainedModel:
             raise SystemExit(f"{args.after} and {args.run} differ in {other}: such weights have no mean")
     weights = [model.state_dict() for model in models]
     mean = {name: sum(s * w[name] for s, w in zip(shares.values(), weights)) for name in weights[0]}
+    if args.plus:
+        before, after = (
+            AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict() for folder in args.plus
+        )
+        shapes = [{name: weight.shape for name, weight in each.items()} for each in (mean, before, after)]
+        if not shapes[0] == shapes[1] == shapes[2]:
+            raise SystemExit(f"{args.run}, {args.plus[0]} and {args.plus[1]} differ in the shapes of their weights")
+        mean = {name: mean[name] + after[name] - before[name] for name in mean}
     models[0].load_state_dict(mean)
     return models[0].to(torch.bfloat16)
+
+
+def added_phases(before: Path, after: Path) -> list[dict]:
+    """What `results.json` keeps of the runs that led from the checkpoint `before` to the checkpoint `after`."""
+    known, later = (
+        json.loads((folder / "results.json").read_text()).get("afterwards", []) for folder in (before, after)
+    )
+    if later[: len(known)] != known or len(later) == len(known):
+        raise SystemExit(f"{after} is not known to have gone on from the weights of {before}")
+    return [phase | {"added": True} for phase in later[len(known) :]]
 
 
 def main():
@@ -87,8 +114,10 @@ def main():
         entry = {name: after[name] for name in kept} | {"share_of_weights": args.share / len(args.after)}
         results["afterwards"] = [*results.get("afterwards", []), entry]
         results["bits_per_byte"] = after["bits_per_byte"]
-    if args.share < 1 or len(args.after) > 1:  # nothing but the scores of the exported weights
-        del results["bits_per_byte"]
+    if args.plus:
+        results["afterwards"] = [*results.get("afterwards", []), *added_phases(*args.plus)]
+    if args.share < 1 or len(args.after) > 1 or args.plus:  # nothing but the scores of the exported weights
+        results.pop("bits_per_byte", None)
     tokenizer = STLMTokenizer()
     model = interpolated(args)
     model.config.use_cache = True

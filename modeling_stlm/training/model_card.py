@@ -471,11 +471,13 @@ def _made_with(results: dict) -> str:
 
 
 def _afterwards(results: dict) -> list[str]:
-    """Of the runs that went on from these weights (`research/export.py --after`)."""
+    """Of the runs that went on from these weights (`research/export.py --after` and `--plus`)."""
     lines = []
     for after in results.get("afterwards", []):
         arguments, share = after["arguments"], after.get("share_of_weights", 1)
         start = "then" if share == 1 else f"from the weights of then, for {100 * share:g}% of a mean with them,"
+        if after.get("added"):
+            start = f"added to these, what another training of earlier weights changed: {start}"
         lines += [
             f"- {start} {after['bytes_seen']:,} bytes in {after['steps']:,} steps of {arguments['batch_size']} windows "
             f"of {arguments['block_bytes']} bytes; texts: {arguments['train']}",
