@@ -673,7 +673,7 @@ def test_export_publishes_what_the_rounded_weights_score(small_text, tmp_path):
 
 def test_export_takes_the_mean_of_weights_before_and_after(small_text, tmp_path):
     pretrain(small_text, tmp_path / "before", "--max_steps", 2)
-    options = ["--checkpoint", tmp_path / "before", "--max_steps", 3, "--sentences", 1]
+    options = ["--checkpoint", tmp_path / "before", "--max_steps", 3, "--sentences", 1, "--set", "rope_theta=40000"]
     for name, seed in (("after", 1), ("other", 2)):
         pretrain(small_text, tmp_path / name, *options, "--seed", seed)
     (tmp_path / "data.md").write_text("A play.\n")
@@ -692,6 +692,7 @@ def test_export_takes_the_mean_of_weights_before_and_after(small_text, tmp_path)
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert [(entry["share_of_weights"], entry["steps"]) for entry in results["afterwards"]] == [(0.25, 3), (0.25, 3)]
     assert results["steps"] == 2
+    assert results["config"]["rope_theta"] == 40_000
     assert "bits_per_byte" not in results  # those of neither run
     assert set(results["exported"]["scores"]) == {"validation", "test"}
     assert "- from the weights of then, for 25% of a mean with them, " in (tmp_path / "out" / "README.md").read_text()
@@ -728,7 +729,7 @@ def test_export_takes_the_mean_of_weights_before_and_after(small_text, tmp_path)
     assert "started from random weights" in refused(*swapped)
     config = tmp_path / "other" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"match_doublings": 0}))
-    assert "differ in ['match_doublings']" in refused(*arguments, "--output", tmp_path / "another")
+    assert "other differ in ['match_doublings']" in refused(*arguments, "--output", tmp_path / "another")
 
 
 @pytest.mark.parametrize("model", ["stlm", "llama-bpe"])

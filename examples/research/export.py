@@ -8,8 +8,9 @@ r"""Turn a finished run of `train.py` into a shipped checkpoint: bfloat16 weight
 rounded weights are evaluated again, so the card has the scores of the files, not of the run. The folder gets no code
 (`push_to_hub.py` adds it), and a `config.json` with dtype float32, in which the weights are loaded. With `--after`,
 the weights are those of a run that started from `--run`, or the mean of several (arXiv:2203.05482), and `results.json` keeps what
-is known of all. `--share 0.5` takes the mean of the weights before and after (WiSE-FT, arXiv:2109.01903). `--plus BEFORE AFTER` adds what
-another training changed, from the weights in BEFORE to those in AFTER (task arithmetic, arXiv:2212.04089).
+is known of all. `--share 0.5` takes the mean of the weights before and after (WiSE-FT, arXiv:2109.01903); a `rope_theta` that the runs
+after changed is that of the mean, too. `--plus BEFORE AFTER` adds what another training changed, from the weights in BEFORE to
+those in AFTER (task arithmetic, arXiv:2212.04089).
 """
 
 import argparse
@@ -73,11 +74,13 @@ def interpolated(args: argparse.Namespace) -> PreTrainedModel:
         shares[folder] += args.share / len(args.after)
     shares = {folder: share for folder, share in shares.items() if share}
     models = [AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32) for folder in shares]
-    first, *others = (model.config.to_diff_dict() for model in models)
-    for config in others:
-        names = (first.keys() | config.keys()) - {"auto_map", "use_cache"}
-        if other := sorted(name for name in names if first.get(name) != config.get(name)):
-            raise SystemExit(f"{args.after} and {args.run} differ in {other}: such weights have no mean")
+    *others, last = (model.config.to_diff_dict() for model in models)
+    for folder, config in zip(shares, others):
+        names = (last.keys() | config.keys()) - {"auto_map", "use_cache"}
+        if folder == args.run:  # the rotary base is no weight
+            names -= {"rope_theta"}
+        if other := sorted(name for name in names if last.get(name) != config.get(name)):
+            raise SystemExit(f"{folder} and {args.after[-1]} differ in {other}: such weights have no mean")
     weights = [model.state_dict() for model in models]
     mean = {name: sum(s * w[name] for s, w in zip(shares.values(), weights)) for name in weights[0]}
     if args.plus:
@@ -88,8 +91,8 @@ def interpolated(args: argparse.Namespace) -> PreTrainedModel:
         if not shapes[0] == shapes[1] == shapes[2]:
             raise SystemExit(f"{args.run}, {args.plus[0]} and {args.plus[1]} differ in the shapes of their weights")
         mean = {name: mean[name] + after[name] - before[name] for name in mean}
-    models[0].load_state_dict(mean)
-    return models[0].to(torch.bfloat16)
+    models[-1].load_state_dict(mean)
+    return models[-1].to(torch.bfloat16)
 
 
 def added_phases(before: Path, after: Path) -> list[dict]:
