@@ -137,8 +137,14 @@ def test_the_card_tells_what_was_trained_afterwards(checkpoint):
     assert card.count(objectives) == 1 and "\n- objective beside the next byte: NextThought, weight 0.1\n" in card
     assert "- 30% of the documents replaced by documents of one of their sentences\n- another; torch" in card
     (checkpoint / "results.json").write_text(json.dumps(RESULTS | {"afterwards": [after, second | {"added": True}]}))
-    added = f"- added to these, what another training of earlier weights changed: {mean[2:]}"
+    added = "- added to these, what a training of earlier weights had changed (in a mean, of which it is 40%): 3,000,000 bytes"
     assert added in str(build_model_card(checkpoint, **OPTIONS))
+    after["arguments"]["set"] = "['rope_theta=40000', 'match_doublings=2']"
+    (checkpoint / "results.json").write_text(json.dumps(RESULTS | {"afterwards": [after | {"added": True}]}))
+    card = str(build_model_card(checkpoint, **OPTIONS))
+    assert "- added to these, what a training of earlier weights had changed: 1,998,848 bytes" in card
+    assert "\n- fields changed: rope_theta=40000, match_doublings=2\n" in card
+    del after["arguments"]["set"]
     for name in ("only", "repeat"):
         del after["arguments"][name]
     (checkpoint / "results.json").write_text(json.dumps(RESULTS | {"afterwards": [after]}))

@@ -502,7 +502,7 @@ def test_bits_of_a_doubled_text_are_those_of_a_loop():
 def test_bits_after_a_context_are_those_of_a_loop(monkeypatch):
     monkeypatch.setattr(report, "CONTEXTS", (0, 3, 8))
     monkeypatch.setattr(report, "TARGET_BYTES", 4)
-    model, texts = tiny_model(), ("Once upon a time", "Four and a☃", "short")  # the second is cut in a character
+    model, texts = tiny_model(), ("Once upon a time", "abc☃e☃d☃", "short")  # the second is cut in characters
     bits = {"0": 0, "3": 0, "8": 0}
     for text in texts[:2]:
         data = text.encode()
@@ -512,10 +512,13 @@ def test_bits_after_a_context_are_those_of_a_loop(monkeypatch):
             for place in range(len(ids) - len(target), len(ids)):
                 logits = model(torch.tensor([ids[:place]])).logits[0, -1]
                 bits[str(size)] -= logits.log_softmax(-1)[ids[place]].item() / math.log(2)
-    found = report.context_bits(model, STLMTokenizer(), [{"text": text} for text in texts])
+    rows = [{"text": text} for text in texts]
+    found = report.context_bits(model, STLMTokenizer(), rows)
     num_bytes = sum(len(text.encode()[8:12].decode(errors="ignore").encode()) for text in texts[:2])
     assert found["documents"] == 2 and num_bytes < 8
     assert found["bits"] == pytest.approx({size: total / num_bytes for size, total in bits.items()}, rel=1e-4)
+    model.config.max_position_embeddings = 8  # too short for 8 + 4
+    assert set(report.context_bits(model, STLMTokenizer(), rows)["bits"]) == {"0", "3"}
 
 
 def test_results_and_curves_are_those_of_the_files_here(tmp_path):
@@ -587,6 +590,7 @@ def test_the_report_measures_and_writes(tmp_path):
     written = (tmp_path / "RESULTS.md").read_text()
     assert f"| two | {measured['held_out']['test']['two']['bits_per_byte']:.3f} |" in written
     assert "| bytes seen afterwards, on a core | 3,400 |" in written
+    assert f"| 1,024 | {measured['context']['bits']['1,024']:.4f} |" in written
     assert "## Robustness" in written and "| homoglyph |" in written and "| copa | acc |" in written
 
 
@@ -720,9 +724,10 @@ def test_export_takes_the_mean_of_weights_before_and_after(small_text, tmp_path)
 
     for name in ("before", "other"):
         assert "would average or add twice" in refused(*arguments, "--output", tmp_path / name)
-    assert "not known to have gone on" in refused(
-        *added, "--plus", tmp_path / "out", tmp_path / "before", "--output", tmp_path / "another"
-    )
+    another = ["--output", tmp_path / "another"]
+    assert "do not go on from those of" in refused(*added, "--plus", tmp_path / "out", tmp_path / "before", *another)
+    assert "is in the weights of" in refused("--run", tmp_path / "sum", *arguments[7:], *plus, *another)
+    assert "has no results.json" in refused("--run", tmp_path, *arguments[7:], *another)
     rest = [*arguments[5:], "--output", tmp_path / "another"]
     assert "--share needs --after" in refused(*arguments[:2], *rest)
     swapped = ["--run", tmp_path / "after", "--after", tmp_path / "before", *rest]

@@ -8,9 +8,9 @@ r"""Turn a finished run of `train.py` into a shipped checkpoint: bfloat16 weight
 rounded weights are evaluated again, so the card has the scores of the files, not of the run. The folder gets no code
 (`push_to_hub.py` adds it), and a `config.json` with dtype float32, in which the weights are loaded. With `--after`,
 the weights are those of a run that started from `--run`, or the mean of several (arXiv:2203.05482), and `results.json` keeps what
-is known of all. `--share 0.5` takes the mean of the weights before and after (WiSE-FT, arXiv:2109.01903); a `rope_theta` that the runs
-after changed is that of the mean, too. `--plus BEFORE AFTER` adds what another training changed, from the weights in BEFORE to
-those in AFTER (task arithmetic, arXiv:2212.04089).
+is known of all. `--share 0.5` takes the mean of the weights before and after (WiSE-FT, arXiv:2109.01903), with the `rope_theta`
+of the last run after. `--plus BEFORE AFTER` adds what another training changed, from the weights of one exported
+checkpoint to those of another (task arithmetic, arXiv:2212.04089).
 """
 
 import argparse
@@ -50,7 +50,7 @@ def parse_arguments() -> argparse.Namespace:
         type=Path,
         nargs=2,
         metavar=("BEFORE", "AFTER"),
-        help="checkpoints: the weights in AFTER minus those in BEFORE are added",
+        help="exported checkpoints: the weights in AFTER minus those in BEFORE are added",
     )
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--data", type=Path, required=True, help="Markdown about the training texts")
@@ -72,53 +72,69 @@ def interpolated(args: argparse.Namespace) -> PreTrainedModel:
     shares = Counter({args.run: 1 - args.share if args.after else 1.0})
     for folder in args.after:
         shares[folder] += args.share / len(args.after)
-    shares = {folder: share for folder, share in shares.items() if share}
-    models = [AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32) for folder in shares]
-    *others, last = (model.config.to_diff_dict() for model in models)
-    for folder, config in zip(shares, others):
-        names = (last.keys() | config.keys()) - {"auto_map", "use_cache"}
-        if folder == args.run:  # the rotary base is no weight
-            names -= {"rope_theta"}
-        if other := sorted(name for name in names if last.get(name) != config.get(name)):
-            raise SystemExit(f"{folder} and {args.after[-1]} differ in {other}: such weights have no mean")
-    weights = [model.state_dict() for model in models]
-    mean = {name: sum(s * w[name] for s, w in zip(shares.values(), weights)) for name in weights[0]}
     if args.plus:
-        before, after = (
-            AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict() for folder in args.plus
-        )
-        shapes = [{name: weight.shape for name, weight in each.items()} for each in (mean, before, after)]
-        if not shapes[0] == shapes[1] == shapes[2]:
-            raise SystemExit(f"{args.run}, {args.plus[0]} and {args.plus[1]} differ in the shapes of their weights")
-        mean = {name: mean[name] + after[name] - before[name] for name in mean}
-    models[-1].load_state_dict(mean)
-    return models[-1].to(torch.bfloat16)
+        before, after = args.plus
+        shares[before] -= 1
+        shares[after] += 1
+    published = args.after[-1] if args.after else args.run
+    models = {
+        folder: AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        for folder, share in shares.items()
+        if share or folder == published
+    }
+    wanted = models[published].config.to_diff_dict()
+    for folder, model in models.items():
+        config = model.config.to_diff_dict()
+        names = (wanted.keys() | config.keys()) - {"auto_map", "use_cache"}
+        if folder not in args.after:  # the rotary base is no weight
+            names -= {"rope_theta"}
+        if other := sorted(name for name in names if wanted.get(name) != config.get(name)):
+            raise SystemExit(f"{folder} and {published} differ in {other}: such weights cannot be added")
+    weights = {folder: model.state_dict() for folder, model in models.items()}
+    total = {name: sum(shares[folder] * weights[folder][name] for folder in models) for name in weights[published]}
+    models[published].load_state_dict(total)
+    return models[published].to(torch.bfloat16)
+
+
+def results_of(folder: Path) -> dict:
+    path = folder / "results.json"
+    if not path.is_file():
+        raise SystemExit(f"{folder} has no results.json: expected a folder that train.py or export.py has written")
+    return json.loads(path.read_text())
 
 
 def added_phases(before: Path, after: Path) -> list[dict]:
-    """What `results.json` keeps of the runs that led from the checkpoint `before` to the checkpoint `after`."""
-    known, later = (
-        json.loads((folder / "results.json").read_text()).get("afterwards", []) for folder in (before, after)
-    )
-    if later[: len(known)] != known or len(later) == len(known):
-        raise SystemExit(f"{after} is not known to have gone on from the weights of {before}")
+    """What `results.json` keeps of the runs from one exported checkpoint to another that started from it."""
+    first, then = results_of(before), results_of(after)
+    known, later = first.get("afterwards", []), then.get("afterwards", [])
+    same_start = all(first.get(name) == then.get(name) for name in ("commit", "steps", "arguments"))
+    if not same_start or later[: len(known)] != known or len(later) == len(known):
+        raise SystemExit(
+            f"expected checkpoints that export.py has written, the second with --after the first: the `afterwards` of "
+            f"{after} do not go on from those of {before}"
+        )
     return [phase | {"added": True} for phase in later[len(known) :]]
 
 
 def main():
     args = parse_arguments()
-    results = json.loads((args.run / "results.json").read_text())
+    results = results_of(args.run)
+    phases = results.setdefault("afterwards", [])
     block_bytes = int(results["arguments"]["block_bytes"])
     for folder in args.after:
-        after = json.loads((folder / "results.json").read_text())
+        after = results_of(folder)
         if "base_model" not in after:
             raise SystemExit(f"{folder} started from random weights, not from those of {args.run}")
         kept = ("steps", "bytes_seen", "arguments", "commit", "device", "torch", "transformers")
-        entry = {name: after[name] for name in kept} | {"share_of_weights": args.share / len(args.after)}
-        results["afterwards"] = [*results.get("afterwards", []), entry]
+        phases.append({name: after[name] for name in kept} | {"share_of_weights": args.share / len(args.after)})
         results["bits_per_byte"] = after["bits_per_byte"]
     if args.plus:
-        results["afterwards"] = [*results.get("afterwards", []), *added_phases(*args.plus)]
+        added = added_phases(*args.plus)
+        if any({**phase, "added": True} in added for phase in phases):
+            raise SystemExit(f"what {args.plus[1]} changed is in the weights of {args.run} already")
+        phases += added
+    if not phases:
+        del results["afterwards"]
     if args.share < 1 or len(args.after) > 1 or args.plus:  # nothing but the scores of the exported weights
         results.pop("bits_per_byte", None)
     tokenizer = STLMTokenizer()

@@ -477,7 +477,8 @@ def _afterwards(results: dict) -> list[str]:
         arguments, share = after["arguments"], after.get("share_of_weights", 1)
         start = "then" if share == 1 else f"from the weights of then, for {100 * share:g}% of a mean with them,"
         if after.get("added"):
-            start = f"added to these, what another training of earlier weights changed: {start}"
+            mean = "" if share == 1 else f" (in a mean, of which it is {100 * share:g}%)"
+            start = f"added to these, what a training of earlier weights had changed{mean}:"
         lines += [
             f"- {start} {after['bytes_seen']:,} bytes in {after['steps']:,} steps of {arguments['batch_size']} windows "
             f"of {arguments['block_bytes']} bytes; texts: {arguments['train']}",
@@ -490,8 +491,13 @@ def _afterwards(results: dict) -> list[str]:
 
 
 def _special(arguments: dict[str, str]) -> list[str]:
-    """What `--only`, `--objective` and the alterations of `examples/pretrain.py` changed, where they were given."""
-    lines = [
+    """What `--set`, `--only`, `--objective` and the alterations of `examples/pretrain.py` changed, where they were given."""
+    lines = (
+        [f"- fields changed: {', '.join(changed)}"]
+        if (changed := ast.literal_eval(arguments.get("set", "[]")))
+        else []
+    )
+    lines += [
         f"- objective beside the next byte: {' '.join(words[:-1])}, weight {words[-1]}"
         for words in ast.literal_eval(arguments.get("objective", "[]"))
     ]
