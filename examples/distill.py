@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 r"""Train a small STLM on a text and on what a larger model says about it, beside one that sees only the text.
 
-    python examples/distill.py                             # the shipped stlm-10m teaches a fresh stlm-3m, 2 minutes
+    python examples/distill.py                             # the shipped stlm-10m-wide teaches a fresh stlm-3m, 2 minutes
     python examples/distill.py --teacher runs/a runs/b     # several checkpoints: a committee
     python examples/distill.py --teacher SmolLM2-135M/ --gguf_file SmolLM2-135M-Instruct.Q4_1.gguf --text my.txt \
         --windows 4000 --max_steps 2000 --output runs/distilled
@@ -43,7 +43,7 @@ HERE = Path(__file__).parent
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument(
-        "--teacher", nargs="+", default=[str(HERE / "checkpoints" / "stlm-10m")], help="folder or Hub id"
+        "--teacher", nargs="+", default=[str(HERE / "checkpoints" / "stlm-10m-wide")], help="folder or Hub id"
     )
     parser.add_argument("--gguf_file", help="in the folder of the teacher, read with the package gguf")
     parser.add_argument("--student", type=preset, default="stlm-3m", help="preset, fresh weights")

@@ -345,7 +345,10 @@ def summary_parser(description: str, own: tuple[str, ...] = ()) -> argparse.Argu
     dialogues = HERE / "data" / "dialogues.jsonl"
     parser = argparse.ArgumentParser(description=description, formatter_class=HelpFormatter)
     parser.add_argument(
-        "--checkpoint", type=causal_checkpoint, default=str(HERE / "checkpoints" / "stlm-10m"), help="folder or Hub id"
+        "--checkpoint",
+        type=causal_checkpoint,
+        default=str(HERE / "checkpoints" / "stlm-10m-wide"),
+        help="folder or Hub id",
     )
     parser.add_argument("--train", type=text_file, default=dialogues, help="JSON lines")
     parser.add_argument("--test", type=text_file, help="JSON lines; without it, the last quarter of --train")

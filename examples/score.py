@@ -2,7 +2,7 @@
 r"""Bits per byte of documents, or the log-probability of lines, under any causal language model.
 
     python examples/score.py examples/checkpoints/stlm-3m validation.jsonl.gz
-    printf 'The cat sat.\nThe cat sit.\n' | python examples/score.py examples/checkpoints/stlm-10m
+    printf 'The cat sat.\nThe cat sit.\n' | python examples/score.py examples/checkpoints/stlm-10m-wide
 
 Documents are cut into windows of 1024 bytes, as `pretrain.py` measures them, and go through `Trainer.evaluate`; the last line
 printed is JSON. Without files, the lines of the standard input are scored one by one. A text starts with `<bos>`, which the

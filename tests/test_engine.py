@@ -52,7 +52,7 @@ pytestmark = [
 ]
 
 ROOT = Path(__file__).parents[1]
-SHIPPED = [ROOT / "examples" / "checkpoints" / name for name in ("stlm-10m", "stlm-3m")]
+SHIPPED = [ROOT / "examples" / "checkpoints" / name for name in ("stlm-10m-wide", "stlm-3m")]
 IDS = [*ids_of(TEXT), 258, 257, *ids_of(TEXT)[:70]]
 ROWS = [IDS, ids_of("x"), ids_of("Zoë 東京 and more, "), IDS[5:70]]
 PROMPTS = [bytes(ids_of(TEXT)[:40]), b"x", "Zoë 東京".encode(), b"aaaa bbbb aaaa"]

@@ -344,7 +344,7 @@ def test_finetuning_lowers_bits_per_byte_and_saves_a_model(small_text, tmp_path,
         f"transformers {results['transformers']}, commit {results['commit']}\n\n![Bits per byte by step](loss.png)\n",
         "## Data\n\nThe texts of this training (nine tenths of small.txt) are not described here. ",
         "### Before that: the texts of `stlm-3m`\n\nEnglish text from public sources, 402 MB in 21 files; `stlm-3m` and ",
-        "The validation and test texts of `stlm-3m` and `stlm-10m` are other documents of the same sources",
+        "The validation and test texts of `stlm-3m` and `stlm-10m-wide` are other documents of the same sources",
     ):
         assert sentence in card.text
     for dangling in ("the share its card names", "Validation and test are"):
@@ -498,7 +498,7 @@ def test_a_chat_model_ends_its_turns_and_is_no_base_model(tmp_path):
     }
 
 
-SHIPPED = {"stlm-3m": 8e6, "stlm-10m": 22e6}  # and the largest size in bytes
+SHIPPED = {"stlm-3m": 8e6, "stlm-10m-wide": 22e6}  # and the largest size in bytes
 
 
 @pytest.mark.parametrize("checkpoint", SHIPPED)

@@ -440,7 +440,7 @@ def test_fixed_patches_and_untied_heads_are_told_as_they_are(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "sources"), [("stlm-3m", "sources"), ("stlm-10m", "sources"), ("stlm-3m-encoder", "sources-encoder")]
+    ("name", "sources"), [("stlm-3m", "sources"), ("stlm-10m-wide", "sources"), ("stlm-3m-encoder", "sources-encoder")]
 )
 def test_the_shipped_card_is_what_the_shipped_results_say(name, sources):
     shipped = (CHECKPOINTS / name / "README.md").read_text(encoding="utf-8")

@@ -251,7 +251,7 @@ def test_costs_of_files_are_measured(documents, files, tmp_path):
 
 
 def test_a_row_of_8_kb_takes_less_than_4_mb_beside_the_weights(tmp_path):
-    model = AutoModelForCausalLM.from_pretrained(ROOT / "examples" / "checkpoints" / "stlm-10m")
+    model = AutoModelForCausalLM.from_pretrained(ROOT / "examples" / "checkpoints" / "stlm-10m-wide")
     export_gguf(model, tmp_path / "model.gguf", "q8")
     assert 1.5 < file_types.memory_mb(tmp_path / "model.gguf", TEXT) < 4
 

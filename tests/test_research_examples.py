@@ -233,9 +233,10 @@ def test_corpora_say_how_they_were_altered(small_documents, small_text, tmp_path
 def test_presets_train_one_after_the_other_and_go_on(small_text, tmp_path):
     data = tmp_path / "texts"
     (data / "train").mkdir(parents=True)
-    rows = [{"text": small_text.read_text()}]
-    for name in ("train/a", "validation", "test"):
-        json_lines(data / f"{name}.jsonl.gz", rows)
+    text = TEXT.read_text(encoding="utf-8")
+    json_lines(data / "train" / "a.jsonl.gz", [{"text": text[i : i + 500]} for i in range(0, 150_000, 500)])
+    for name in ("validation", "test"):
+        json_lines(data / f"{name}.jsonl.gz", [{"text": small_text.read_text()}])
     environment = os.environ | {
         "WINDOWS": "2",
         "WINDOW_BYTES": "256",
@@ -246,6 +247,9 @@ def test_presets_train_one_after_the_other_and_go_on(small_text, tmp_path):
         command = ["bash", str(RESEARCH / "gpu.sh"), str(data), str(tmp_path / "out"), minutes, "stlm-3m"]
         subprocess.run(command, check=True, env=environment)
         steps.append(json.loads((tmp_path / "out" / "stlm-3m" / "results.json").read_text())["steps"])
+        long = json.loads((tmp_path / "out" / f"stlm-3m-long-{minutes}" / "results.json").read_text())
+        assert long["base_model"]["name"] == "stlm-3m" and long["config"]["rope_theta"] == 40_000
+        assert (long["arguments"]["block_bytes"], long["arguments"]["batch_size"]) == ("1024", "1")
     assert 0 < steps[0] < steps[1]
     assert subprocess.run(command[:4], capture_output=True).returncode == 2
 
@@ -589,7 +593,7 @@ def test_the_report_measures_and_writes(tmp_path):
     )
     written = (tmp_path / "RESULTS.md").read_text()
     assert f"| two | {measured['held_out']['test']['two']['bits_per_byte']:.3f} |" in written
-    assert "| bytes seen afterwards, on a core | 3,400 |" in written
+    assert "| bytes seen afterwards | 3,400 |" in written
     assert f"| 1,024 | {measured['context']['bits']['1,024']:.4f} |" in written
     assert "## Robustness" in written and "| homoglyph |" in written and "| copa | acc |" in written
 

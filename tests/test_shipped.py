@@ -27,7 +27,7 @@ from .tiny import ids_of
 assert modeling_stlm.__all__  # imported for its registrations
 CHECKPOINTS = Path(__file__).parents[1] / "examples" / "checkpoints"
 ENCODER = CHECKPOINTS / "stlm-3m-encoder"
-SHIPPED = [CHECKPOINTS / "stlm-3m", CHECKPOINTS / "stlm-10m"]
+SHIPPED = [CHECKPOINTS / "stlm-3m", CHECKPOINTS / "stlm-10m-wide"]
 
 
 @pytest.fixture(params=SHIPPED, ids=lambda path: path.name)

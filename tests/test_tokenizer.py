@@ -18,7 +18,7 @@ from .tiny import TEXT
 
 
 TOKENIZER = STLMTokenizer()
-SHIPPED = [Path(__file__).parents[1] / "examples" / "checkpoints" / name for name in ("stlm-10m", "stlm-3m")]
+SHIPPED = [Path(__file__).parents[1] / "examples" / "checkpoints" / name for name in ("stlm-10m-wide", "stlm-3m")]
 SPECIAL = [TOKENIZER.convert_ids_to_tokens(i) for i in range(256, len(TOKENIZER))]
 plain = st.text().filter(lambda text: not any(token in text for token in SPECIAL))
 CHAT = [

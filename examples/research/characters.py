@@ -2,7 +2,7 @@
 r"""Does a model know the characters of words? Fine-tunes checkpoints on CUTE (arXiv:2409.15452) and tests on words held out.
 
     python examples/research/characters.py --data cute.jsonl.gz --output characters.json \
-        --checkpoints examples/checkpoints/stlm-10m runs/llama-bpe
+        --checkpoints examples/checkpoints/stlm-10m-wide runs/llama-bpe
 
 Rows have a `task`, `inputs` and a `label`: to spell, to find, insert, delete, replace and swap characters or words. A row is
 read as `sub_char: h | c | the = tce`; the loss is that of the label and the end. CUTE asks large models with examples in the prompt; models

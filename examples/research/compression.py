@@ -2,8 +2,8 @@
 """`stlm zip` beside xz, zstd, brotli and ppmd: bits per byte, and bytes per CPU second.
 
     pip install zstandard brotli pyppmd
-    python -m modeling_stlm.inference.export examples/checkpoints/stlm-10m stlm-10m.gguf --type q8
-    taskset -c 0 python examples/research/compression.py stlm-10m.gguf prose=test.jsonl.gz code=code.jsonl.gz
+    python -m modeling_stlm.inference.export examples/checkpoints/stlm-10m-wide stlm.gguf --type q8
+    taskset -c 0 python examples/research/compression.py stlm.gguf prose=test.jsonl.gz code=code.jsonl.gz
 
 A text is a file, or the field `text` of all lines of a `.jsonl.gz`; the first `--limit` bytes of it are packed as one file, and
 the first 40 pieces of 1,000 bytes each alone, as messages are. Random bytes come last. Everything that is packed is unpacked

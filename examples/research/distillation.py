@@ -35,7 +35,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--train", nargs="+", help="files or patterns; by default the shipped text")
     parser.add_argument("--validation", nargs="+", help="files or patterns")
     parser.add_argument(
-        "--teacher", nargs="+", default=[str(HERE.parent / "checkpoints" / "stlm-10m")], help="folders"
+        "--teacher", nargs="+", default=[str(HERE.parent / "checkpoints" / "stlm-10m-wide")], help="folders"
     )
     parser.add_argument("--gguf_file", help="in the folder of the teacher, read with the package gguf")
     parser.add_argument("--name", help="of the teacher in files and tables; by default that of its folder")

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What files of the engine cost: quality, start, memory, and how near the floor is that reading the weights sets.
 
-    python -m modeling_stlm.inference.export examples/checkpoints/stlm-10m stlm-10m-q8.gguf --type q8
-    OMP_NUM_THREADS=1 taskset -c 0 python examples/research/file_types.py stlm-10m-*.gguf --validation validation.jsonl.gz
+    python -m modeling_stlm.inference.export examples/checkpoints/stlm-10m-wide stlm-q8.gguf --type q8
+    OMP_NUM_THREADS=1 taskset -c 0 python examples/research/file_types.py stlm-*.gguf --validation validation.jsonl.gz
 
 - Bits per byte of the first 4,096 bytes of every document, each after the token that begins documents.
 - Milliseconds (wall clock) from the start of `stlm run` to the first byte after a prompt of 1,024 bytes, median of `--repeats`.

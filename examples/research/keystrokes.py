@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 r"""Completion as one types: microseconds a key, and the share of keys that it saves on held-out text.
 
-    python -m modeling_stlm.inference.export examples/checkpoints/stlm-10m stlm-10m.gguf --type q8
-    taskset -c 0 python examples/research/keystrokes.py stlm-10m.gguf --text validation.jsonl.gz --words train-*.jsonl.gz
-    taskset -c 0 python examples/research/keystrokes.py stlm-10m.gguf --text validation.jsonl.gz --llama runs/llama-bpe --llama_cpp q8_0
+    python -m modeling_stlm.inference.export examples/checkpoints/stlm-10m-wide stlm.gguf --type q8
+    taskset -c 0 python examples/research/keystrokes.py stlm.gguf --text validation.jsonl.gz --words train-*.jsonl.gz
+    taskset -c 0 python examples/research/keystrokes.py stlm.gguf --text validation.jsonl.gz --llama runs/llama-bpe --llama_cpp q8_0
 
 Somebody types the first `--characters` characters of every document. After each key the rest of the word is suggested, or
 the next word if none is begun; whoever sees that it is right, and longer than one character, takes it with one key. So this

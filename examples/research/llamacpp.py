@@ -246,7 +246,7 @@ def make_files(names: Iterable[str], checkpoint: str, tokenizer, folder: Path) -
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", default=str(HERE.parent / "checkpoints" / "stlm-10m"))
+    parser.add_argument("--checkpoint", default=str(HERE.parent / "checkpoints" / "stlm-10m-wide"))
     parser.add_argument("--text", type=Path, default=HERE.parent / "data" / "shakespeare.txt")
     parser.add_argument("--repeats", type=at_least_one, default=3)
     parser.add_argument("--sweep", action="store_true", help="generation by context length and number of rows instead")

@@ -261,17 +261,17 @@ def document(results: list[dict]) -> str:
         ["budget of training", *(budget(result.get("training", {}).get("budget", {})) for result in results)],
         ["first phase on", *trained("device")],
         [
-            "bytes seen afterwards, on a core",
+            "bytes seen afterwards",
             *(f"{size:,}" if size else "" for size in trained("bytes_seen_afterwards")),
         ],
         ["trained at commit", *trained("commit")],
     ]
     sections = [
         "## Quality\n\nWritten by `make report` from `examples/research/results`, which also name the files, versions and "
-        "hardware.\nEvery text starts with `<bos>`. Of BLiMP, every fifth pair chose the phase of single\nsentences of `stlm-3m` "
-        "and `stlm-10m` and its share in the mean of weights; 12 long documents of the test file, beside 8 of validation,\n"
-        "chose the share of the phase of long windows; nothing else was tuned on test data. The Llamas had the learning "
-        "rates of\nSTLM, which cost the one over a BPE 3% after 16 MB and 10% after 64 MB ([equal bytes](#equal-bytes)).",
+        "hardware.\nEvery text starts with `<bos>`. Of BLiMP, every fifth pair chose the phase of single\nsentences of `stlm-3m`, its share "
+        "in the mean of weights, and that `stlm-10m-wide` reads such sentences; 12 long documents of the test file, beside 8 of\nvalidation, "
+        "chose the share of the phase of long windows of `stlm-3m` and the rotary base of both; nothing else was tuned on test data.\nThe Llamas had the learning "
+        "rates of STLM, which cost the one over a BPE 3% after 16 MB and 10% after 64 MB ([equal bytes](#equal-bytes)).",
         markdown_table(["", *names], about),
     ]
     for split in ("validation", "test"):

@@ -46,14 +46,14 @@ CHECKPOINTS = HERE.parent / "checkpoints"
 # name: (what runs it, what it runs, trained model whose bits per byte it has)
 SYSTEMS = {
     "stlm-3m, generate": ("pytorch", "stlm-3m", "stlm-3m"),
-    "stlm-10m, generate": ("pytorch", "stlm-10m", "stlm-10m"),
+    "stlm-10m-wide, generate": ("pytorch", "stlm-10m-wide", "stlm-10m-wide"),
     "Llama over bytes, 10M, generate": ("pytorch", "llama-bytes", "llama-bytes"),
     "Llama over BPE, 10M, generate": ("pytorch", "llama-bpe", "llama-bpe-8k"),
     "Llama over BPE, 10M, llama.cpp f32": ("llama.cpp", "f32", "llama-bpe-8k"),
     "Llama over BPE, 10M, llama.cpp q8_0": ("llama.cpp", "q8_0", "llama-bpe-8k"),
     "stlm-3m, engine q8": ("engine", "stlm-3m", "stlm-3m"),
-    "stlm-10m, engine f32": ("engine", "stlm-10m f32", "stlm-10m"),
-    "stlm-10m, engine q8": ("engine", "stlm-10m", "stlm-10m"),
+    "stlm-10m-wide, engine f32": ("engine", "stlm-10m-wide f32", "stlm-10m-wide"),
+    "stlm-10m-wide, engine q8": ("engine", "stlm-10m-wide", "stlm-10m-wide"),
     "stlm-50m, engine q8": ("engine", "stlm-50m", None),
     "stlm-100m, engine q8": ("engine", "stlm-100m", None),
 }
@@ -160,7 +160,7 @@ def draw(rows: dict[str, dict], path: Path, title: str) -> None:
     for name, row in trained.items():
         model, _, how = name.rpartition(", ")
         size = f"{how.split()[-1]}, {row['MB']:.0f} MB" if " " in how else f"{row['MB']:.0f} MB"
-        is_above = model != "stlm-3m"  # which is close below stlm-10m
+        is_above = model != "stlm-3m"  # which is close below stlm-10m-wide
         axis.annotate(
             f"{model.removesuffix(', 10M')}\n{size}",
             (row["bytes per second"]["median"], row["bits per byte"]),
