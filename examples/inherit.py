@@ -32,7 +32,7 @@ from inputs import (
 HERE = Path(__file__).parent
 TEXT = HERE / "data" / "shakespeare.txt"
 # About the sizes of `stlm-3m`; heads of 32 channels cannot become its heads of 64. 7,400 rows divide 29,600.
-THIRD = "hidden_size=128 intermediate_size=256 num_attention_heads=4 ngram_rows=7400 trunk_hidden_size=256 "
+THIRD = "hidden_size=128 intermediate_size=256 num_attention_heads=4 num_key_value_heads=4 ngram_rows=7400 trunk_hidden_size=256 "
 THIRD += "trunk_intermediate_size=432 num_trunk_layers=4 num_unique_trunk_layers=3 trunk_num_attention_heads=8"
 
 

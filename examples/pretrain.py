@@ -113,7 +113,7 @@ def argument_parser(controls: tuple[str, ...] = ()):
     parser.add_argument(
         "--compile",
         action="store_true",
-        help="compile each layer, for a GPU; half a minute of the budget",
+        help="compile each layer, for a GPU; up to a minute of the budget",
     )
     parser.add_argument(
         "--workers", type=whole, default=0, help="processes that cut windows; then signal the main process alone"
@@ -226,7 +226,9 @@ def load_config(model: str, changes: list[str], is_checkpoint: bool = False) -> 
         raise SystemExit(f"--set {unknown}: not a field of STLMConfig")
     is_checkpoint = is_checkpoint or (Path(model) / "config.json").is_file()
     try:
-        return (STLMConfig.from_pretrained if is_checkpoint else STLMConfig.from_preset)(model, **fields)
+        config = (STLMConfig.from_pretrained if is_checkpoint else STLMConfig.from_preset)(model, **fields)
+        config.validate()  # `from_pretrained` checks the fields of the file alone
+        return config
     except (ValueError, StrictDataclassError) as error:
         raise SystemExit(f"{model} {' '.join(changes)}: {error}") from None
 

@@ -490,6 +490,18 @@ def test_the_example_prints_steps_to_equal_loss(small_text, tmp_path):
     assert loaded.config.trunk_intermediate_size == 216 and loaded.config.use_cache
 
 
+def test_the_example_makes_a_third_of_the_shipped_checkpoint(monkeypatch):
+    example, pretrain = importlib.import_module("inherit"), importlib.import_module("pretrain")
+    monkeypatch.setattr(sys, "argv", ["inherit.py"])
+    args = example.parse_arguments()
+    larger = AutoModelForCausalLM.from_pretrained(args.checkpoint, dtype=torch.float32)
+    smaller = inherit(larger, pretrain.load_config(args.checkpoint, args.set, is_checkpoint=True))
+    assert 0.28 < smaller.num_parameters() / larger.num_parameters() < 0.35
+    message = r"num_attention_heads=4 must be a multiple of num_key_value_heads=8"
+    with pytest.raises(SystemExit, match=message):  # before anything is trained
+        pretrain.load_config(args.checkpoint, ["num_attention_heads=4"], is_checkpoint=True)
+
+
 def test_a_checkpoint_of_the_hub_inherits(small_text, tmp_path, monkeypatch):
     folder = tmp_path / "hub" / "models--me--tiny"
     tiny_model().save_pretrained(folder / "snapshots" / "abc")

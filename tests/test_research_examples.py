@@ -643,6 +643,13 @@ def test_start_up_and_memory_are_measured(tmp_path):
     )  # pages of weights come when they are read
 
 
+def test_the_survey_knows_the_bits_of_its_models():
+    survey = importlib.import_module("survey")
+    for _, _, trained in survey.SYSTEMS.values():
+        bits = survey.bits_per_byte(trained)
+        assert bits is None if trained is None else 1 < bits < 3
+
+
 def test_the_survey_measures_cost_beside_quality(tmp_path):
     systems = ["stlm-3m, generate", "stlm-3m, engine q8"]
     options = ["--repeats", 1, "--plot", "plot.png", "--systems", *systems]

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Speed of the engine in headless Chromium, on the one thread of a page.
 
-    taskset -c 0 python examples/research/browser.py stlm-3m.gguf stlm-10m.gguf
+    taskset -c 0 python examples/research/browser.py stlm-3m.gguf stlm.gguf
 
 As in `llamacpp.py`: a prompt of 1,024 bytes, then 256 bytes are written. Every figure is bytes per CPU second of the process
 of the page, median (lowest-highest) over the repeats, of which each does this `ROUNDS` times; one more comes first, in which

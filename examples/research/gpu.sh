@@ -1,15 +1,16 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# Train presets on one GPU, one after the other, as `stlm-10m-wide` was trained before it learned to loop less.
+# Train presets on one GPU, one after the other, much as `stlm-10m-wide` was trained before it learned to loop less.
 #
 #     bash examples/research/gpu.sh DATA OUTPUT MINUTES [PRESET ...]
 #
-# DATA is a folder with train/*.jsonl.gz, validation.jsonl.gz and test.jsonl.gz (rows with `text`), MINUTES the budget of each
-# preset; without presets, all. A sixth of it is for windows of four times the length at the end. There is a checkpoint every
-# ten minutes, and when `train.py` (not its workers) gets SIGTERM: the same command goes on from there, also with more minutes.
-# The environment variables WINDOWS (per step) and WINDOW_BYTES override what fits 80 GB of memory; COMPILE=yes compiles the
-# layers in the first phase. OUTPUT/PRESET and OUTPUT/PRESET-long-MINUTES get the checkpoints of both phases, their curves and
-# results.json; `export.py --run OUTPUT/PRESET --after OUTPUT/PRESET-long-MINUTES` makes a published folder of them.
+# DATA is a folder with train/*.jsonl.gz, validation.jsonl.gz and test.jsonl.gz (rows with `text`; 200 documents or more to train
+# on: in 5% a passage is repeated, 10% become documents of one of their sentences). MINUTES is the budget of each preset, a sixth
+# of it for windows of four times the length at the end; without presets, all. There is a checkpoint every ten minutes, and when
+# `train.py` (not its workers) gets SIGTERM: the same command goes on from there, also with more minutes. The environment
+# variables WINDOWS (per step) and WINDOW_BYTES override what fits 80 GB of memory; COMPILE=yes compiles the layers in the first
+# phase. OUTPUT/PRESET and OUTPUT/PRESET-long-MINUTES get the checkpoints of both phases, their curves and results.json.
+# `export.py --run OUTPUT/PRESET --after OUTPUT/PRESET-long-MINUTES ...`, of the last MINUTES, publishes them.
 set -euo pipefail
 if (($# < 3)); then
     sed -n '3,/^set/s/^# \{0,1\}//p' "$0"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-r"""Speed of the shipped `stlm-10m` beside llama.cpp on a Llama of the same size over an 8k BPE, on one core.
+r"""Speed of the shipped `stlm-10m-wide` beside llama.cpp on a Llama of the same size over an 8k BPE, on one core.
 
     pip install llama-cpp-python gguf    # built from source, so with the instructions of this CPU; about 10 minutes
     OMP_NUM_THREADS=1 taskset -c 0 python examples/research/llamacpp.py --repeats 3
