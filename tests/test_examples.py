@@ -343,7 +343,7 @@ def test_finetuning_lowers_bits_per_byte_and_saves_a_model(small_text, tmp_path,
         "- train: nine tenths of small.txt\n- validation: last tenth of small.txt\n",
         f"transformers {results['transformers']}, commit {results['commit']}\n\n![Bits per byte by step](loss.png)\n",
         "## Data\n\nThe texts of this training (nine tenths of small.txt) are not described here. ",
-        "### Before that: the texts of `stlm-3m`\n\nEnglish text from public sources, 402 MB in 21 files; `stlm-3m` and ",
+        "### Before that: the texts of `stlm-3m`\n\nEnglish text from public sources, 402 MB in 21 files; `stlm-10m-wide` read ",
         "The validation and test texts of `stlm-3m` and `stlm-10m-wide` are other documents of the same sources",
     ):
         assert sentence in card.text
