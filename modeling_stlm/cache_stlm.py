@@ -26,12 +26,13 @@ BYTE_SLOT, PATCH_STATE_SLOT, TRUNK_SLOT = (f"stlm_{kind}@{__name__}" for kind in
 
 
 class TrunkRows(NamedTuple):
-    """Where the new patches of a call are stored."""
+    """Where the new patches of a call are stored, and which patches they may see."""
 
     num_rows: int  # B
     rows: torch.Tensor | None  # (R,) rows with new patches; None: all
     at: torch.Tensor | slice  # (R, P) index of each new patch; a slice if it is the same in all rows
-    end: int  # S, at least the number of patches of any of these rows
+    end: int  # at least the number of patches of any of these rows
+    begin: int = 0  # first patch that any of the new ones may see; S = end - begin
 
 
 def grow(buffer: torch.Tensor, length: int, dim: int) -> torch.Tensor:
@@ -267,14 +268,14 @@ class STLMTrunkSlot(STLMSlot):
         return (0 if self.keys is None else self.keys.shape[2]) + num_new
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *, where: TrunkRows):
-        """Store the new patches of some rows, and return all patches of these rows.
+        """Store the new patches of some rows, and return the patches of these rows that they may see.
 
         Args:
             key_states, value_states (`torch.Tensor` of shape `(R, H, P, K)`): new patches.
             where (`TrunkRows`): rows and indices they belong to.
 
         Returns:
-            Keys and values of these rows, shape `(R, H, S, K)`.
+            Keys and values of patches `where.begin` to `where.end` of these rows, shape `(R, H, S, K)`.
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states)
@@ -284,7 +285,8 @@ class STLMTrunkSlot(STLMSlot):
             self.stored_patches = max(self.stored_patches, where.end)
         self.keys = write_patches(self.keys, key_states, where)
         self.values = write_patches(self.values, value_states, where)
-        keys, values, rows = self.keys[:, :, : where.end], self.values[:, :, : where.end], where.rows
+        seen, rows = slice(where.begin, where.end), where.rows
+        keys, values = self.keys[:, :, seen], self.values[:, :, seen]
         return (keys, values) if rows is None else (keys.index_select(0, rows), values.index_select(0, rows))
 
     def crop(self, tokens_to_remove: int) -> None:

@@ -58,6 +58,9 @@ class STLMConfig(PreTrainedConfig):
         ratio_loss_weight (`float`, defaults to 0.03): of the loss that keeps learned patches near `patch_bytes`.
         trunk_hidden_size, trunk_intermediate_size (`int`, default to 320 and 768): widths of the trunk.
         trunk_num_attention_heads, trunk_num_key_value_heads (`int`, default to 10 and 2): heads of the trunk.
+        trunk_window_patches (`int`, *optional*):
+            Attention of the trunk sees the last so many patches, the current one included (with `is_causal=False`, as
+            many on either side); all of them if left out.
         num_trunk_layers, num_unique_trunk_layers (`int`, default to 5 and all): layers that run, layers that are stored.
         layer_sharing (`str`, defaults to `"none"`):
             How stored layers make up the depth. `"none"`: each runs once. `"immediate"`: each inner layer runs several
@@ -122,6 +125,7 @@ class STLMConfig(PreTrainedConfig):
     trunk_num_attention_heads: int = 10
     trunk_num_key_value_heads: int | None = 2
     trunk_head_dim: int | None = None
+    trunk_window_patches: int | None = None
     num_trunk_layers: int = 5
     num_unique_trunk_layers: int | None = None
     layer_sharing: Literal["none", "immediate", "cycle", "middle", "ffn"] = "none"
@@ -213,7 +217,7 @@ class STLMConfig(PreTrainedConfig):
                 "trunk_num_attention_heads",
                 "trunk_num_key_value_heads",
             ),
-            *("trunk_head_dim", "num_trunk_layers", "num_unique_trunk_layers", "vocab_size"),
+            *("trunk_head_dim", "trunk_window_patches", "num_trunk_layers", "num_unique_trunk_layers", "vocab_size"),
         ):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")

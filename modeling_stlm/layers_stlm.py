@@ -16,7 +16,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward
-from transformers.utils.import_utils import is_torchdynamo_compiling
+from transformers.utils.import_utils import is_torchdynamo_compiling, is_tracing
 
 from .batching_stlm import STLMBatch
 from .cache_stlm import TrunkRows
@@ -83,11 +83,23 @@ def project(module: nn.Module, name: str, states: torch.Tensor, own: nn.ModuleDi
 
 
 class STLMAttention(nn.Module):
-    """Grouped-query attention with QK-norm: the projections of both levels, and `forward` of the trunk."""
+    """Grouped-query attention with QK-norm: the projections of both levels, and `forward` of the trunk.
 
-    def __init__(self, config: STLMConfig, width: int, num_heads: int, num_key_value_heads: int, head_dim: int):
+    Args:
+        window (`int`, *optional*): W, bytes or patches that each sees, itself included; all earlier ones if left out.
+    """
+
+    def __init__(
+        self,
+        config: STLMConfig,
+        width: int,
+        num_heads: int,
+        num_key_value_heads: int,
+        head_dim: int,
+        window: int | None,
+    ):
         super().__init__()
-        self.config, self.is_causal = config, config.is_causal
+        self.config, self.is_causal, self.window = config, config.is_causal, window
         self.layer_idx = None  # the library asks for it; cache slots are passed to `forward`
         self.num_heads, self.num_key_value_heads, self.head_dim = num_heads, num_key_value_heads, head_dim
         self.num_key_value_groups = num_heads // num_key_value_heads
@@ -129,6 +141,23 @@ class STLMAttention(nn.Module):
         output, weights = attention(self, query, key, value, allowed, dropout=probability, scaling=self.scaling)
         return output.flatten(2), weights  # (B, T, H * K), (B, H, T, S)
 
+    def attend_in_blocks(self, query, key, value) -> tuple[torch.Tensor, None]:
+        """`attend` of `query (B, H, T, K)`, the first ones of their rows, within the window: linear in T."""
+
+        def allowed(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+            distance = query[:, None] - key
+            return ((distance >= 0) & (distance < self.window))[None, None]
+
+        index = torch.arange(query.shape[2], device=query.device)
+        if is_tracing():  # a graph would count blocks once and for all
+            return self.attend(query, key, value, allowed(index, index))[0], None
+        outputs = []
+        for start, queries in zip(range(0, len(index), self.window), query.split(self.window, dim=2)):
+            seen = slice(max(0, start + 1 - self.window), start + queries.shape[2])
+            mask = allowed(index[start : seen.stop], index[seen])
+            outputs.append(self.attend(queries, key[:, :, seen], value[:, :, seen], mask)[0])
+        return torch.cat(outputs, dim=1), None
+
     def forward(
         self,
         hidden_states: torch.Tensor,
@@ -139,11 +168,15 @@ class STLMAttention(nn.Module):
         where: TrunkRows | None = None,
         own: nn.ModuleDict | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """`hidden_states (R, P, G)` of the rows that completed a patch, `allowed (R, 1, P, S)` or `None`: causal."""
+        """`hidden_states (R, P, G)` of the rows that completed a patch, `allowed (R, 1, P, S)` or `None`: causal, within
+        the window."""
         query, key, value = (states.transpose(1, 2) for states in self.project(hidden_states, rotary, own))
         if cache is not None:
             key, value = cache.update(key, value, slot, where=where)
-        output, weights = self.attend(query, key, value, allowed)
+        if allowed is None and self.window is not None and query.shape[2] > self.window:
+            output, weights = self.attend_in_blocks(query, key, value)
+        else:
+            output, weights = self.attend(query, key, value, allowed)
         return project(self, "o_proj", output, own), weights
 
 
@@ -152,9 +185,13 @@ class STLMWindowAttention(STLMAttention):
 
     def __init__(self, config: STLMConfig):
         super().__init__(
-            config, config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim
+            config,
+            config.hidden_size,
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.head_dim,
+            config.attention_window_bytes,
         )
-        self.window = config.attention_window_bytes
         self.num_after = 0 if config.is_causal else self.window - 1
 
     def forward(
@@ -317,6 +354,7 @@ class STLMTrunkAttentionBlock(GradientCheckpointingLayer):
             config.trunk_num_attention_heads,
             config.trunk_num_key_value_heads,
             config.trunk_head_dim,
+            config.trunk_window_patches,
         )
         self.dropout = config.hidden_dropout
 

@@ -245,6 +245,7 @@ class STLMPatcher(nn.Module):
         self.byte_proj = nn.Linear(config.trunk_hidden_size, config.hidden_size, bias=False)
         self.start = STLMStart(config.hidden_size)
         self.is_causal, self.mask_token_id = config.is_causal, None if config.is_causal else config.mask_token_id
+        self.window = config.trunk_window_patches
         longest = max([*config.ngram_orders, config.ngram_word_bytes, config.match_bytes])
         self.context_bytes = max(longest, self.rule.context_bytes)
         self.first_trunk_slot = config.num_byte_layers + 1
@@ -366,19 +367,32 @@ class STLMPatcher(nn.Module):
             pooled, start = pooled.index_select(0, rows), start.index_select(0, rows)
         index = start[:, None] + torch.arange(num_new, device=start.device)  # (R, P)
         if static:
-            at, end, needs_mask = index, cache.layers[self.first_trunk_slot].room(num_new), True
+            at, begin, end = index, 0, cache.layers[self.first_trunk_slot].room(num_new)
+            needs_mask = True
         else:
             first, last = int(start.min()), int(start.max())
-            end, needs_mask = last + num_new, last > 0 and (num_new > 1 or first != last)
+            begin, end = 0 if self.window is None else max(0, first + 1 - self.window), last + num_new
+            needs_mask = (num_new > 1 or first != last) and (last > 0 or self.masks_window)
             at = slice(first, end) if rows is None and first == last else index
         allowed = None
         if needs_mask:
-            allowed = (torch.arange(end, device=start.device) <= index[..., None])[:, None]
-        new = trunk(self.patch_proj(pooled), allowed, index, cache, TrunkRows(num_rows, rows, at, end))
+            allowed = self._is_visible(torch.arange(begin, end, device=start.device), index[..., None])[:, None]
+        new = trunk(self.patch_proj(pooled), allowed, index, cache, TrunkRows(num_rows, rows, at, end, begin))
         new = self.byte_proj(new)
         if rows is not None:
             new = new.new_zeros(num_rows, num_new, new.shape[-1]).index_copy(0, rows, new)
         return self.smooth(new, found, patches, batch, state)
+
+    @property
+    def masks_window(self) -> bool:
+        """Whether a mask says what the window is: in a graph of the model, where the number of patches is unknown."""
+        return self.window is not None and is_tracing()
+
+    def _is_visible(self, key: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
+        """Whether the patch of index `query` may see that of index `key`, as far as order and window go."""
+        distance = query - key
+        visible = distance >= 0 if self.is_causal else torch.ones_like(distance, dtype=torch.bool)
+        return visible if self.window is None else visible & (distance.abs() < self.window)
 
     def _allowed_patches(self, patches: Patches, batch: STLMBatch) -> torch.Tensor | None:
         """Without a cache: which patches each patch may see (B, 1, P, P); `None` if the trunk needs no mask."""
@@ -386,14 +400,16 @@ class STLMPatcher(nn.Module):
         patch = torch.arange(end_at.shape[1], device=end_at.device)
         if self.is_causal:
             # Entries past a row's count come last: they are causally invisible.
-            if batch.positions is None:
+            if batch.positions is None and not self.masks_window:
                 return None
-            allowed = (patch <= patch[:, None])[None]
+            allowed = self._is_visible(patch, patch[:, None])[None]
         else:
-            if batch.positions is None and not is_static() and (counts == end_at.shape[1]).all():
+            has_window = self.window is not None and (self.masks_window or end_at.shape[1] > self.window)
+            if batch.positions is None and not has_window and not is_static() and (counts == end_at.shape[1]).all():
                 return None
             # A patch past the count sees itself, so that its softmax is over something.
-            allowed = (patch < counts[:, None])[:, None] | (patch == patch[:, None])
+            allowed = (patch < counts[:, None])[:, None] & self._is_visible(patch, patch[:, None])
+            allowed = allowed | (patch == patch[:, None])
         if batch.positions is not None:
             document = end_at - batch.positions.gather(1, end_at)  # (B, P) first byte of the patch's document
             allowed = allowed & (document[:, :, None] == document[:, None, :])

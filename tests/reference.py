@@ -206,7 +206,7 @@ def trunk(module, x: torch.Tensor, config) -> torch.Tensor:
     """x (P, G)."""
     for i, (attention_block, feed_forward_block) in enumerate(config.trunk_schedule):
         block = own_block(module, module.attention_blocks[attention_block], i, 0)
-        x = x + attention(block.attention, block.attention_norm(x), None)
+        x = x + attention(block.attention, block.attention_norm(x), config.trunk_window_patches)
         block = own_block(module, module.feed_forward_blocks[feed_forward_block], i, 1)
         x = x + feed_forward(block.feed_forward, block.feed_forward_norm(x), config.hidden_act)
     return module.final_norm(x)

@@ -47,11 +47,12 @@ def assert_compiled_training_is_training(options: dict, inputs: dict, backend, s
         ({}, "plain"),
         ({}, "padded"),
         ({}, "packed"),
+        (MIXERS["both"], "plain"),
         (MIXERS["both"], "packed"),
         (PATCHING["vocabulary"], "padded"),
         (PATCHING["learned"], "packed"),
     ],
-    ids=["plain", "padded", "packed", "both mixers, packed", "vocabulary, padded", "learned, packed"],
+    ids=["plain", "padded", "packed", "both mixers", "both mixers, packed", "vocabulary, padded", "learned, packed"],
 )
 def test_a_training_step_is_one_graph_for_every_length(options, kind):
     graphs = []
@@ -66,8 +67,9 @@ def test_a_training_step_is_one_graph_for_every_length(options, kind):
 
 
 @torch._dynamo.config.patch(recompile_limit=8)  # which is set anew
+@pytest.mark.parametrize("options", [{}, {"trunk_window_patches": 3}], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
-def test_layers_compiled_one_by_one_train_the_same(kind, monkeypatch):
+def test_layers_compiled_one_by_one_train_the_same(kind, options, monkeypatch):
     pretrain, graphs, compile_module = importlib.import_module("pretrain"), [], torch.nn.Module.compile
 
     def backend(graph, example_inputs):
@@ -76,8 +78,7 @@ def test_layers_compiled_one_by_one_train_the_same(kind, monkeypatch):
 
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **o: compile_module(self, backend=backend, **o))
     torch._dynamo.reset()
-    model, compiled = tiny_model().train(), tiny_model().train()
-    compiled.load_state_dict(model.state_dict())
+    model, compiled = tiny_model(**options).train(), tiny_model(**options).train()
     pretrain.compile_layers(compiled)
     for num_bytes in (96, 64, 77):
         expected = gradients(model, model, num_bytes, KINDS[kind])

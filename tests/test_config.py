@@ -70,6 +70,7 @@ def test_layer_sharing_schedules(sharing, depth, unique, expected):
         ({"trunk_head_dim": 7}, "must be even"),
         ({"max_patch_bytes": 0}, "max_patch_bytes=0 must be at least 1"),
         ({"attention_window_bytes": 0}, "attention_window_bytes=0 must be at least 1"),
+        ({"trunk_window_patches": 0}, "trunk_window_patches=0 must be at least 1"),
         ({"num_attention_heads": 0}, "num_attention_heads=0 must be at least 1"),
         ({"head_dim": 0}, "head_dim=0 must be at least 1"),
         ({"trunk_head_dim": 0}, "trunk_head_dim=0 must be at least 1"),

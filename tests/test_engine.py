@@ -736,19 +736,25 @@ def test_a_model_with_more_weights_than_its_configuration_says_is_refused(tmp_pa
     assert len(Engine(tmp_path / "model.gguf").generate("x", 3)) == 3
 
 
-def test_files_of_before_the_longest_match_are_read_as_they_were(tmp_path):
-    model = tiny_model(match_doublings=0)
+FIRST_VERSION = {"match_doublings": 2, "trunk_window_patches": 3}  # whose engines know such a field
+
+
+@pytest.mark.parametrize("field", FIRST_VERSION)
+def test_files_of_before_a_field_are_read_as_they_were(field, tmp_path):
+    model = tiny_model(**{"match_doublings": 0, field: 0 if field == "match_doublings" else None})
     export_gguf(model, tmp_path / "model.gguf", "f32")
     data = (tmp_path / "model.gguf").read_bytes()
     version = b"stlm.format_version" + struct.pack("<II", 4, 1)  # of type uint32: 1
     assert version in data
-    without = data.replace(b"stlm.match_doublings", b"what.match_doublings")
+    without = data.replace(b"stlm." + field.encode(), b"what." + field.encode())
     (tmp_path / "before.gguf").write_bytes(changed(without, b"stlm.format_version", struct.pack("<I", 1)))
     text = b"one two; a two, one two; one two; a two"
     now, before = (Engine(tmp_path / name).score(text) for name in ("model.gguf", "before.gguf"))
     assert (now == before).all()
-    export_gguf(tiny_model(match_doublings=1), tmp_path / "newer.gguf", "f32")  # an engine of before refuses it
-    assert b"stlm.format_version" + struct.pack("<II", 4, 2) in (tmp_path / "newer.gguf").read_bytes()
+    newer = tiny_model(**{"match_doublings": 0, field: 1})
+    export_gguf(newer, tmp_path / "newer.gguf", "f32")  # an engine of before refuses it
+    expected = b"stlm.format_version" + struct.pack("<II", 4, FIRST_VERSION[field])
+    assert expected in (tmp_path / "newer.gguf").read_bytes()
 
 
 def test_the_command_writes_a_file_that_runs(tmp_path):
@@ -924,7 +930,21 @@ def test_a_loaded_model_ends_texts_where_the_file_does(tmp_path):
     assert engine.eos_token_ids == load_gguf(tmp_path / "model.gguf").generation_config.eos_token_id == [10, 258]
 
 
-@pytest.mark.parametrize("options", [{"rope_theta": 20.0}, {"norm_eps": 0.05}, {"hidden_act": "silu"}], ids=str)
+@pytest.mark.parametrize("window", [1, 100, 128, 129, 200, 300])
+@torch.no_grad()
+def test_a_trunk_window_ends_within_and_at_pages_of_the_cache(window, tmp_path):
+    """The engine keeps keys in pages of 128 patches and drops whole pages."""
+    model = tiny_model(trunk_window_patches=window, patching="fixed", patch_bytes=2)
+    ids = np.random.default_rng(0).integers(97, 123, 700).tolist()
+    found = engine_of(model, tmp_path).score(bytes(ids))
+    expected = model(torch.tensor([[257, *ids]])).logits[0].log_softmax(-1)[:-1]
+    expected = expected.gather(1, torch.tensor(ids)[:, None])[:, 0].numpy()
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "options", [{"rope_theta": 20.0}, {"norm_eps": 0.05}, {"hidden_act": "silu"}, {"trunk_window_patches": 3}], ids=str
+)
 def test_models_that_compute_otherwise_have_other_fingerprints(options):
     assert fingerprint(tiny_model(**options)) != fingerprint(tiny_model())
 

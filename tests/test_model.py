@@ -37,6 +37,8 @@ OTHERS = {
     "the last match": {"match_doublings": 0},
     "passes that differ": {**SHARING["middle"], "sharing_lora_rank": 2},
     "shared feed-forward layers that differ": {**SHARING["ffn"], "sharing_lora_rank": 3},
+    "a narrow trunk window": {"trunk_window_patches": 1},
+    "a wide trunk window": {"trunk_window_patches": 12},
     "other numbers": {"rope_theta": 20.0, "hidden_act": "silu", "norm_eps": 0.05, "conv_kernel_size": 7},
 }
 ALL = cases(PATCHING, MIXERS, SHARING, OTHERS)

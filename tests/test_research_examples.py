@@ -694,7 +694,8 @@ def test_export_takes_the_mean_of_weights_before_and_after(small_text, tmp_path)
     (tmp_path / "data.md").write_text("A play.\n")
     arguments = ["--run", tmp_path / "before", "--after", tmp_path / "after", tmp_path / "other", "--share", 0.5]
     arguments += ["--data", tmp_path / "data.md", "--validation", small_text, "--test", small_text]
-    run("research/export.py", *arguments, "--output", tmp_path / "out", cwd=tmp_path)
+    window = ["--set", "trunk_window_patches=16"]
+    run("research/export.py", *arguments, *window, "--output", tmp_path / "out", cwd=tmp_path)
     before, after, other, out = (
         torch.cat(
             [value.flatten() for value in AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict().values()]
@@ -707,10 +708,13 @@ def test_export_takes_the_mean_of_weights_before_and_after(small_text, tmp_path)
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert [(entry["share_of_weights"], entry["steps"]) for entry in results["afterwards"]] == [(0.25, 3), (0.25, 3)]
     assert results["steps"] == 2
-    assert results["config"]["rope_theta"] == 40_000
+    assert results["config"]["rope_theta"] == 40_000 and results["config"]["trunk_window_patches"] == 16
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.trunk_window_patches == 16
     assert "bits_per_byte" not in results  # those of neither run
     assert set(results["exported"]["scores"]) == {"validation", "test"}
-    assert "- from the weights of then, for 25% of a mean with them, " in (tmp_path / "out" / "README.md").read_text()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "- from the weights of then, for 25% of a mean with them, " in card
+    assert "\n- fields changed after training: trunk_window_patches=16\n" in card
 
     # Half of what the two changed, added to one of them.
     plus = ["--plus", tmp_path / "before", tmp_path / "out"]
@@ -736,6 +740,8 @@ def test_export_takes_the_mean_of_weights_before_and_after(small_text, tmp_path)
     for name in ("before", "other"):
         assert "would average or add twice" in refused(*arguments, "--output", tmp_path / name)
     another = ["--output", tmp_path / "another"]
+    assert "--set hidden_size=64 does not fit the weights" in refused(*arguments, "--set", "hidden_size=64", *another)
+    assert "--set ['width']: not a field" in refused(*arguments, "--set", "width=64", *another)
     assert "do not go on from those of" in refused(*added, "--plus", tmp_path / "out", tmp_path / "before", *another)
     assert "is in the weights of" in refused("--run", tmp_path / "sum", *arguments[7:], *plus, *another)
     assert "has no results.json" in refused("--run", tmp_path, *arguments[7:], *another)

@@ -43,7 +43,12 @@ PATCHING = {
 MIXERS = {
     "conv": {},
     "attention": {"byte_mixers": ["attention"] * 3, "attention_window_bytes": 6},
-    "both": {"byte_mixers": ["conv", "attention", "conv"], "attention_window_bytes": 9, "conv_kernel_size": 3},
+    "both": {
+        "byte_mixers": ["conv", "attention", "conv"],
+        "attention_window_bytes": 9,
+        "conv_kernel_size": 3,
+        "trunk_window_patches": 3,
+    },
 }
 
 

@@ -8,9 +8,9 @@ r"""Turn a finished run of `train.py` into a shipped checkpoint: bfloat16 weight
 rounded weights are evaluated again, so the card has the scores of the files, not of the run. The folder gets no code
 (`push_to_hub.py` adds it), and a `config.json` with dtype float32, in which the weights are loaded. With `--after`,
 the weights are those of a run that started from `--run`, or the mean of several (arXiv:2203.05482), and `results.json` keeps what
-is known of all. `--share 0.5` takes the mean of the weights before and after (WiSE-FT, arXiv:2109.01903), with the `rope_theta`
-of the last run after. `--plus BEFORE AFTER` adds what another training changed, from the weights of one exported
-checkpoint to those of another (task arithmetic, arXiv:2212.04089).
+is known of all. `--share 0.5` takes the mean of the weights before and after (WiSE-FT, arXiv:2109.01903), with the `rope_theta` and the
+`trunk_window_patches` of the last run after. `--plus BEFORE AFTER` adds what another training changed, from the weights of one exported
+checkpoint to those of another (task arithmetic, arXiv:2212.04089). `--set` changes fields of the config that size no weight.
 """
 
 import argparse
@@ -28,6 +28,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 sys.path.append(str(Path(__file__).parents[1]))  # the examples
 
 from inputs import share
+from pretrain import load_config
 from score import bits_of_documents, documents
 
 from modeling_stlm import STLMTokenizer
@@ -52,6 +53,7 @@ def parse_arguments() -> argparse.Namespace:
         metavar=("BEFORE", "AFTER"),
         help="exported checkpoints: the weights in AFTER minus those in BEFORE are added",
     )
+    parser.add_argument("--set", nargs="*", default=[], metavar="FIELD=VALUE", help="config fields to change, as JSON")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--data", type=Path, required=True, help="Markdown about the training texts")
     parser.add_argument("--licence", default="cc-by-sa-4.0", help="licence of the weights, as the Hub spells it")
@@ -86,14 +88,19 @@ def interpolated(args: argparse.Namespace) -> PreTrainedModel:
     for folder, model in models.items():
         config = model.config.to_diff_dict()
         names = (wanted.keys() | config.keys()) - {"auto_map", "use_cache"}
-        if folder not in args.after:  # the rotary base is no weight
-            names -= {"rope_theta"}
+        if folder not in args.after:  # no weights
+            names -= {"rope_theta", "trunk_window_patches"}
         if other := sorted(name for name in names if wanted.get(name) != config.get(name)):
             raise SystemExit(f"{folder} and {published} differ in {other}: such weights cannot be added")
     weights = {folder: model.state_dict() for folder, model in models.items()}
     total = {name: sum(shares[folder] * weights[folder][name] for folder in models) for name in weights[published]}
-    models[published].load_state_dict(total)
-    return models[published].to(torch.bfloat16)
+    config = load_config(str(published), args.set, is_checkpoint=True)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(published, config=config, dtype=torch.float32)
+    except RuntimeError as error:
+        raise SystemExit(f"--set {' '.join(args.set)} does not fit the weights: {error}") from None
+    model.load_state_dict(total)
+    return model.to(torch.bfloat16)
 
 
 def results_of(folder: Path) -> dict:
@@ -135,6 +142,8 @@ def main():
         phases += added
     if not phases:
         del results["afterwards"]
+    if args.set:
+        results["fields_set"] = [*results.get("fields_set", []), *args.set]
     if args.share < 1 or len(args.after) > 1 or args.plus:  # nothing but the scores of the exported weights
         results.pop("bits_per_byte", None)
     tokenizer = STLMTokenizer()

@@ -37,7 +37,7 @@ from .archive import output
 from .cli import writable
 
 
-FORMAT_VERSION = 2  # 1 is that of files without `match_doublings`, which an engine before it would pass over
+FORMAT_VERSION = 3  # files say the first whose engines know all that they use
 TYPES = ("f32", "bf16", "q8", "q4_0")
 SYNONYMS = {"q8_0": "q8"}  # what llama.cpp calls its 8 bits, which have a scale per 32 inputs
 # Nine tenths of the weights. The byte layers and the head are small, and lose most where they are rounded to four bits.
@@ -68,6 +68,7 @@ SIZES = {
     "trunk_num_attention_heads": (1, 1024),
     "trunk_num_key_value_heads": (1, 1024),
     "trunk_head_dim": (2, 1024),
+    "trunk_window_patches": (0, 1 << 27),
     "bos_token_id": (0, 65534),
 }
 MAX_PASSES, MAX_INPUTS, MAX_ORDERS, MAX_ORDER, MAX_ENDS = 1024, 32768, 15, 64, 64
@@ -187,7 +188,8 @@ def export_gguf(
     config, kinds = model.config, gguf.GGMLQuantizationType
     writer = gguf.GGUFWriter(None, "stlm")
     writer.add_uint32(CHECKSUM.decode(), 0)
-    writer.add_uint32("stlm.format_version", FORMAT_VERSION if model.config.match_doublings else 1)
+    version = 3 if config.trunk_window_patches else 2 if config.match_doublings else 1
+    writer.add_uint32("stlm.format_version", version)
     writer.add_string("stlm.config", config.to_json_string(use_diff=False))
     if license:
         writer.add_license(license)

@@ -21,7 +21,7 @@
 #pragma STDC FP_CONTRACT OFF  // GCC: -std=c99 or -ffp-contract=off
 #endif
 
-enum { LANES = 16, MAX_TOKENS = 64, MAX_CONTEXT = 64, PART = 128, MAX_BYTES = 1 << 27, MAX_DOUBLINGS = 4, FORMAT_VERSION = 2 };
+enum { LANES = 16, MAX_TOKENS = 64, MAX_CONTEXT = 64, PART = 128, MAX_BYTES = 1 << 27, MAX_DOUBLINGS = 4, FORMAT_VERSION = 3 };
 
 #ifndef __GNUC__
 #error "compile with GCC or Clang (clang-cl on Windows): vectors are written with their extension of C"
@@ -116,7 +116,8 @@ typedef struct Kernels {
   void (*product)(stlm_batch *, const Matrix *, const float *x, int n, float *y);
   void (*norm)(const float *x, const float *weight, float eps, int n, int width, float *to);
   void (*add_row)(const Table *, int64_t row, float *to);
-  void (*attend)(stlm_batch *, const Attention *, int i, float *projected, Kept kept, int slot, int count, float *to);
+  void (*attend)(stlm_batch *, const Attention *, int i, float *projected, Kept kept, int slot, int first, int count,
+                 float *to);
 } Kernels;
 
 typedef struct Block { struct Block *next; } Block;
@@ -143,7 +144,7 @@ struct stlm_model {
   Matrix router_q, router_k;
   Matrix patch_proj, byte_proj;
   const float *start, *final_norm, *trunk_norm;
-  int trunk_width, num_passes;
+  int trunk_width, trunk_window, num_passes;
   const int32_t *attention_of, *feed_forward_of;  // (num_passes)
   AttentionBlock *attention_blocks;
   FeedForward *feed_forward_blocks;
@@ -838,11 +839,12 @@ INLINE void keep(char *to, float number, int item) {
   else memcpy(to, &half, 2);
 }
 
-// Keeps key and value of token i at `slot` and attends to the slots below `count`. `projected` (H + 2 groups, K) is changed.
+// Keeps key and value of token i at `slot` and attends to the slots from `first` to below `count`. `projected` (H + 2 groups,
+// K) is changed.
 INLINE void attend(FloatSums sums_of, stlm_batch *b, const Attention *a, int i, float *projected, Kept kept, int slot,
-                   int count, float *to) {
+                   int first, int count, float *to) {
   const int width = a->width, wide = round_up(width, LANES), queries = a->heads / a->groups, padded = round_up(count, LANES);
-  const int item = b->model->item, room = kept.room, within = slot % room;
+  const int item = b->model->item, room = kept.room, within = slot % room, start = first / PART * PART;
   const size_t step = (size_t)(item * LANES), key_step = step * (size_t)width, value_step = (size_t)(item * wide);
   const float *cosines = b->cosines + i * width / 2, *sines = b->sines + i * width / 2;
   const float scale = 1.0f / sqrtf((float)width);
@@ -858,12 +860,16 @@ INLINE void attend(FloatSums sums_of, stlm_batch *b, const Attention *a, int i, 
       keep(column + (size_t)c * step, key[c], item);
       keep(row + c * item, value[c], item);
     }
-    for (int at = 0; at < count; at += room)
+    for (int at = start; at < count; at += room)
       product_of_floats(sums_of, kept.pages[at / room] + kept.keys, step, key_step, width, min_int(room, padded - at), query,
                         (size_t)width, queries, b->scores + at, (size_t)padded);
-    for (int q = 0; q < queries; q++) softmax(b->scores + q * padded, count);
+    for (int q = 0; q < queries; q++) {
+      float *scores = b->scores + q * padded;
+      memset(scores + start, 0, sizeof(float) * (size_t)(first - start));
+      softmax(scores + first, count - first);
+    }
     memset(to, 0, sizeof(float) * (size_t)(queries * width));
-    for (int at = 0; at < count; at += PART) {  // values of so many slots stay in the cache for all queries
+    for (int at = start; at < count; at += PART) {  // values of so many slots stay in the cache for all queries
       const char *values = kept.pages[at / room] + kept.values + (size_t)(at % room) * value_step;
       product_of_floats(sums_of, values, value_step, step, min_int(PART, count - at), width, b->scores + at, (size_t)padded,
                         queries, b->part, (size_t)width);
@@ -892,7 +898,7 @@ INLINE void byte_layer(stlm_batch *b, const ByteLayer *layer, int n, const Kerne
       set_angles(b, i, t, &layer->attention);
       char *const page = (char *)state;
       const Kept kept = {&page, round_up(m->window, LANES), 0, sizeof(float) * ring_of_keys(m, &layer->attention)};
-      k->attend(b, &layer->attention, i, b->y + i * in->out, kept, t % m->window, min_int(t + 1, m->window),
+      k->attend(b, &layer->attention, i, b->y + i * in->out, kept, t % m->window, 0, min_int(t + 1, m->window),
                 b->x + i * out->in);
     } else {
       convolve(m, layer, state, t, b->y + i * in->out, b->x + i * width);
@@ -1016,7 +1022,8 @@ INLINE void run_trunk(stlm_batch *b, int p, const Kernels *k) {
       const Row *row = b->rows + b->patch_row[i];
       const Kept kept = {row->pages, PART, (size_t)pass * keys_of_pass(m), (size_t)m->num_passes * keys_of_pass(m) +
                          (size_t)pass * values_of_pass(m)};
-      k->attend(b, a, i, b->y + i * a->qkv.out, kept, b->patch_index[i], b->patch_index[i] + 1, b->x + i * a->out.in);
+      const int patch = b->patch_index[i], first = m->trunk_window ? max_int(0, patch + 1 - m->trunk_window) : 0;
+      k->attend(b, a, i, b->y + i * a->qkv.out, kept, patch, first, patch + 1, b->x + i * a->out.in);
     }
     k->product(b, &a->out, b->x, p, b->y);
     add_to(b->patches, b->y, p * width);
@@ -1067,9 +1074,9 @@ INLINE void forward(stlm_batch *b, int n, const Kernels *k) {
     else product_of_floats(sums_of, m->weights, step, step * in, m->in, m->out, x, in, n, y, out);              \
   }                                                                                                             \
   TARGET static void attend_##isa(stlm_batch *b, const Attention *a, int i, float *projected, Kept kept,        \
-                                  int slot, int count, float *to) {                                             \
+                                  int slot, int first, int count, float *to) {                                  \
     const FloatSums sums_of = b->model->item == 2 ? sums_bf16_##isa : sums_f32_##isa;                           \
-    attend(sums_of, b, a, i, projected, kept, slot, count, to);                                                 \
+    attend(sums_of, b, a, i, projected, kept, slot, first, count, to);                                          \
   }                                                                                                             \
   TARGET static void norm_##isa(const float *x, const float *weight, float eps, int n, int width, float *to) {  \
     norm(x, weight, eps, n, width, to);                                                                         \
@@ -1479,6 +1486,8 @@ static void read_trunk(File *f, stlm_model *m) {
   const int inner = read_int(f, "stlm.trunk_intermediate_size", 1, 32768);
   int num_attention = 0, num_feed_forward = 0, count;
   m->attention_of = read_ints(f, "stlm.trunk_attention_schedule", 1023, 1, 1024, &m->num_passes);
+  const int has_window = seek(f, "stlm.trunk_window_patches", UINT32, 0, 1);  // files before version 3 need not have it
+  m->trunk_window = has_window ? read_int(f, "stlm.trunk_window_patches", 0, MAX_BYTES) : 0;
   m->feed_forward_of = read_ints(f, "stlm.trunk_feed_forward_schedule", 1023, m->num_passes, m->num_passes, &count);
   for (int i = 0; i < m->num_passes && !*f->error; i++) {
     num_attention = max_int(num_attention, m->attention_of[i] + 1);

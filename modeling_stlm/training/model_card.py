@@ -460,6 +460,7 @@ def _training(results: dict, base: dict) -> str:
             *_special(arguments),
             _made_with(results),
             *_afterwards(results),
+            *_fields_set(results),
             "- all settings: `results.json`",
         ]
     )
@@ -488,6 +489,11 @@ def _afterwards(results: dict) -> list[str]:
             _made_with(after),
         ]
     return lines
+
+
+def _fields_set(results: dict) -> list[str]:
+    """What `research/export.py --set` changed."""
+    return [f"- fields changed after training: {', '.join(changed)}"] if (changed := results.get("fields_set")) else []
 
 
 def _special(arguments: dict[str, str]) -> list[str]:
