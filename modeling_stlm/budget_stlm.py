@@ -55,7 +55,7 @@ class BudgetMixin:
         Args:
             bytes_per_patch (`float`): average length of a patch in the text at hand.
             context_bytes (`int`): length of the text, of which attention of the trunk sees half on average, all of it
-                with `is_causal=False`, and no more than its window.
+                with `is_causal=False`, within its window.
         """
         base, config = self.base_model, self.config
         per_byte = 2 * (_matmul_parameters(base.local_encoder) + _matmul_parameters(base.local_decoder))
@@ -70,10 +70,9 @@ class BudgetMixin:
             per_byte += 2 * head.weight.numel()
         trunk = base.trunk
         per_patch = 2 * (_matmul_parameters(base.patcher.patch_proj) + _matmul_parameters(base.patcher.byte_proj))
-        patches_seen = context_bytes / bytes_per_patch / (2 if config.is_causal else 1)
-        if config.trunk_window_patches is not None:
-            window = config.trunk_window_patches if config.is_causal else 2 * config.trunk_window_patches - 1
-            patches_seen = min(patches_seen, window)
+        patches = context_bytes / bytes_per_patch
+        beyond = max(0, patches - (config.trunk_window_patches or patches))
+        patches_seen = (patches - beyond**2 / patches) / (2 if config.is_causal else 1)
         attention_width = config.trunk_num_attention_heads * config.trunk_head_dim
         per_patch += sum(2 * _matmul_parameters(own) for own in filter(None, [trunk.own_matrices]))
         for attention, feed_forward in config.trunk_schedule:

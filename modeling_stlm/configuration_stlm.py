@@ -23,8 +23,8 @@ HEADS = ("MaskedLM", "SequenceClassification", "TokenClassification", "QuestionA
 @strict
 class STLMConfig(PreTrainedConfig):
     r"""
-    Configuration of an [`STLMModel`]. The defaults are the sizes of the preset `stlm-10m`, without layer sharing
-    and match embeddings.
+    Configuration of an [`STLMModel`]. The defaults are the sizes of the preset `stlm-10m`, without layer sharing,
+    match embeddings and a window of the trunk.
 
     Args:
         vocab_size (`int`, defaults to 320): 256 bytes, then special tokens, with room for added ones.
@@ -60,7 +60,7 @@ class STLMConfig(PreTrainedConfig):
         trunk_num_attention_heads, trunk_num_key_value_heads (`int`, default to 10 and 2): heads of the trunk.
         trunk_window_patches (`int`, *optional*):
             Attention of the trunk sees the last so many patches, the current one included (with `is_causal=False`, as
-            many on either side); all of them if left out.
+            many on either side); all of them if left out. Caches keep all: it saves time, not memory.
         num_trunk_layers, num_unique_trunk_layers (`int`, default to 5 and all): layers that run, layers that are stored.
         layer_sharing (`str`, defaults to `"none"`):
             How stored layers make up the depth. `"none"`: each runs once. `"immediate"`: each inner layer runs several

@@ -2,7 +2,7 @@
 """The layers of both levels: attention, short convolutions and feed-forward layers.
 
 Shapes: B rows, T bytes of this call, P patches, D byte width, G trunk width, H heads, K head width. R rows that completed
-a patch, S patches of a row so far.
+a patch, S patches that any of these may see.
 """
 
 from collections.abc import Callable
@@ -51,6 +51,13 @@ def rotary_embedding(
 def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """`states (B, T, H, K)` rotated in the planes of channels i and i + K / 2."""
     return torch.addcmul(states * cos, states.roll(states.shape[-1] // 2, -1), sin)
+
+
+def is_visible(query: torch.Tensor, key: torch.Tensor, window: int | None, is_causal: bool) -> torch.Tensor:
+    """Whether the patch of index `query` may see that of index `key`, which broadcast, as far as order and window go."""
+    distance = query - key
+    visible = distance >= 0 if is_causal else torch.ones_like(distance, dtype=torch.bool)
+    return visible if window is None else visible & (distance.abs() < window)
 
 
 def make_norm(config: STLMConfig, width: int) -> nn.Module:
@@ -141,21 +148,26 @@ class STLMAttention(nn.Module):
         output, weights = attention(self, query, key, value, allowed, dropout=probability, scaling=self.scaling)
         return output.flatten(2), weights  # (B, T, H * K), (B, H, T, S)
 
-    def attend_in_blocks(self, query, key, value) -> tuple[torch.Tensor, None]:
-        """`attend` of `query (B, H, T, K)`, the first ones of their rows, within the window: linear in T."""
+    def _needs_window(self, num_queries: int, num_keys: int) -> bool:
+        return num_keys > self.window or 1 < num_queries < num_keys
 
-        def allowed(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-            distance = query[:, None] - key
-            return ((distance >= 0) & (distance < self.window))[None, None]
-
-        index = torch.arange(query.shape[2], device=query.device)
-        if is_tracing():  # a graph would count blocks once and for all
-            return self.attend(query, key, value, allowed(index, index))[0], None
-        outputs = []
-        for start, queries in zip(range(0, len(index), self.window), query.split(self.window, dim=2)):
-            seen = slice(max(0, start + 1 - self.window), start + queries.shape[2])
-            mask = allowed(index[start : seen.stop], index[seen])
-            outputs.append(self.attend(queries, key[:, :, seen], value[:, :, seen], mask)[0])
+    def attend_in_window(self, query, key, value) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """`attend` of `query (B, H, T, K)`, the last T of the S keys, within the window; without weights linear in T."""
+        num_queries, num_keys = query.shape[2], key.shape[2]
+        index = torch.arange(num_keys, device=query.device)
+        if self.config._attn_implementation != "sdpa" or is_tracing():  # a graph would count blocks once and for all
+            allowed = is_visible(index[num_keys - num_queries :, None], index, self.window, self.is_causal)
+            return self.attend(query, key, value, allowed[None, None])
+        outputs, num_after = [], 0 if self.is_causal else self.window - 1
+        first = num_keys - num_queries
+        for queries in query.split(self.window, dim=2):
+            end = first + queries.shape[2]
+            seen = slice(max(0, first + 1 - self.window), end + num_after)
+            allowed = None
+            if first > 0 or num_after:
+                allowed = is_visible(index[first:end, None], index[seen], self.window, self.is_causal)[None, None]
+            outputs.append(self.attend(queries, key[:, :, seen], value[:, :, seen], allowed)[0])
+            first = end
         return torch.cat(outputs, dim=1), None
 
     def forward(
@@ -168,13 +180,13 @@ class STLMAttention(nn.Module):
         where: TrunkRows | None = None,
         own: nn.ModuleDict | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """`hidden_states (R, P, G)` of the rows that completed a patch, `allowed (R, 1, P, S)` or `None`: causal, within
-        the window."""
+        """`hidden_states (R, P, G)` of the rows that completed a patch, `allowed (R, 1, P, S)` or `None`: full, or causal
+        in a causal model, within the window."""
         query, key, value = (states.transpose(1, 2) for states in self.project(hidden_states, rotary, own))
         if cache is not None:
             key, value = cache.update(key, value, slot, where=where)
-        if allowed is None and self.window is not None and query.shape[2] > self.window:
-            output, weights = self.attend_in_blocks(query, key, value)
+        if allowed is None and self.window is not None and self._needs_window(query.shape[2], key.shape[2]):
+            output, weights = self.attend_in_window(query, key, value)
         else:
             output, weights = self.attend(query, key, value, allowed)
         return project(self, "o_proj", output, own), weights

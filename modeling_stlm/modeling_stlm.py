@@ -10,7 +10,7 @@ nothing leaks from later bytes, and the trunk runs only when a patch is complete
 are the same code: a call without a cache starts from the fresh state and drops the new one.
 
 Shapes: B rows, T bytes of this call, C ids of context before it, P patches, D byte width, G trunk width, H heads, K head
-width, V vocabulary. R rows that completed a patch, S patches of a row so far.
+width, V vocabulary. R rows that completed a patch, S patches that any of these may see.
 Reference: Super Tiny Language Models, arXiv:2405.14159; other sources are named where they are used.
 """
 
@@ -88,7 +88,8 @@ class STLMModelOutput(STLMOutput):
             trunk; with `output_patch_hidden_states=True`. All rows without a cache, else those that completed a patch.
         patch_attentions (`tuple(torch.FloatTensor)`, *optional*): `(B, trunk_num_attention_heads, P, P)` for each pass;
             with `output_patch_attentions=True`. With a cache `(R, trunk_num_attention_heads, P, S)`: the R rows that completed a
-            patch in this call, and the S patches of a row so far.
+            patch in this call, and their S patches so far; with `trunk_window_patches` those from the first one on that
+            any new patch may see.
         boundaries (`torch.BoolTensor` of shape `(B, T)`, *optional*): where patches end; with `output_boundaries=True`.
         ratio_loss (`torch.FloatTensor` of shape `()`, *optional*):
             With `patching="learned"`, in training: see [`LearnedRule`].

@@ -2,7 +2,7 @@
 """The patch level: bytes are pooled into patches, the trunk runs once for each, and bytes see the last complete one.
 
 Shapes: B rows, T bytes of this call, C ids of context before it, P patches that end in it, D byte width, G trunk width.
-R rows that completed a patch, S patches of a row so far.
+R rows that completed a patch, S patches that any of these may see.
 """
 
 from collections import Counter
@@ -21,6 +21,7 @@ from .configuration_stlm import STLMConfig
 from .layers_stlm import (
     STLMTrunkAttentionBlock,
     STLMTrunkFeedForwardBlock,
+    is_visible,
     low_rank_matrices,
     make_norm,
     rotary_embedding,
@@ -191,7 +192,7 @@ class STLMTrunk(nn.Module):
         Args:
             patches (`torch.Tensor` of shape `(R, P, G)`): new patches of some rows.
             allowed (`torch.BoolTensor` of shape `(R, 1, P, S)`, *optional*):
-                Patches that each may see; full, or causal in a causal model, if left out.
+                Patches that each may see; all within the window, or causal there in a causal model, if left out.
             index (`torch.LongTensor` of shape `(R, P)`, *optional*): index of each in its row; 0 to P - 1 if left out.
             cache (`Cache`, *optional*): with slots for the passes.
             where (`TrunkRows`, *optional*): with a cache, where the new patches are stored.
@@ -372,27 +373,24 @@ class STLMPatcher(nn.Module):
         else:
             first, last = int(start.min()), int(start.max())
             begin, end = 0 if self.window is None else max(0, first + 1 - self.window), last + num_new
-            needs_mask = (num_new > 1 or first != last) and (last > 0 or self.masks_window)
+            needs_mask = first != last or (num_new > 1 and last > 0 and self.window is None)
+            needs_mask = needs_mask or (num_new > 1 and self.masks_window(batch.num_bytes))
             at = slice(first, end) if rows is None and first == last else index
         allowed = None
         if needs_mask:
-            allowed = self._is_visible(torch.arange(begin, end, device=start.device), index[..., None])[:, None]
+            allowed = self.is_visible(index[..., None], torch.arange(begin, end, device=start.device))[:, None]
         new = trunk(self.patch_proj(pooled), allowed, index, cache, TrunkRows(num_rows, rows, at, end, begin))
         new = self.byte_proj(new)
         if rows is not None:
             new = new.new_zeros(num_rows, num_new, new.shape[-1]).index_copy(0, rows, new)
         return self.smooth(new, found, patches, batch, state)
 
-    @property
-    def masks_window(self) -> bool:
-        """Whether a mask says what the window is: in a graph of the model, where the number of patches is unknown."""
-        return self.window is not None and is_tracing()
+    def masks_window(self, num_bytes: int) -> bool:
+        """Whether a mask says what the window is: in a graph, which knows no number of patches, but that of bytes."""
+        return self.window is not None and (is_torchdynamo_exporting() or (is_tracing() and num_bytes > self.window))
 
-    def _is_visible(self, key: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
-        """Whether the patch of index `query` may see that of index `key`, as far as order and window go."""
-        distance = query - key
-        visible = distance >= 0 if self.is_causal else torch.ones_like(distance, dtype=torch.bool)
-        return visible if self.window is None else visible & (distance.abs() < self.window)
+    def is_visible(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        return is_visible(query, key, self.window, self.is_causal)
 
     def _allowed_patches(self, patches: Patches, batch: STLMBatch) -> torch.Tensor | None:
         """Without a cache: which patches each patch may see (B, 1, P, P); `None` if the trunk needs no mask."""
@@ -400,15 +398,15 @@ class STLMPatcher(nn.Module):
         patch = torch.arange(end_at.shape[1], device=end_at.device)
         if self.is_causal:
             # Entries past a row's count come last: they are causally invisible.
-            if batch.positions is None and not self.masks_window:
+            if batch.positions is None and not self.masks_window(batch.num_bytes):
                 return None
-            allowed = self._is_visible(patch, patch[:, None])[None]
+            allowed = self.is_visible(patch[:, None], patch)[None]
         else:
-            has_window = self.window is not None and (self.masks_window or end_at.shape[1] > self.window)
-            if batch.positions is None and not has_window and not is_static() and (counts == end_at.shape[1]).all():
+            may_be_full = batch.positions is None and not is_static() and not self.masks_window(batch.num_bytes)
+            if may_be_full and (counts == end_at.shape[1]).all():
                 return None
             # A patch past the count sees itself, so that its softmax is over something.
-            allowed = (patch < counts[:, None])[:, None] & self._is_visible(patch, patch[:, None])
+            allowed = (patch < counts[:, None])[:, None] & self.is_visible(patch[:, None], patch)
             allowed = allowed | (patch == patch[:, None])
         if batch.positions is not None:
             document = end_at - batch.positions.gather(1, end_at)  # (B, P) first byte of the patch's document

@@ -1,16 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
 """The cache: whatever way bytes are fed, logits are those of one forward pass over the row alone."""
 
+from unittest import mock
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache, LlamaConfig, StaticCache
 
+from modeling_stlm import STLMModel
+
 from .test_model import ALL, ROWS, cases
-from .tiny import MIXERS, PATCHING, RTOL, SHARING, TEXT, assert_equal, batch, ids_of, tiny_config, tiny_model
+from .tiny import (
+    MIXERS,
+    PATCHING,
+    RTOL,
+    SHARING,
+    TEXT,
+    assert_equal,
+    batch,
+    ids_of,
+    randomize,
+    tiny_config,
+    tiny_model,
+)
 
 
 IDS = torch.tensor([ids_of(TEXT)])
@@ -300,6 +317,38 @@ def test_memory_for_a_first_prompt_grows_with_its_length_and_not_faster(options)
             model(ids, cache=DynamicCache(config=model.config), logits_to_keep=1)
         largest.append(tensors.size)
     assert largest[1] < 2.1 * largest[0]
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+@torch.no_grad()
+def test_memory_grows_no_faster_than_a_text_with_a_window_of_the_trunk(is_causal):
+    model, largest = randomize(STLMModel(tiny_config(is_causal=is_causal, trunk_window_patches=4))), []
+    for num_bytes in (2000, 4000):
+        ids = torch.tensor([(IDS[0].tolist() * 30)[:num_bytes]])
+        cache = model(ids[:, :40], cache=DynamicCache(config=model.config)).cache if is_causal else None
+        with LargestTensor() as tensors:
+            out = model(ids, cache=cache)  # after 40 bytes, where there is a cache
+        assert not is_causal or out.cache.get_seq_length() == 40 + num_bytes
+        largest.append(tensors.size)
+    assert largest[1] < 2.1 * largest[0]
+
+
+@torch.no_grad()
+def test_a_step_reads_the_window_of_the_trunk_alone():
+    largest = []
+    for num_bytes in (1000, 4000):
+        model = tiny_model(trunk_window_patches=4)
+        cache = model(torch.tensor([(IDS[0].tolist() * 30)[:num_bytes]]), use_cache=True).cache
+        seen, attend = [], F.scaled_dot_product_attention
+
+        def count(query, key, *args, seen=seen, attend=attend, **kwargs):
+            seen.append(key.shape[2])
+            return attend(query, key, *args, **kwargs)
+
+        with mock.patch.object(F, "scaled_dot_product_attention", count):
+            model(torch.tensor([ids_of("so ")]), cache=cache)
+        largest.append(max(seen))
+    assert largest == [4, 4]
 
 
 def test_gradients_through_a_cache_of_ragged_rows_are_those_of_one_pass():

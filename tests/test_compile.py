@@ -67,7 +67,7 @@ def test_a_training_step_is_one_graph_for_every_length(options, kind):
 
 
 @torch._dynamo.config.patch(recompile_limit=8)  # which is set anew
-@pytest.mark.parametrize("options", [{}, {"trunk_window_patches": 3}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"trunk_window_patches": 3}, {"trunk_window_patches": 14}], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_layers_compiled_one_by_one_train_the_same(kind, options, monkeypatch):
     pretrain, graphs, compile_module = importlib.import_module("pretrain"), [], torch.nn.Module.compile

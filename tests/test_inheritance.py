@@ -371,6 +371,8 @@ def test_ngrams_of_the_data_take_their_rows_along():
         ({"sharing_lora_rank": 2}, "sharing_lora_rank=0, got 2"),
         ({"tie_word_embeddings": False}, "tie_word_embeddings=True, got False"),
         ({"rope_theta": 10.0}, r"rope_theta=10000\.0, got 10\.0"),
+        ({"trunk_window_patches": 3}, "trunk_window_patches=None, got 3"),
+        ({"attention_window_bytes": 3}, "attention_window_bytes=64, got 3"),
     ],
 )
 def test_a_config_that_cannot_inherit_is_refused_by_field(changes, message):

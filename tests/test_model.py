@@ -182,9 +182,10 @@ def test_hidden_states_and_attentions_of_padded_rows_stand_at_their_bytes():
             assert_equal(ours[b][:, at][:, :, at], expected[0])
 
 
+@pytest.mark.parametrize("window", [None, 3])
 @torch.no_grad()
-def test_patch_outputs_have_one_entry_a_patch():
-    model = tiny_model(**SHARING["middle"])
+def test_patch_outputs_have_one_entry_a_patch(window):
+    model = tiny_model(**SHARING["middle"], trunk_window_patches=window)
     model.set_attn_implementation("eager")
     ids = torch.tensor([ids_of(TEXT)])
     out = model(
@@ -194,6 +195,12 @@ def test_patch_outputs_have_one_entry_a_patch():
     assert num_patches > 10
     assert [tuple(states.shape) for states in out.patch_hidden_states] == [(1, num_patches, 24)] * 5
     assert [tuple(weights.shape) for weights in out.patch_attentions] == [(1, 4, num_patches, num_patches)] * 5
+    cached = model(ids, output_patch_attentions=True, use_cache=True)
+    assert_equal(torch.stack(cached.patch_attentions), torch.stack(out.patch_attentions))
+    seen = (torch.stack(out.patch_attentions) > 0).sum(-1)
+    assert (seen == torch.arange(1, num_patches + 1).clamp(max=window or num_patches)).all()
+    one = model(torch.tensor([ids_of("new ")]), output_patch_attentions=True, cache=cached.cache)
+    assert [tuple(weights.shape) for weights in one.patch_attentions] == [(1, 4, 1, window or num_patches + 1)] * 5
 
 
 @pytest.mark.parametrize("options", cases(MIXERS))
@@ -338,9 +345,11 @@ def test_flops_per_byte_equal_the_count_of_the_profiler(changes):
     assert ours == pytest.approx(counted / ids.shape[1], rel=0.01)
 
 
+@pytest.mark.parametrize("window", [None, 30, 60, 200])
 @pytest.mark.parametrize("is_causal", [True, False])
-def test_flops_of_attention_are_those_of_the_pairs_that_attend(is_causal):
+def test_flops_of_attention_are_those_of_the_pairs_that_attend(is_causal, window):
     options = {"is_causal": is_causal, "attn_implementation": "eager", "intermediate_size": 8}
+    options["trunk_window_patches"] = window
     model = randomize(STLMModel(tiny_config(**options, **MIXERS["attention"])))
     config, ids = model.config, torch.tensor([ids_of(TEXT * 4)])
     with torch.no_grad(), torch.profiler.profile(with_flops=True) as profile:

@@ -264,7 +264,10 @@ def test_the_card_says_which_way_the_model_looks(tmp_path):
         (False, "A pooled byte-level encoder ", "- bidirectional: a byte sees the whole text\n"),
     ):
         text = text_of(STLMModel(tiny_config(is_causal=is_causal)), tmp_path)
-        assert kind in text and way in text and "continues text" not in text
+        assert kind in text and way in text and "continues text" not in text and "; attention over" not in text
+    for is_causal, words in ((True, "; attention over the last 1,024 patches\n"), (False, "nearest 1,024 patches\n")):
+        text = text_of(STLMModel(tiny_config(is_causal=is_causal, trunk_window_patches=1024)), tmp_path)
+        assert words in text and "the whole text" not in text
 
 
 def test_the_card_says_what_is_matched(tmp_path):

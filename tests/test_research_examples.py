@@ -718,6 +718,9 @@ def test_export_takes_the_mean_of_weights_before_and_after(small_text, tmp_path)
 
     # Half of what the two changed, added to one of them.
     plus = ["--plus", tmp_path / "before", tmp_path / "out"]
+    again = ["--run", tmp_path / "out", "--after", tmp_path / "after", *arguments[7:], "--output", tmp_path / "again"]
+    run("research/export.py", *again, cwd=tmp_path)  # which has another window
+    assert "fields_set" not in json.loads((tmp_path / "again" / "results.json").read_text())
     added = ["--run", tmp_path / "before", "--after", tmp_path / "after", *arguments[7:]]
     run("research/export.py", *added, *plus, "--output", tmp_path / "sum", cwd=tmp_path)
     total = torch.cat(
@@ -741,6 +744,7 @@ def test_export_takes_the_mean_of_weights_before_and_after(small_text, tmp_path)
         assert "would average or add twice" in refused(*arguments, "--output", tmp_path / name)
     another = ["--output", tmp_path / "another"]
     assert "--set hidden_size=64 does not fit the weights" in refused(*arguments, "--set", "hidden_size=64", *another)
+    assert "--set match_bytes=0 does not fit the weights" in refused(*arguments, "--set", "match_bytes=0", *another)
     assert "--set ['width']: not a field" in refused(*arguments, "--set", "width=64", *another)
     assert "do not go on from those of" in refused(*added, "--plus", tmp_path / "out", tmp_path / "before", *another)
     assert "is in the weights of" in refused("--run", tmp_path / "sum", *arguments[7:], *plus, *another)

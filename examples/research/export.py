@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 sys.path.append(str(Path(__file__).parents[1]))  # the examples
 
 from inputs import share
-from pretrain import load_config
+from pretrain import field_value, load_config
 from score import bits_of_documents, documents
 
 from modeling_stlm import STLMTokenizer
@@ -97,9 +97,9 @@ def interpolated(args: argparse.Namespace) -> PreTrainedModel:
     config = load_config(str(published), args.set, is_checkpoint=True)
     try:
         model = AutoModelForCausalLM.from_pretrained(published, config=config, dtype=torch.float32)
-    except RuntimeError as error:
+        model.load_state_dict(total)
+    except (RuntimeError, ValueError) as error:
         raise SystemExit(f"--set {' '.join(args.set)} does not fit the weights: {error}") from None
-    model.load_state_dict(total)
     return model.to(torch.bfloat16)
 
 
@@ -123,6 +123,12 @@ def added_phases(before: Path, after: Path) -> list[dict]:
     return [phase | {"added": True} for phase in later[len(known) :]]
 
 
+def kept_changes(changes: list[str], config) -> list[str]:
+    """Those of `--set`, of earlier exports too, that `config` has: a run after has a config of its own."""
+    last = {change.partition("=")[0]: change for change in changes}
+    return [change for name, change in last.items() if getattr(config, name) == field_value(change.partition("=")[2])]
+
+
 def main():
     args = parse_arguments()
     results = results_of(args.run)
@@ -142,8 +148,6 @@ def main():
         phases += added
     if not phases:
         del results["afterwards"]
-    if args.set:
-        results["fields_set"] = [*results.get("fields_set", []), *args.set]
     if args.share < 1 or len(args.after) > 1 or args.plus:  # nothing but the scores of the exported weights
         results.pop("bits_per_byte", None)
     tokenizer = STLMTokenizer()
@@ -165,6 +169,8 @@ def main():
         split: bits_of_documents(model, tokenizer, documents(getattr(args, split)), block_bytes)
         for split in ("validation", "test")
     }
+    if fields_set := kept_changes([*results.pop("fields_set", []), *args.set], model.config):
+        results["fields_set"] = fields_set
     results["stored_parameters"] = model.num_parameters()
     results["config"] = {name: value for name, value in model.config.to_diff_dict().items() if name != "auto_map"}
     if args.run.resolve() != args.output.resolve():

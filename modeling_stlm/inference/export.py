@@ -92,7 +92,13 @@ def fingerprint(model: STLMForCausalLM, rounded: dict[str, np.ndarray] | None = 
         "hidden_act",
         "ngram_orders",
     )
-    settings = [model.config.trunk_schedule, *(getattr(model.config, name) for name in names)]
+    window = model.config.trunk_window_patches  # left out without one, as in files of before
+    names = [name for name in names if name != "trunk_window_patches"]
+    settings = [
+        model.config.trunk_schedule,
+        *(getattr(model.config, name) for name in names),
+        *([window] if window else []),
+    ]
     digest = hashlib.sha256(json.dumps(settings).encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())

@@ -35,6 +35,8 @@ SAME = (
     "is_causal",
     "match_bytes",
     "trunk_head_dim",
+    "trunk_window_patches",
+    "attention_window_bytes",
     "num_labels",
     "rope_theta",
     "norm_eps",

@@ -393,6 +393,11 @@ def _architecture(config: STLMConfig, task: Task) -> str:
         lengths = (config.match_bytes << doubling for doubling in range(config.match_doublings + 1))
         matches = f"the byte that followed the same {' or '.join(map(str, lengths))} bytes"
     way = "causal: a byte sees nothing after it" if config.is_causal else "bidirectional: a byte sees the whole text"
+    window = ""
+    if config.trunk_window_patches is not None:
+        side = "last" if config.is_causal else "nearest"
+        window = f"; attention over the {side} {config.trunk_window_patches:,} patches"
+        way = way.replace("the whole text", "text on both sides")
     return "\n".join(
         [
             f"- {way}",
@@ -401,7 +406,7 @@ def _architecture(config: STLMConfig, task: Task) -> str:
             f"match embedding: {matches}",
             f"- patches (`{config.patching}`): they end {patches}; the trunk reads mean and last byte",
             f"- trunk, once per patch: {config.num_trunk_layers} passes over {stored} of width "
-            f"{config.trunk_hidden_size}, {sharing}",
+            f"{config.trunk_hidden_size}, {sharing}{window}",
             f"- head: {head}",
         ]
     )
