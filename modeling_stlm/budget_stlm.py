@@ -72,7 +72,7 @@ class BudgetMixin:
         per_patch = 2 * (_matmul_parameters(base.patcher.patch_proj) + _matmul_parameters(base.patcher.byte_proj))
         patches = context_bytes / bytes_per_patch
         beyond = max(0, patches - (config.trunk_window_patches or patches))
-        patches_seen = (patches - beyond**2 / patches) / (2 if config.is_causal else 1)
+        patches_seen = (patches - (beyond and beyond**2 / patches)) / (2 if config.is_causal else 1)
         attention_width = config.trunk_num_attention_heads * config.trunk_head_dim
         per_patch += sum(2 * _matmul_parameters(own) for own in filter(None, [trunk.own_matrices]))
         for attention, feed_forward in config.trunk_schedule:

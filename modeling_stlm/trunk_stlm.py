@@ -339,6 +339,8 @@ class STLMPatcher(nn.Module):
         if is_static(cache):
             return ends.shape[1]
         num_patches = int(ends.sum(1).max())
+        if self.window is not None and ends.shape[1] <= self.window:
+            torch._check(num_patches <= self.window)  # attention in a graph need not look
         # Without a cache the trunk runs even if no row completed a patch, so that every rank of a distributed training
         # runs, and synchronises, the same modules. Two, since a compiled graph takes a size of one for a constant.
         return num_patches if cache is not None else max(2, num_patches)

@@ -334,6 +334,18 @@ def test_memory_grows_no_faster_than_a_text_with_a_window_of_the_trunk(is_causal
 
 
 @torch.no_grad()
+def test_chunks_equal_one_pass_under_eager_attention_with_a_window_of_the_trunk():
+    model = tiny_model(trunk_window_patches=3)
+    model.set_attn_implementation("eager")
+    ids, cache, logits = torch.tensor([IDS[0].tolist() * 2]), None, []
+    for chunk in ids.split([40, 30, 1, ids.shape[1] - 71], dim=1):
+        out = model(chunk, cache=cache, use_cache=True)
+        cache = out.cache
+        logits.append(out.logits)
+    assert_equal(torch.cat(logits, dim=1), model(ids).logits)
+
+
+@torch.no_grad()
 def test_a_step_reads_the_window_of_the_trunk_alone():
     largest = []
     for num_bytes in (1000, 4000):

@@ -48,11 +48,25 @@ def assert_compiled_training_is_training(options: dict, inputs: dict, backend, s
         ({}, "padded"),
         ({}, "packed"),
         (MIXERS["both"], "plain"),
+        ({"trunk_window_patches": 1000}, "plain"),
+        ({"trunk_window_patches": 1000}, "padded"),
+        ({"trunk_window_patches": 80}, "plain"),
         (MIXERS["both"], "packed"),
         (PATCHING["vocabulary"], "padded"),
         (PATCHING["learned"], "packed"),
     ],
-    ids=["plain", "padded", "packed", "both mixers", "both mixers, packed", "vocabulary, padded", "learned, packed"],
+    ids=[
+        "plain",
+        "padded",
+        "packed",
+        "both mixers",
+        "a wide window",
+        "a wide window, padded",
+        "a window between the lengths",
+        "both mixers, packed",
+        "vocabulary, padded",
+        "learned, packed",
+    ],
 )
 def test_a_training_step_is_one_graph_for_every_length(options, kind):
     graphs = []

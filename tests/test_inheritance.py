@@ -372,12 +372,18 @@ def test_ngrams_of_the_data_take_their_rows_along():
         ({"tie_word_embeddings": False}, "tie_word_embeddings=True, got False"),
         ({"rope_theta": 10.0}, r"rope_theta=10000\.0, got 10\.0"),
         ({"trunk_window_patches": 3}, "trunk_window_patches=None, got 3"),
-        ({"attention_window_bytes": 3}, "attention_window_bytes=64, got 3"),
     ],
 )
 def test_a_config_that_cannot_inherit_is_refused_by_field(changes, message):
     with pytest.raises(ValueError, match=message):
         inherit(tiny_model(), tiny_config(**changes))
+
+
+def test_a_window_of_bytes_that_attend_is_kept():
+    mixers = {"byte_mixers": ["attention"] * 3}
+    with pytest.raises(ValueError, match="attention_window_bytes=64, got 3"):
+        inherit(tiny_model(**mixers), tiny_config(**mixers, attention_window_bytes=3))
+    inherit(tiny_model(), tiny_config(attention_window_bytes=3))  # nothing reads it
 
 
 def test_a_head_of_its_own_does_not_become_the_embedding():

@@ -36,12 +36,12 @@ SAME = (
     "match_bytes",
     "trunk_head_dim",
     "trunk_window_patches",
-    "attention_window_bytes",
     "num_labels",
     "rope_theta",
     "norm_eps",
     "tie_word_embeddings",
 )
+OF_ATTENTION = ("head_dim", "attention_window_bytes")  # the same where bytes attend
 AT_MOST = (
     "hidden_size",
     "intermediate_size",
@@ -156,7 +156,7 @@ def check_own_matrices(*configs: STLMConfig) -> None:
 
 def kinds_of(config: STLMConfig, has_attention: bool) -> dict:
     """What weights were trained for. Every other field is a size that may shrink, or a length of patches."""
-    kinds = {name: getattr(config, name) for name in [*SAME, *(["head_dim"] if has_attention else [])]}
+    kinds = {name: getattr(config, name) for name in (*SAME, *(OF_ATTENTION if has_attention else ()))}
     return kinds | {"ngram_embedding_size": None if config.ngram_embedding_size is None else "a number"}
 
 
