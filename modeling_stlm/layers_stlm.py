@@ -24,6 +24,8 @@ from .configuration_stlm import STLMConfig
 
 
 SHORT_CALL_BYTES = 16  # up to which sums of products are faster on a CPU than the convolution of the library
+BLOCK_QUERIES = 128  # of `blockwise_attention`
+MAX_BLOCKWISE_KEYS = 1024  # up to which its memory is small beside that of the rest of a training step
 
 
 class ByteRows(NamedTuple):
@@ -89,6 +91,52 @@ def project(module: nn.Module, name: str, states: torch.Tensor, own: nn.ModuleDi
     return output if own is None else output + own[name](states)
 
 
+def blockwise_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    allowed: torch.Tensor | None,
+    is_causal: bool,
+    dropout: float,
+    scaling: float,
+) -> torch.Tensor:
+    """Attention (B, T, H * K) of `query (B, H, T, K)` to `key` and `value` (B, J, S, K), J groups of heads, as plain products.
+
+    For training on a CPU, where the fused kernel takes up to four times as long, most of it in the backward pass. Causal
+    queries come in blocks, which leave out the keys after them. Keeps about B H T S / 2 weights for the backward pass.
+
+    Args:
+        allowed (`torch.BoolTensor` of shape `(B or 1, 1, T, S)`, *optional*): full, or causal with `is_causal`, if left out.
+    """
+    num_queries, num_keys = query.shape[2], key.shape[2]
+    query, key = (query * scaling).to(value.dtype), key.to(value.dtype).mT  # they differ from values under autocast
+    bias = None
+    if allowed is None and is_causal:  # as many queries as keys: all other calls come with a mask
+        allowed = torch.ones(1, 1, num_queries, num_keys, dtype=torch.bool, device=query.device).tril()
+    if allowed is not None:
+        bias = torch.zeros(allowed.shape, dtype=value.dtype, device=value.device)
+        bias = bias.masked_fill_(~allowed, torch.finfo(value.dtype).min)[:, :, None]
+    outputs, leaves_out = [], is_causal and num_queries == num_keys
+    query = query.unflatten(1, (key.shape[1], -1))  # (B, J, H / J, T, K)
+    with torch.autocast("cpu", enabled=False):  # which takes a softmax in float32
+        for start in range(0, num_queries, BLOCK_QUERIES):
+            end = min(start + BLOCK_QUERIES, num_queries)
+            seen = end if leaves_out else num_keys
+            queries = query[..., start:end, :]
+            scores = (queries.flatten(2, 3) @ key[..., :seen]).unflatten(2, queries.shape[2:4])
+            if bias is not None:
+                scores = scores + bias[..., start:end, :seen]
+            weights = F.dropout(scores.softmax(-1), dropout).flatten(2, 3)
+            outputs.append((weights @ value[:, :, :seen]).unflatten(2, queries.shape[2:4]))
+    output = torch.cat(outputs, dim=3).flatten(1, 2)  # (B, H, T, K)
+    return output.transpose(1, 2).flatten(2)
+
+
+def _trains_on_cpu(query: torch.Tensor) -> bool:
+    """Whether a backward pass on a CPU follows; not in a graph, which would count blocks once and for all."""
+    return query.device.type == "cpu" and query.requires_grad and torch.is_grad_enabled() and not is_tracing()
+
+
 class STLMAttention(nn.Module):
     """Grouped-query attention with QK-norm: the projections of both levels, and `forward` of the trunk.
 
@@ -138,6 +186,9 @@ class STLMAttention(nn.Module):
             groups = query.squeeze(2).unflatten(1, (self.num_key_value_heads, self.num_key_value_groups))
             output = F.scaled_dot_product_attention(groups, key, value, dropout_p=probability, scale=self.scaling)
             return output.flatten(1)[:, None], None
+        if implementation == "sdpa" and _trains_on_cpu(query) and key.shape[2] <= MAX_BLOCKWISE_KEYS:
+            arguments = self.is_causal, probability, self.scaling
+            return blockwise_attention(query, key, value, allowed, *arguments), None
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
         if implementation != "sdpa":
             if allowed is None:

@@ -4,12 +4,13 @@
 import pytest
 import torch
 
-from modeling_stlm import STLMConfig, STLMForCausalLM, STLMForMaskedLM, STLMModel
+from modeling_stlm import STLMConfig, STLMForCausalLM, STLMForMaskedLM, STLMModel, layers_stlm
 
 from . import reference
 from .tiny import (
     MIXERS,
     PATCHING,
+    RTOL,
     SHARING,
     TEXT,
     assert_equal,
@@ -212,6 +213,85 @@ def test_eager_attention_agrees_with_sdpa(options):
     model.set_attn_implementation("eager")
     valid = inputs["attention_mask"] == 1
     assert_equal(model(**inputs).logits[valid], expected[valid])
+
+
+@pytest.fixture
+def blocks(monkeypatch) -> list[tuple[int, int]]:
+    """Queries and keys of each call of `blockwise_attention`, whose blocks have five queries."""
+    calls, blockwise_attention = [], layers_stlm.blockwise_attention
+    monkeypatch.setattr(layers_stlm, "BLOCK_QUERIES", 5)
+
+    def counted(query, key, *arguments):
+        calls.append((query.shape[2], key.shape[2]))
+        return blockwise_attention(query, key, *arguments)
+
+    monkeypatch.setattr(layers_stlm, "blockwise_attention", counted)
+    return calls
+
+
+LONG = ids_of(TEXT * 2)
+PACKED = {"input_ids": torch.tensor([LONG]), "position_ids": torch.tensor([[*range(70), *range(len(LONG) - 70)]])}
+INPUTS = {"plain": {"input_ids": torch.tensor([LONG])}, "padded": batch([LONG, *ROWS], "left"), "packed": PACKED}
+
+
+@pytest.mark.parametrize("inputs", INPUTS.values(), ids=INPUTS)
+@pytest.mark.parametrize("window", [None, 3, 12])
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize("options", cases(MIXERS))
+def test_attention_that_trains_on_a_cpu_has_the_gradients_of_eager_attention(
+    options, is_causal, window, inputs, blocks
+):
+    model = randomize(STLMModel(tiny_config(**{**options, "trunk_window_patches": window}, is_causal=is_causal)))
+    valid, results = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])) == 1, []
+    for implementation in ("eager", "sdpa"):
+        model.zero_grad()
+        model.set_attn_implementation(implementation)
+        output = model(**inputs).last_hidden_state[valid]
+        (output * torch.linspace(-1, 1, output.numel()).view_as(output)).sum().backward()
+        gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+        results.append({"output": output.detach(), **gradients})
+        assert (len(blocks) > 0) == (implementation == "sdpa")
+    expected, got = results
+    assert expected["trunk.attention_blocks.0.attention.k_proj.weight"].abs().max() > 0.01
+    largest = float(max(values.abs().max() for values in expected.values()))
+    for name in expected:
+        torch.testing.assert_close(got[name], expected[name], atol=RTOL * largest, rtol=0, msg=name)
+    assert any(num_queries > 2 * 5 for num_queries, _ in blocks) or window == 3
+
+
+def test_attention_of_many_keys_or_without_gradients_is_that_of_the_library(blocks, monkeypatch):
+    model = tiny_model(trunk_window_patches=None)
+    model.requires_grad_(False)(PACKED["input_ids"])
+    model.requires_grad_(True)
+    with torch.no_grad():
+        model(PACKED["input_ids"])
+    assert not blocks
+    model(PACKED["input_ids"])
+    (num_keys,) = {keys for _, keys in blocks}
+    monkeypatch.setattr(layers_stlm, "MAX_BLOCKWISE_KEYS", num_keys - 1)
+    blocks.clear()
+    model(PACKED["input_ids"])
+    assert not blocks
+    monkeypatch.setattr(layers_stlm, "MAX_BLOCKWISE_KEYS", num_keys)
+    model(PACKED["input_ids"])
+    assert blocks
+
+
+def test_attention_that_trains_in_bfloat16_stays_within_its_rounding(blocks):
+    model = tiny_model(trunk_window_patches=None)
+
+    def gradients():
+        model.zero_grad()
+        model(**PACKED, labels=PACKED["input_ids"]).loss.backward()
+        return torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+
+    exact = gradients()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rounded = gradients()
+        model.set_attn_implementation("eager")
+        eager = gradients()
+    error, error_of_eager = (float((each - exact).norm() / exact.norm()) for each in (rounded, eager))
+    assert 0 < error < 1.5 * error_of_eager < 0.1
 
 
 @pytest.mark.parametrize("num_key_value_heads", [1, 2, 4])
