@@ -25,7 +25,7 @@ from .configuration_stlm import STLMConfig
 
 SHORT_CALL_BYTES = 16  # up to which sums of products are faster on a CPU than the convolution of the library
 BLOCK_QUERIES = 128  # of `blockwise_attention`
-MAX_BLOCKWISE_KEYS = 1024  # up to which its memory is small beside that of the rest of a training step
+MAX_BLOCKWISE_PATCHES = 1024  # where it adds a quarter to the memory of a training step at most
 
 
 class ByteRows(NamedTuple):
@@ -97,44 +97,44 @@ def blockwise_attention(
     value: torch.Tensor,
     allowed: torch.Tensor | None,
     is_causal: bool,
-    dropout: float,
     scaling: float,
 ) -> torch.Tensor:
-    """Attention (B, T, H * K) of `query (B, H, T, K)` to `key` and `value` (B, J, S, K), J groups of heads, as plain products.
+    """Attention (B, P, H * K) of `query (B, H, P, K)` to `key` and `value (B, J, P, K)`, J groups of heads, as plain products.
 
-    For training on a CPU, where the fused kernel takes up to four times as long, most of it in the backward pass. Causal
-    queries come in blocks, which leave out the keys after them. Keeps about B H T S / 2 weights for the backward pass.
+    For training in bfloat16 on a CPU, where the fused kernel (torch 2.13, AVX-512) takes two to four times as long, most of it
+    in the backward pass. Causal queries come in blocks, which skip the keys after them. Scores and weights are rounded to
+    the type of the values, as in eager attention, and kept: B H P P of each, half of them in a causal model.
 
     Args:
-        allowed (`torch.BoolTensor` of shape `(B or 1, 1, T, S)`, *optional*): full, or causal with `is_causal`, if left out.
+        allowed (`torch.BoolTensor` of shape `(B, 1, P, P)`, *optional*): full, or causal with `is_causal`, if left out.
     """
-    num_queries, num_keys = query.shape[2], key.shape[2]
-    query, key = (query * scaling).to(value.dtype), key.to(value.dtype).mT  # they differ from values under autocast
-    bias = None
-    if allowed is None and is_causal:  # as many queries as keys: all other calls come with a mask
-        allowed = torch.ones(1, 1, num_queries, num_keys, dtype=torch.bool, device=query.device).tril()
+    num_patches, bias = query.shape[2], None
+    if allowed is None and is_causal:
+        allowed = torch.ones(1, 1, num_patches, num_patches, dtype=torch.bool, device=query.device).tril()
     if allowed is not None:
         bias = torch.zeros(allowed.shape, dtype=value.dtype, device=value.device)
         bias = bias.masked_fill_(~allowed, torch.finfo(value.dtype).min)[:, :, None]
-    outputs, leaves_out = [], is_causal and num_queries == num_keys
-    query = query.unflatten(1, (key.shape[1], -1))  # (B, J, H / J, T, K)
+    # Under autocast they differ from the values.
+    query = (query * scaling).to(value.dtype).unflatten(1, (key.shape[1], -1))  # (B, J, H / J, P, K)
+    key_columns = key.to(value.dtype).mT
+    outputs = []
     with torch.autocast("cpu", enabled=False):  # which takes a softmax in float32
-        for start in range(0, num_queries, BLOCK_QUERIES):
-            end = min(start + BLOCK_QUERIES, num_queries)
-            seen = end if leaves_out else num_keys
+        for start in range(0, num_patches, BLOCK_QUERIES):
+            end = min(start + BLOCK_QUERIES, num_patches)
+            seen = end if is_causal else num_patches
             queries = query[..., start:end, :]
-            scores = (queries.flatten(2, 3) @ key[..., :seen]).unflatten(2, queries.shape[2:4])
+            scores = (queries.flatten(2, 3) @ key_columns[..., :seen]).unflatten(2, queries.shape[2:4])
             if bias is not None:
                 scores = scores + bias[..., start:end, :seen]
-            weights = F.dropout(scores.softmax(-1), dropout).flatten(2, 3)
-            outputs.append((weights @ value[:, :, :seen]).unflatten(2, queries.shape[2:4]))
-    output = torch.cat(outputs, dim=3).flatten(1, 2)  # (B, H, T, K)
-    return output.transpose(1, 2).flatten(2)
+            output = scores.softmax(-1).flatten(2, 3) @ value[:, :, :seen]
+            outputs.append(output.unflatten(2, queries.shape[2:4]))
+    return torch.cat(outputs, dim=3).flatten(1, 2).transpose(1, 2).flatten(2)
 
 
-def _trains_on_cpu(query: torch.Tensor) -> bool:
-    """Whether a backward pass on a CPU follows; not in a graph, which would count blocks once and for all."""
-    return query.device.type == "cpu" and query.requires_grad and torch.is_grad_enabled() and not is_tracing()
+def trains_in_bfloat16_on_cpu(query: torch.Tensor, value: torch.Tensor) -> bool:
+    """Whether a backward pass may follow there; not in a graph, which would count blocks once and for all."""
+    is_trained = query.requires_grad and torch.is_grad_enabled() and not is_tracing()
+    return is_trained and value.device.type == "cpu" and value.dtype == torch.bfloat16
 
 
 class STLMAttention(nn.Module):
@@ -186,9 +186,10 @@ class STLMAttention(nn.Module):
             groups = query.squeeze(2).unflatten(1, (self.num_key_value_heads, self.num_key_value_groups))
             output = F.scaled_dot_product_attention(groups, key, value, dropout_p=probability, scale=self.scaling)
             return output.flatten(1)[:, None], None
-        if implementation == "sdpa" and _trains_on_cpu(query) and key.shape[2] <= MAX_BLOCKWISE_KEYS:
-            arguments = self.is_causal, probability, self.scaling
-            return blockwise_attention(query, key, value, allowed, *arguments), None
+        if implementation == "sdpa" and not probability and trains_in_bfloat16_on_cpu(query, value):
+            # Not for dropout, which reentrant checkpointing would draw in another way, nor for windows of bytes.
+            if query.shape[2] == key.shape[2] <= MAX_BLOCKWISE_PATCHES:
+                return blockwise_attention(query, key, value, allowed, self.is_causal, self.scaling), None
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
         if implementation != "sdpa":
             if allowed is None:
