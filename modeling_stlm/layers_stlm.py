@@ -103,7 +103,7 @@ def blockwise_attention(
 
     For training in bfloat16 on a CPU, where the fused kernel (torch 2.13, AVX-512) takes two to four times as long, most of it
     in the backward pass. Causal queries come in blocks, which skip the keys after them. Scores and weights are rounded to
-    the type of the values, as in eager attention, and kept: B H P P of each, half of them in a causal model.
+    the type of the values, as in eager attention. The weights are kept for it: B H P P, half of them in a causal model.
 
     Args:
         allowed (`torch.BoolTensor` of shape `(B, 1, P, P)`, *optional*): full, or causal with `is_causal`, if left out.
