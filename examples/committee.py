@@ -21,6 +21,7 @@ from itertools import islice
 from pathlib import Path
 
 from inputs import (
+    MATRIX_OPTIMIZER,
     HelpFormatter,
     add_bf16,
     as_text,
@@ -66,6 +67,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--batch_size", type=at_least_one, default=32, help="rows")
     add_bf16(parser)
     parser.add_argument("--seeds", type=at_least_one, default=1, help="repetitions")
+    parser.set_defaults(matrix_optimizer=MATRIX_OPTIMIZER)
     return parser.parse_args()
 
 
@@ -93,6 +95,7 @@ from modeling_stlm.training.optimizer import MuonRecipe
 
 TOKENIZER = STLMTokenizer()
 ARMS = ("deep", "shallow", "committee")
+PRETRAINED_WITH = ("preset", "max_bytes", "pretraining_epochs", "batch_size", "matrix_optimizer", "bf16", "text")
 
 
 def encode(texts: list[str], max_bytes: int) -> list[list[int]]:
@@ -160,7 +163,7 @@ def encoder_config(layers: int, args: argparse.Namespace, **fields) -> STLMConfi
 def pretrained(layers: int, articles: list[str], args: argparse.Namespace, seed: int) -> Path:
     """Folder of a masked language model of `articles`; without any, of random weights. One that is there is kept."""
     folder = (args.encoders or args.output / "encoders") / f"{layers}-layers-{len(articles)}-articles-seed-{seed}"
-    settings = settings_of(args, ("preset", "max_bytes", "pretraining_epochs", "batch_size", "bf16", "text"))
+    settings = settings_of(args, PRETRAINED_WITH)
     record = folder / "pretraining.json"  # written last
     if record.is_file():
         check_same(record, settings)

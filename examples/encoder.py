@@ -198,7 +198,7 @@ def main(args: argparse.Namespace):
             "max_minutes": f"{args.max_minutes:g}" + (" of CPU time" if args.clock == "cpu" else ""),
             **{
                 name: getattr(args, name)
-                for name in ("max_bytes", "batch_size", "muon_lr", "adamw_lr", "bf16", "seed")
+                for name in ("max_bytes", "batch_size", "muon_lr", "adamw_lr", "matrix_optimizer", "bf16", "seed")
             },
         },
         steps=trainer.state.global_step,

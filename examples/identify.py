@@ -68,6 +68,7 @@ BATCH_BYTES = 16384
 CHUNK_LINES = 256  # read, identified and printed at a time
 WORDS = re.compile(r"[\u0800-\U0010ffff]\s*|[^\s\u0800-\U0010ffff]+\s*|\s+")
 SWITCH_NATS = 8.0  # what a change of language must gain
+COMPARED = ("batch_size", "muon_lr", "adamw_lr", "matrix_optimizer", "bf16", "seed")  # where a training goes on
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -310,7 +311,7 @@ def train(args: argparse.Namespace) -> None:
 
     choose_precision(args)
     checkpoint = last_checkpoint(args.output)
-    settings = {name: str(getattr(args, name)) for name in ("batch_size", "muon_lr", "adamw_lr", "bf16", "seed")}
+    settings = {name: str(getattr(args, name)) for name in COMPARED}
     settings["train"] = names_and_sizes(args.train)
     begin(args.output / "begun.json", settings, goes_on=checkpoint is not None)
     set_seed(args.seed)

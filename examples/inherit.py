@@ -184,7 +184,10 @@ def main(args: argparse.Namespace):
         args.checkpoint,
         steps=args.max_steps,
         scores={"validation": {"bits_per_byte": curves["inherited"][max(curves["inherited"])]}},
-        arguments={"block_bytes": 1024, "batch_size": args.batch_size, "importance": args.importance},
+        arguments={
+            "block_bytes": 1024,
+            **{name: getattr(args, name) for name in ("batch_size", "importance", "matrix_optimizer")},
+        },
     )
 
 

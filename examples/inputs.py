@@ -21,6 +21,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 PACKAGE = HERE.parent / "modeling_stlm"
+MATRIX_OPTIMIZER = "NorMuon"  # of `MuonRecipe`, for records of runs: those that do not tell are of Muon
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -298,6 +299,7 @@ def add_bf16(parser: argparse.ArgumentParser, what: str = "bfloat16 autocast") -
 
 def add_rates(parser: argparse.ArgumentParser, muon_lr: float = 0.02, adamw_lr: float = 4e-3) -> None:
     """The rates of `MuonRecipe`; [`rates_of`] gives them to it."""
+    parser.set_defaults(matrix_optimizer=MATRIX_OPTIMIZER)
     parser.add_argument("--muon_lr", type=positive, default=muon_lr, help="learning rate of the matrices")
     parser.add_argument("--adamw_lr", type=positive, default=adamw_lr, help="learning rate of all other parameters")
 

@@ -320,7 +320,7 @@ def train(args: argparse.Namespace, trainer: Trainer, step_bytes: float) -> None
     settings["train"] = names_and_sizes(args.train)
     if checkpoint is not None and begun.is_file():
         recorded = json.loads(begun.read_text())  # of earlier versions: fewer settings, and patterns of the texts
-        known = settings.keys() & recorded.keys()
+        known = settings.keys() & (recorded.keys() | {"matrix_optimizer"})  # without one it was Muon
         if recorded.get("train", "").startswith("["):
             known -= {"train"}  # `write_once` compares the files
         check_same(begun, recorded | {name: settings[name] for name in known})

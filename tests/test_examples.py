@@ -211,10 +211,14 @@ def test_a_pretraining_goes_on_with_the_settings_it_began_with(small_text, tmp_p
         assert result.returncode == 1 and f"begun.json was made with {{'{name}': " in result.stderr.splitlines()[-1]
     # Begun by an earlier version, which recorded less, and the patterns of the files.
     recorded = json.loads(begun.read_text())
-    earlier = {name: recorded[name] for name in ("model", "checkpoint", "only", "set")} | {"train": "['*.txt']"}
-    begun.write_text(json.dumps(earlier | {"set": "['patching=fixed']"}))
-    result = subprocess.run([*map(str, command)], capture_output=True, text=True, cwd=tmp_path)
-    assert result.returncode == 1 and "begun.json was made with {'set': " in result.stderr.splitlines()[-1]
+    names = "model", "checkpoint", "only", "set", "matrix_optimizer"
+    earlier = {name: recorded[name] for name in names} | {"train": "['*.txt']"}
+    assert earlier["matrix_optimizer"] == "NorMuon"
+    of_muon = {name: value for name, value in earlier.items() if name != "matrix_optimizer"}
+    for other, name in ((earlier | {"set": "['patching=fixed']"}, "set"), (of_muon, "matrix_optimizer")):
+        begun.write_text(json.dumps(other))
+        result = subprocess.run([*map(str, command)], capture_output=True, text=True, cwd=tmp_path)
+        assert result.returncode == 1 and f"begun.json was made with {{'{name}': " in result.stderr.splitlines()[-1]
     begun.write_text(json.dumps(earlier))
     assert pretrain(small_text, tmp_path / "run", "--max_steps", 3)["steps"] == 3
     assert json.loads(begun.read_text()) == recorded

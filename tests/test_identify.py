@@ -264,6 +264,7 @@ def test_the_card_names_the_device_that_trained(trained, tmp_path):
     run("research/identify_export.py", "--run", "run", "--output", "out", cwd=tmp_path)
     card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     assert f"{results['cpu_minutes']:.1f} minutes of one CPU core (a CPU elsewhere): sentences cut" in card
+    assert f"; NorMuon {results['arguments']['muon_lr']} on matrices" in card
     exported = json.loads((tmp_path / "out" / "results.json").read_text())
     assert exported["device"] == "a CPU elsewhere" != exported["exported"]["device"]
 

@@ -101,9 +101,11 @@ def test_the_card_tells_the_run_and_no_folder_of_the_machine(checkpoint):
         assert text in card
     assert str(checkpoint) not in card
     assert "linear decay over the last 60%" in card  # of runs before it was an argument
-    results = RESULTS | {"arguments": RESULTS["arguments"] | {"decay": "0.25"}}
+    assert "- optimizer: Muon 0.02 on matrices, AdamW 0.003 on" in card  # of runs before there was another one
+    results = RESULTS | {"arguments": RESULTS["arguments"] | {"decay": "0.25", "matrix_optimizer": "NorMuon"}}
     (checkpoint / "results.json").write_text(json.dumps(results))
-    assert "linear decay over the last 25%" in str(build_model_card(checkpoint, **OPTIONS))
+    card = str(build_model_card(checkpoint, **OPTIONS))
+    assert "linear decay over the last 25%" in card and "- optimizer: NorMuon 0.02 on matrices, AdamW" in card
     special = {"only": "match_embedding", "noise": "0.1", "repeat": "0.0"}
     (checkpoint / "results.json").write_text(json.dumps(RESULTS | {"arguments": RESULTS["arguments"] | special}))
     card = str(build_model_card(checkpoint, **OPTIONS))
@@ -125,14 +127,17 @@ def test_the_card_tells_what_was_trained_afterwards(checkpoint):
     card = str(build_model_card(checkpoint, **OPTIONS))
     assert "9,830,400 bytes seen in 1,200 steps" in card and "abc1234" in card
     assert "- then 1,998,848 bytes in 122 steps of 4 windows of 4096 bytes; texts: some.txt\n" in card
+    assert "- their rates: Muon 0.02, AdamW 0.0006, linear" in card
     assert "- only match_embedding was trained\n- a passage repeated in 3% of the documents\n- another; torch" in card
     second = {**after, "bytes_seen": 3_000_000, "arguments": arguments | {"decay": "0.9", "sentences": "0.3"}}
     second["share_of_weights"] = 0.4
+    second["arguments"]["matrix_optimizer"] = "NorMuon"
     second["arguments"]["objective"] = "[['LearnedRepetitionPenalty', '6.0', '10'], ['NextThought', '0.1']]"
     (checkpoint / "results.json").write_text(json.dumps(RESULTS | {"afterwards": [after, second]}))
     card = str(build_model_card(checkpoint, **OPTIONS))
     mean = "- from the weights of then, for 40% of a mean with them, 3,000,000 bytes"
     assert card.index("- then 1,998,848 bytes") < card.index(mean)
+    assert "- their rates: NorMuon 0.02, AdamW 0.0006, linear" in card
     objectives = "\n- objective beside the next byte: LearnedRepetitionPenalty 6.0, weight 10"
     assert card.count(objectives) == 1 and "\n- objective beside the next byte: NextThought, weight 0.1\n" in card
     assert "- 30% of the documents replaced by documents of one of their sentences\n- another; torch" in card

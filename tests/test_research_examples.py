@@ -714,6 +714,7 @@ def test_export_takes_the_mean_of_weights_before_and_after(small_text, tmp_path)
     assert set(results["exported"]["scores"]) == {"validation", "test"}
     card = (tmp_path / "out" / "README.md").read_text()
     assert "- from the weights of then, for 25% of a mean with them, " in card
+    assert "- optimizer: NorMuon 0.02 on matrices" in card and card.count("- their rates: NorMuon 0.02, ") == 2
     assert "\n- fields changed after training: trunk_window_patches=16\n" in card
 
     # Half of what the two changed, added to one of them.

@@ -261,22 +261,78 @@ def test_orthogonalize_evens_out_singular_values(shape):
 
 
 @pytest.mark.parametrize("shape", [(12, 12), (24, 6), (6, 24)])
-def test_muon_follows_the_one_of_torch(shape):
+def test_orthogonalize_follows_the_one_of_torch(shape):
     # `torch.optim.Muon` iterates in bfloat16: the same update up to its rounding.
-    weights = torch.randn(*shape)
-    ours, theirs = (torch.nn.Linear(*shape[::-1], bias=False) for _ in range(2))
-    for module in (ours, theirs):
-        module.weight.data.copy_(weights)
-    ours.get_output_embeddings = lambda: None
-    recipe = MuonRecipe()(ours, muon_lr=0.02)
-    reference = torch.optim.Muon(theirs.parameters(), lr=0.02, weight_decay=0.0)
-    for _ in range(3):
-        gradient = torch.randn(*shape)
-        ours.weight.grad, theirs.weight.grad = gradient.clone(), gradient.clone()
+    weight = torch.nn.Parameter(torch.zeros(shape))
+    weight.grad = torch.randn(*shape)
+    torch.optim.Muon([weight], lr=1.0, momentum=0.0, weight_decay=0.0).step()
+    expected = -weight.detach() / max(1, shape[0] / shape[1]) ** 0.5
+    assert (orthogonalize(weight.grad[None])[0] - expected).abs().max() < 0.05 * expected.abs().max()
+
+
+def bare(*modules: torch.nn.Module) -> torch.nn.Sequential:
+    model = torch.nn.Sequential(*modules)
+    model.get_output_embeddings = lambda: None
+    return model
+
+
+@pytest.mark.parametrize("shape", [(12, 12), (24, 6), (6, 24), (1, 8), (8, 1)])
+def test_normuon_follows_a_slow_one(shape):
+    num_rows, num_columns = shape
+    model = bare(*(torch.nn.Linear(num_columns, num_rows, bias=False) for _ in range(3)))
+    recipe = MuonRecipe()(model, muon_lr=0.02, weight_decay=0.1)
+    weights = [module.weight.detach().clone() for module in model]
+    momenta = [torch.zeros(shape) for _ in model]
+    is_wide = num_columns > num_rows
+    neurons = [(slice(None), i) for i in range(num_columns)] if is_wide else [(i,) for i in range(num_rows)]
+    moments = [[0.0 for _ in neurons] for _ in model]
+    for step in range(4):
+        for n, module in enumerate(model):
+            module.weight.grad = None
+            if (step, n) == (2, 1):
+                continue  # no gradient: it stays where it is
+            gradient = torch.randn(shape) * torch.logspace(-2, 0, num_rows).roll(n)[:, None] * 10**n
+            module.weight.grad = gradient.clone()
+            momenta[n] = 0.95 * momenta[n] + 0.05 * gradient
+            update = orthogonalize((0.05 * gradient + 0.95 * momenta[n])[None])[0].float()
+            even = update.clone()
+            for i, where in enumerate(neurons):
+                moments[n][i] = 0.95 * moments[n][i] + 0.05 * update[where].square().mean().item()
+                even[where] = update[where] / moments[n][i] ** 0.5
+            even = even * update.norm() / even.norm()
+            weights[n] = weights[n] * (1 - 0.02 * 0.1) - 0.02 * max(1, num_rows / num_columns) ** 0.5 * even
         recipe.step()
-        reference.step()
-    moved = (theirs.weight - weights).abs().max()
-    assert (ours.weight - theirs.weight).abs().max() < 0.05 * moved
+        for module, weight in zip(model, weights, strict=True):
+            torch.testing.assert_close(module.weight.detach(), weight, rtol=1e-4, atol=1e-5)
+
+
+def test_neurons_of_normuon_go_equally_far():
+    model = bare(torch.nn.Linear(4, 16, bias=False))
+    weight = model[0].weight
+    before, recipe = weight.detach().clone(), MuonRecipe()(model, muon_lr=0.02)
+    weight.grad = torch.randn(16, 4) * torch.logspace(-2, 0, 16)[:, None]
+    update = orthogonalize(weight.grad[None])[0].float().norm(dim=1)
+    recipe.step()
+    moved = (weight.detach() - before).norm(dim=1)
+    assert update.max() > 10 * update.min()  # as Muon leaves them
+    torch.testing.assert_close(moved, moved.mean().expand(16), rtol=1e-3, atol=0)
+
+
+def test_normuon_goes_on_from_a_state_of_muon():
+    model = bare(torch.nn.Linear(5, 3, bias=False))
+    weight = model[0].weight
+    recipe = MuonRecipe()(model)
+    weight.grad = torch.randn(3, 5)
+    recipe.step()
+    state = recipe.state_dict()
+    momentum = state["state"][0]["momentum_buffer"].clone()
+    del state["state"][0]["neuron_moment"]  # as it was saved before
+    again = MuonRecipe()(model)
+    again.load_state_dict(state)
+    weight.grad = torch.randn(3, 5)
+    again.step()
+    torch.testing.assert_close(again.state[weight]["momentum_buffer"], 0.95 * momentum + 0.05 * weight.grad)
+    assert again.state[weight]["neuron_moment"].shape == (1, 5) and weight.isfinite().all()
 
 
 def test_matrices_alone_decay():
@@ -285,9 +341,9 @@ def test_matrices_alone_decay():
 
 
 def test_muon_takes_weights_of_several_types_and_shrinks_them():
-    model = torch.nn.Sequential(*(torch.nn.Linear(6, 6, bias=False) for _ in range(3)))
+    model = bare(*(torch.nn.Linear(6, 6, bias=False) for _ in range(4)))
     model[2].to(torch.bfloat16)
-    model.get_output_embeddings = lambda: None
+    model[3].to(torch.float16)
     before = [parameter.detach().clone() for parameter in model.parameters()]
     recipe = MuonRecipe()(model, muon_lr=0.5, weight_decay=0.2)
     for parameter in model.parameters():
@@ -297,9 +353,12 @@ def test_muon_takes_weights_of_several_types_and_shrinks_them():
         assert parameter.dtype is old.dtype
         torch.testing.assert_close(parameter.detach(), 0.9 * old)
     model[1].to("meta")
+    recipe = MuonRecipe()(model, muon_lr=0.5)
+    assert {parameter.device.type for parameter in recipe.param_groups[0]["params"]} == {"cpu", "meta"}
     for parameter in model.parameters():
         parameter.grad = torch.randn_like(parameter)
-    recipe.step()  # on two devices
+    recipe.step()
+    assert all(module.weight.isfinite().all() for module in model if module.weight.device.type == "cpu")
 
 
 def test_a_time_budget_stops_warms_up_and_decays(tmp_path, windows):

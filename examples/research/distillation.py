@@ -24,7 +24,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 sys.path.append(str(HERE.parent))  # the examples
 
-from inputs import add_bf16, at_least_one, choose_precision, positive, share, whole
+from inputs import MATRIX_OPTIMIZER, add_bf16, at_least_one, choose_precision, positive, share, whole
 
 
 TEXT = HERE.parent / "data" / "shakespeare.txt"
@@ -50,6 +50,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--teacher_weight", type=share, default=0.5, help="of its part of the loss, 0 to 1")
     parser.add_argument("--seeds", nargs="+", type=whole, default=[1, 2])
     add_bf16(parser, "bfloat16 autocast, and weights of a teacher of subwords")
+    parser.set_defaults(matrix_optimizer=MATRIX_OPTIMIZER)
     args = parser.parse_args()
     if bool(args.train) != bool(args.validation):
         parser.error("give --train and --validation, or neither for the shipped text")
@@ -216,7 +217,7 @@ def spread(values: list[float], sign: str = "") -> str:
 def main(args: argparse.Namespace):
     logging.disable_progress_bar()
     choose_precision(args)
-    shared = settings(args, "student", "block_bytes", "batch_size", "validation_windows", "bf16")
+    shared = settings(args, "student", "block_bytes", "batch_size", "matrix_optimizer", "validation_windows", "bf16")
     begun = args.output / "begun.json"
     begin(begun, shared, goes_on=begun.is_file() or (args.output / "students").is_dir())
     sets = prepare(args)

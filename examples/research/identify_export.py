@@ -59,7 +59,7 @@ and answers `und` where there is no letter; pipelines name a language there, too
 ## Training
 
 {steps:,} steps of {batch_size} lines, {minutes:.1f} minutes of one CPU core ({device}): sentences cut,
-mixed, mistyped and re-cased anew in every step; Muon {muon_lr} on matrices, AdamW {adamw_lr} on the rest, warm-up 2%, linear
+mixed, mistyped and re-cased anew in every step; {matrix_optimizer} {muon_lr} on matrices, AdamW {adamw_lr} on the rest, warm-up 2%, linear
 decay over the last 60%, from random weights.{note}
 
 ## Data
@@ -132,6 +132,7 @@ def main():
         parameters=results["stored_parameters"],
         minutes=results["cpu_minutes"],
         device=results["device"],
+        matrix_optimizer=arguments.get("matrix_optimizer", "Muon"),
         note=args.note and f" {args.note}",
         results=results_of(scores) if scores else "Not measured yet.",
     )

@@ -458,8 +458,8 @@ def _training(results: dict, base: dict) -> str:
             *([f"- starts from the weights of `{base['name']}`"] if base else []),
             f"- {results['bytes_seen']:,} bytes seen{passes} in {results['steps']:,} steps of {arguments['batch_size']} "
             f"windows of {arguments['block_bytes']} bytes; budget: {budget}",
-            f"- optimizer: Muon {float(arguments['muon_lr']):g} on matrices, AdamW {float(arguments['adamw_lr']):g} on the "
-            f"rest, warm-up 2%, linear decay over the last {float(arguments.get('decay', 0.6)):.0%}",
+            f"- optimizer: {_matrix_optimizer(arguments)} {float(arguments['muon_lr']):g} on matrices, AdamW "
+            f"{float(arguments['adamw_lr']):g} on the rest, warm-up 2%, linear decay over the last {float(arguments.get('decay', 0.6)):.0%}",
             f"- texts: {arguments['train']}",
             *_teacher(arguments),
             *_special(arguments),
@@ -469,6 +469,10 @@ def _training(results: dict, base: dict) -> str:
             "- all settings: `results.json`",
         ]
     )
+
+
+def _matrix_optimizer(arguments: dict) -> str:
+    return arguments.get("matrix_optimizer", "Muon")  # of runs before there was another one
 
 
 def _made_with(results: dict) -> str:
@@ -488,8 +492,8 @@ def _afterwards(results: dict) -> list[str]:
         lines += [
             f"- {start} {after['bytes_seen']:,} bytes in {after['steps']:,} steps of {arguments['batch_size']} windows "
             f"of {arguments['block_bytes']} bytes; texts: {arguments['train']}",
-            f"- their rates: Muon {float(arguments['muon_lr']):g}, AdamW {float(arguments['adamw_lr']):g}, linear decay "
-            f"over the last {float(arguments['decay']):.0%}",
+            f"- their rates: {_matrix_optimizer(arguments)} {float(arguments['muon_lr']):g}, AdamW "
+            f"{float(arguments['adamw_lr']):g}, linear decay over the last {float(arguments['decay']):.0%}",
             *_special(arguments),
             _made_with(after),
         ]

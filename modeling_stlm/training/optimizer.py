@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Muon for matrices, AdamW for everything else (embeddings and the head over their ids, norms, convolutions, vectors)."""
+"""NorMuon for matrices, AdamW for everything else (embeddings and the head over their ids, norms, convolutions, vectors)."""
 
 import collections
 import functools
@@ -11,9 +11,10 @@ from torch import nn
 class MuonWithAdamW(torch.optim.AdamW):
     """AdamW, except for parameter groups with `use_muon=True`.
 
-    Muon (Keller Jordan, 2024) orthogonalises the momentum of a matrix. `torch.optim.Muon` iterates in bfloat16, which a
-    CPU without bfloat16 arithmetic emulates: 0.55 s per step for the matrices of `stlm-3m` on one core against 0.14 s
-    in float32, where a whole training step of 8 kB takes 1.2 s. So the iteration runs in float32 there.
+    Muon (Keller Jordan, 2024) orthogonalises the momentum of a matrix; NorMuon (arXiv:2510.05491) then lets its neurons go
+    equally far. `torch.optim.Muon`, which does not, iterates in bfloat16, which a CPU without bfloat16 arithmetic emulates:
+    0.55 s per step for the matrices of `stlm-3m` on one core against 0.14 s in float32, where a whole training step of
+    8 kB takes 1.2 s. So the iteration runs in float32 there.
     """
 
     @torch.no_grad()
@@ -39,9 +40,23 @@ class MuonWithAdamW(torch.optim.AdamW):
             gradients = [parameter.grad for parameter in parameters]
             torch._foreach_lerp_(buffers, gradients, 1 - group["momentum"])
             updates = torch.stack(torch._foreach_lerp(gradients, buffers, group["momentum"]))
-            updates = orthogonalize(updates).to(dtype).unbind()
+            updates = self._even_out(parameters, orthogonalize(updates), group["betas"][1]).to(dtype).unbind()
             torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
             torch._foreach_add_(parameters, updates, alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
+
+    def _even_out(self, parameters: list[torch.Tensor], updates: torch.Tensor, beta: float) -> torch.Tensor:
+        """`updates (N, rows, columns)` whose rows (columns, in wide matrices, whose rows are nearly even already) go equally far
+        on average over the steps; the norm of each matrix stays.
+
+        The paper always takes rows, has no Nesterov momentum, and scales updates to a root mean square of 0.2.
+        """
+        updates = updates.float()
+        squares = updates.square().mean(2 if updates.shape[1] >= updates.shape[2] else 1, keepdim=True)
+        moments = [self._neuron_moment(parameter, squares.shape[1:]) for parameter in parameters]
+        torch._foreach_lerp_(moments, list(squares.to(moments[0].dtype).unbind()), 1 - beta)
+        even = updates * torch.stack(moments).float().clamp(min=1e-12).rsqrt()
+        norm, even_norm = (states.norm(dim=(1, 2), keepdim=True) for states in (updates, even))
+        return even * (norm / even_norm.clamp(min=1e-7))
 
     def _momentum_buffer(self, parameter: torch.Tensor) -> torch.Tensor:
         state = self.state[parameter]
@@ -49,6 +64,12 @@ class MuonWithAdamW(torch.optim.AdamW):
             state["momentum_buffer"] = torch.zeros_like(parameter)
             state["step"] = torch.tensor(0.0)  # unused; AdamW looks for it when a state is loaded
         return state["momentum_buffer"]
+
+    def _neuron_moment(self, parameter: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+        state = self.state[parameter]
+        if "neuron_moment" not in state:  # a first step, or a state of Muon
+            state["neuron_moment"] = parameter.new_zeros(shape)
+        return state["neuron_moment"]
 
 
 @functools.cache
@@ -77,7 +98,7 @@ def orthogonalize(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
 class MuonRecipe:
     """Optimizer factory for `Trainer(optimizer_cls_and_kwargs=(MuonRecipe, {...}))`.
 
-    Every two-dimensional parameter goes to Muon, those of classification heads (`score`, `qa_outputs`) included, except
+    Every two-dimensional parameter goes to NorMuon, those of classification heads (`score`, `qa_outputs`) included, except
     for embeddings and the head over their ids (`get_output_embeddings`). Keywords:
         muon_lr (`float`): learning rate of the matrices; adamw_lr (`float`): of all others.
         weight_decay (`float`): of the matrices; the others have none.
