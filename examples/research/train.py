@@ -6,7 +6,7 @@ r"""Train STLM or one of its controls under the same budget and recipe, and reco
         --output runs/llama-bpe
 
 The arguments and files are those of `examples/pretrain.py`. `--model llama-bytes` and `--model llama-bpe` are the
-controls of `controls.py` at the stored size of `--like`; a third of the default rates suits them better (LOG.md). `results.json` also has the time, the patch length and the
+controls of `controls.py` at the stored size of `--like`; a third of the default rates suits them better, with Muon (LOG.md). `results.json` also has the time, the patch length and the
 operations, which `ablate.py` and `report.py` read.
 """
 
