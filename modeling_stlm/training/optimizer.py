@@ -11,10 +11,10 @@ from torch import nn
 class MuonWithAdamW(torch.optim.AdamW):
     """AdamW, except for parameter groups with `use_muon=True`.
 
-    Muon (Keller Jordan, 2024) orthogonalises the momentum of a matrix; NorMuon (arXiv:2510.05491) then lets its neurons go
-    equally far. `torch.optim.Muon`, which does not, iterates in bfloat16, which a CPU without bfloat16 arithmetic emulates:
-    0.55 s per step for the matrices of `stlm-3m` on one core against 0.14 s in float32, where a whole training step of
-    8 kB takes 1.2 s. So the iteration runs in float32 there.
+    Muon (Keller Jordan, 2024) orthogonalises the momentum of a matrix; NorMuon (arXiv:2510.05491) then normalises the
+    update of each neuron by a running second moment. `torch.optim.Muon`, which has none, iterates in bfloat16, which a CPU
+    without bfloat16 arithmetic emulates: 0.55 s per step for the matrices of `stlm-3m` on one core against 0.14 s in
+    float32, where a whole training step of 8 kB takes 1.2 s. So the iteration runs in float32 there.
     """
 
     @torch.no_grad()
@@ -40,13 +40,13 @@ class MuonWithAdamW(torch.optim.AdamW):
             gradients = [parameter.grad for parameter in parameters]
             torch._foreach_lerp_(buffers, gradients, 1 - group["momentum"])
             updates = torch.stack(torch._foreach_lerp(gradients, buffers, group["momentum"]))
-            updates = self._even_out(parameters, orthogonalize(updates), group["betas"][1]).to(dtype).unbind()
+            updates = self._normalize_neurons(parameters, orthogonalize(updates), group["betas"][1]).to(dtype).unbind()
             torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
             torch._foreach_add_(parameters, updates, alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
 
-    def _even_out(self, parameters: list[torch.Tensor], updates: torch.Tensor, beta: float) -> torch.Tensor:
-        """`updates (N, rows, columns)` whose rows (columns, in wide matrices, whose rows are nearly even already) go equally far
-        on average over the steps; the norm of each matrix stays.
+    def _normalize_neurons(self, parameters: list[torch.Tensor], updates: torch.Tensor, beta: float) -> torch.Tensor:
+        """`updates (N, rows, columns)`, each row divided by the root of a running mean of its squares; the norm of each matrix
+        stays. In wide matrices it is the columns: orthogonal rows have nearly the same norm already.
 
         The paper always takes rows, has no Nesterov momentum, and scales updates to a root mean square of 0.2.
         """
@@ -54,9 +54,9 @@ class MuonWithAdamW(torch.optim.AdamW):
         squares = updates.square().mean(2 if updates.shape[1] >= updates.shape[2] else 1, keepdim=True)
         moments = [self._neuron_moment(parameter, squares.shape[1:]) for parameter in parameters]
         torch._foreach_lerp_(moments, list(squares.to(moments[0].dtype).unbind()), 1 - beta)
-        even = updates * torch.stack(moments).float().clamp(min=1e-12).rsqrt()
-        norm, even_norm = (states.norm(dim=(1, 2), keepdim=True) for states in (updates, even))
-        return even * (norm / even_norm.clamp(min=1e-7))
+        normalized = updates * torch.stack(moments).float().clamp(min=1e-12).rsqrt()
+        before, after = (states.norm(dim=(1, 2), keepdim=True) for states in (updates, normalized))
+        return normalized * (before / after.clamp(min=1e-7))
 
     def _momentum_buffer(self, parameter: torch.Tensor) -> torch.Tensor:
         state = self.state[parameter]
