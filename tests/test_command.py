@@ -587,8 +587,16 @@ def test_a_fault_of_the_writer_is_answered_and_the_next_text_written(engine, mon
     assert "Traceback" in capsys.readouterr().err
 
 
-def test_serve_ends_while_all_rows_are_busy(stlm, engine):
-    process = stlm("serve", engine.path, "--port", 0, "--rows", 1)
+# The loop of the server stays where it has just handed a connection on, as it may for a moment on a busy machine.
+AFTER_A_CONNECTION = """import socketserver, time
+hand_on = socketserver.ThreadingMixIn.process_request
+socketserver.ThreadingMixIn.process_request = lambda *arguments: (hand_on(*arguments), time.sleep(2))
+"""
+
+
+@pytest.mark.parametrize("where", ["", AFTER_A_CONNECTION], ids=["waiting for a connection", "after one"])
+def test_serve_ends_while_all_rows_are_busy(where, stlm, engine):
+    process = stlm("serve", engine.path, "--port", 0, "--rows", 1, then=f"\n{where}sys.exit(main())")
     url = process.stdout.readline().decode().strip().removesuffix("/v1")
     with urllib.request.urlopen(request(url, LONG | {"stream": True}), timeout=60) as answer:
         assert answer.read(6) == b"data: "

@@ -510,5 +510,12 @@ def serve(engine: Engine, host: str, port: int, num_rows: int) -> None:
         expected = "a free --port, or 0 for any" if is_port else "a --host of this machine"
         raise ValueError(f"{host}:{port}: {error.strerror}. Expected {expected}") from None
     with server:
-        print(f"http://{f'[{host}]' if ':' in host else host}:{server.server_port}/v1", flush=True)
-        server.serve_forever()
+        # Not in this thread: an interrupt (Ctrl-C) would shut a connection that has just been handed on.
+        loop = threading.Thread(target=server.serve_forever, name="stlm-server", daemon=True)
+        loop.start()
+        try:
+            print(f"http://{f'[{host}]' if ':' in host else host}:{server.server_port}/v1", flush=True)
+            while loop.is_alive():
+                loop.join(1)  # on Windows, a wait without an end cannot be interrupted
+        finally:
+            server.shutdown()
