@@ -192,17 +192,18 @@ class STLMPatchStateSlot(STLMSlot):
     """The state of patching, a tuple `state` of tensors (exporters cannot map a NamedTuple), and the byte history.
 
     `history` (B, seen) holds the id at every position, negative where there is none; `grams` (B, S) the gram that ends
-    at each valid byte, from the left (`STLMMatchEmbedding`), stale past a row's count. While recording, `recent` holds
-    the state before the last call, and `recent_bytes` what it did at each byte, a tuple of (B, T, ...).
+    at each valid byte, from the left, and `places` (B, 1 + S, n) where its n-grams stood last before (`embedding_stlm.py`),
+    both stale past a row's count. While recording, `recent` holds the state before the last call, and `recent_bytes`
+    what it did at each byte, a tuple of (B, T, ...).
     """
 
     _layer_type = PATCH_STATE_SLOT
     initial_room = 0
-    row_states = ("state", "recent", "recent_bytes", "history", "grams")
+    row_states = ("state", "recent", "recent_bytes", "history", "grams", "places")
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
-        self.state = self.recent = self.recent_bytes = self.history = self.grams = None
+        self.state = self.recent = self.recent_bytes = self.history = self.grams = self.places = None
         self.is_cropped = False
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor | None = None, *args, **kwargs):
@@ -222,13 +223,17 @@ class STLMPatchStateSlot(STLMSlot):
         self.recent = self.recent_bytes = None
         self.is_cropped = True
 
-    def append_grams(self, grams: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-        """Store the `grams` (B, T) of new bytes at their `index` (B, T) in the row, and return those of all bytes (B, S)."""
-        if self.grams is None:
-            self.grams = grams.new_zeros(grams.shape[0], self.initial_room)
-        end = self.initial_room or self.seen_bytes + grams.shape[1]
-        self.grams = writable(grow(self.grams, end, dim=1)).scatter_(1, index, grams)
-        return self.grams[:, :end]
+    def append(self, name: str, new: torch.Tensor, index: torch.Tensor, num_before: int = 0) -> torch.Tensor:
+        """Store what is `new (B, T, ...)` at the `index (B, T)` of its bytes in the row, and return that of all (B, S, ...),
+        after `num_before` zeros."""
+        store = getattr(self, name)
+        if store is None:
+            store = new.new_zeros(new.shape[0], num_before + self.initial_room, *new.shape[2:])
+        end = num_before + (self.initial_room or self.seen_bytes + new.shape[1])
+        where = (index + num_before).view(*index.shape, *[1] * (new.ndim - 2)).expand_as(new)
+        store = writable(grow(store, end, dim=1)).scatter_(1, where, new)
+        setattr(self, name, store)
+        return store[:, :end]
 
     def append_history(self, ids: torch.Tensor) -> None:
         """Note the ids (B, T) of the new positions; before `end_call` counts them."""

@@ -45,6 +45,10 @@ class STLMConfig(PreTrainedConfig):
             Add an embedding of the byte that followed the last occurrence of the same so many bytes; 0 for none.
         match_doublings (`int`, defaults to 0):
             Prefer the last place where twice, four times, ... so many bytes are the same, up to so many doublings.
+        context_ngram_orders (`list[int]`, *optional*):
+            Lengths in bytes (1 to 6) of n-grams whose last places in the document so far are looked up, to add the mean of
+            embeddings of the bytes that followed there (n-gram heads, arXiv:2401.12973). Defaults to `[]`, none.
+        context_ngram_places (`int`, defaults to 4): how many places of each n-gram.
         patching (`str`, defaults to `"spacelike"`):
             Where patches end. `"spacelike"`: at the first byte after a word that is neither letter, digit nor part of
             a multi-byte character (SpaceByte, arXiv:2404.14408). `"fixed"`: every `patch_bytes` (MegaByte).
@@ -89,6 +93,7 @@ class STLMConfig(PreTrainedConfig):
         "embed_tokens": "free_full_weight",
         "ngram_embedding": "free_full_weight",
         "match_embedding": "free_full_weight",
+        "context_ngram_embedding": "free_full_weight",
         "local_encoder.*": "free_full_weight",
         "trunk.attention_blocks.*": "free_full_weight",
         "trunk.feed_forward_blocks.*": "free_full_weight",
@@ -114,6 +119,8 @@ class STLMConfig(PreTrainedConfig):
     ngram_embedding_size: int | None = 32
     match_bytes: Literal[0, 2, 3, 4, 5, 6] = 0
     match_doublings: Literal[0, 1, 2, 3, 4] = 0
+    context_ngram_orders: list[int] | None = None
+    context_ngram_places: int = 4
     patching: Literal["spacelike", "fixed", "vocabulary", "learned"] = "spacelike"
     patch_bytes: int = 6
     max_patch_bytes: int = 16
@@ -165,6 +172,7 @@ class STLMConfig(PreTrainedConfig):
 
         default("byte_mixers", ["conv"] * self.num_byte_layers)
         default("ngram_orders", [2, 3, 4, 5])
+        default("context_ngram_orders", [])
         default("num_key_value_heads", self.num_attention_heads)
         default("head_dim", self.hidden_size // max(1, self.num_attention_heads))
         default("trunk_num_key_value_heads", self.trunk_num_attention_heads)
@@ -184,6 +192,11 @@ class STLMConfig(PreTrainedConfig):
     @property
     def num_byte_layers(self) -> int:
         return self.num_local_encoder_layers + self.num_local_decoder_layers
+
+    @property
+    def longest_lookup(self) -> int:
+        """Most bytes that are looked up at once in the document so far; 0 if none are."""
+        return max([self.match_bytes, *self.context_ngram_orders])
 
     @property
     def layer_types(self) -> list[str]:
@@ -210,6 +223,7 @@ class STLMConfig(PreTrainedConfig):
     def validate_sizes(self):
         for name in ("patch_bytes", "max_patch_bytes", "max_patch_characters", "ngram_rows", "conv_kernel_size") + (
             *("num_local_encoder_layers", "num_local_decoder_layers", "attention_window_bytes", "hidden_size"),
+            "context_ngram_places",
             *("intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "ngram_embedding_size"),
             *(
                 "trunk_hidden_size",
@@ -227,6 +241,11 @@ class STLMConfig(PreTrainedConfig):
             raise ValueError(
                 f"ngram_orders={self.ngram_orders} and ngram_word_bytes={self.ngram_word_bytes} must be at least 2 "
                 "(a byte has its own embedding), or [] and 0 for none"
+            )
+        if any(not 1 <= order <= 6 for order in self.context_ngram_orders):
+            raise ValueError(
+                f"context_ngram_orders={self.context_ngram_orders} must be from 1 to 6, or [] for none: match_bytes and "
+                "match_doublings look up longer ones"
             )
         if len(self.byte_mixers) != self.num_byte_layers:
             raise ValueError(

@@ -4,6 +4,8 @@
 Shapes: B rows, T bytes of this call, C ids of context before it, S bytes of a row so far, D byte width.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -16,7 +18,7 @@ from .patching_stlm import LEAD4, MISSING, NUM_KINDS, SPACE, SPECIAL, WORD, Cons
 
 
 HASH_BASE, HASH_PRIME = 65599, 2**31 - 1
-DIGITS, COMPLETE = 512, 2**62  # a gram is a number in this base, plus `COMPLETE` if all its bytes are there
+DIGITS, EVERY_DIGIT = 512, 2**60  # base of the numbers that stand for grams, and a number beyond all of these
 MATCH_LENGTHS = 6  # classes: a match of at least n, 2 n, ... bytes
 MAX_COMPARED_BYTES = 16  # up to which comparing with all earlier bytes is faster than sorting them
 
@@ -86,6 +88,88 @@ def _sum_by_pairs(terms: torch.Tensor) -> torch.Tensor:
     return terms[..., 0]
 
 
+class ByteHistory(NamedTuple):
+    """All bytes of each row so far, for embeddings that look up where the last ones stood before."""
+
+    grams: torch.Tensor  # (B, S) int64 the last `longest` bytes up to each one, and how many of them are there
+    index: torch.Tensor  # (B, T) which of its row each byte of this call is
+    start: torch.Tensor | None  # (B, T) at which its document starts; None: all at 0
+    longest: int
+
+    @classmethod
+    def of(
+        cls,
+        context: torch.Tensor,
+        batch: STLMBatch,
+        num_past: torch.Tensor,
+        slot: STLMPatchStateSlot | None,
+        longest: int,
+    ) -> "ByteHistory":
+        """
+        The digits of a gram are 0 for a byte that is not there, and the id plus one, 257 for every special token.
+
+        Args:
+            context (`torch.LongTensor` of shape `(B, C + T)`): C at least `longest` - 1.
+            num_past (`torch.LongTensor` of shape `(B,)`): valid bytes of each row before this call.
+            slot (`STLMPatchStateSlot`, *optional*): keeps the grams of earlier calls.
+            longest (`int`): at most 6, whose digits a number holds.
+        """
+        index = num_past[:, None] + torch.arange(batch.num_bytes, device=context.device)
+        start = None if batch.positions is None else index - batch.positions
+        digits = context[:, context.shape[1] - batch.num_bytes - longest + 1 :].clamp(-1, 256) + 1
+        digits = digits.unfold(1, longest, 1)  # (B, T, n) oldest byte first
+        oldest_first = torch.arange(longest, device=context.device)
+        if batch.positions is not None:
+            digits = digits.masked_fill(batch.positions[..., None] < longest - 1 - oldest_first, 0)
+        terms = digits * DIGITS ** (longest - 1 - oldest_first)
+        grams = _sum_by_pairs(terms) if is_torchdynamo_exporting() else terms.sum(-1)
+        num_missing = torch.where(digits > 0, 0, 1 + oldest_first).amax(-1)  # the last such, and what is older
+        grams = grams + (longest - num_missing) * DIGITS**longest
+        if slot is not None:
+            grams = slot.append("grams", grams, index)
+        if grams.shape[1] == 1:  # a first byte, which nothing follows
+            grams = F.pad(grams, (0, 1))
+        return cls(grams, index, start, longest)
+
+    def last_bytes(self, n: int) -> torch.Tensor:
+        """A number (B, S) for the last n bytes up to each one; where one of them is not there, it has no equal."""
+        place = torch.arange(self.grams.shape[1], device=self.grams.device)
+        return torch.where(self.grams >= n * DIGITS**self.longest, self.grams % DIGITS**n, -3 - place)
+
+    def last_equal(self, known: torch.Tensor, n: int, doublings: int = 0) -> list[torch.Tensor]:
+        """The last earlier place (B, T) with the same n bytes; then with twice, four times, ... as many. -1 if none.
+
+        Args:
+            known (`torch.LongTensor` of shape `(B, S)`): `last_bytes(n)`.
+        """
+        places, longer = last_equal(known, known.gather(1, self.index), self.index, n, doublings), 0
+        if self.start is None:
+            return places
+        for i, place in enumerate(places):
+            places[i] = place.masked_fill(place < self.start + longer, -1)
+            longer = 2 * longer + n  # bytes that the next one has more than a gram
+        return places
+
+    def last_places(self, orders: list[int]) -> torch.Tensor:
+        """The last earlier place (B, T, orders) with the same n bytes for each n of `orders`; -1 if none."""
+        if is_torchdynamo_exporting() or not compares(self.index.shape[1]):
+            return torch.stack([self.last_equal(self.last_bytes(n), n)[0] for n in orders], dim=-1)
+        values = self.grams.gather(1, self.index)
+        differ = self.grams[:, None] ^ values[..., None] | EVERY_DIGIT  # (B, T, S)
+        place = torch.arange(self.grams.shape[1], device=values.device)
+        # The lowest bit that differs: below it, all digits are the same.
+        lowest = torch.where(place < self.index[..., None], differ & -differ, 0)
+        # A gram in which a byte is not there is equal to none.
+        least = [torch.where(values >= n * DIGITS**self.longest, DIGITS**n, 2 * EVERY_DIGIT) for n in orders]
+        found = torch.where(lowest[:, :, None] >= torch.stack(least, dim=-1)[..., None], place, -1).amax(-1)
+        return found if self.start is None else found.masked_fill(found < self.start[..., None], -1)
+
+    def byte_after(self, place: torch.Tensor) -> torch.Tensor:
+        """The id plus one, 257 for special tokens, of the byte after each `place (B, ...)`; 0 for -1."""
+        after = (place.clamp(min=0) + 1).flatten(1)
+        return self.grams.gather(1, after).view_as(place) % DIGITS * (place >= 0)
+
+
 class STLMMatchEmbedding(nn.Module):
     """Embeddings of the byte that followed the last place where the same bytes stood, and of how long the match is.
 
@@ -93,10 +177,7 @@ class STLMMatchEmbedding(nn.Module):
     of data compression (Mahoney, "Adaptive weighing of context models for lossless data compression", 2005). With
     `match_doublings`, a place where twice, four times, ... as many are the same goes before one that came later, as the
     longest of several match models does there. It needs no matrix product and lets a model copy. While generating, each
-    byte is compared with all earlier ones, whose grams the cache keeps (8 bytes each).
-
-    Grams of n bytes are compared as one number: its digits are 0 for a byte that is not there, and the id plus one, 257
-    for every special token. A gram in which a byte is not there matches nothing: it is made of its place instead.
+    byte is compared with all earlier ones.
     """
 
     def __init__(self, config: STLMConfig):
@@ -104,60 +185,54 @@ class STLMMatchEmbedding(nn.Module):
         self.num_bytes, self.doublings = config.match_bytes, config.match_doublings
         self.following = nn.Embedding(258, config.hidden_size)  # 0: no match, or no byte
         self.length = nn.Embedding(1 + MATCH_LENGTHS, config.hidden_size)
-        self.constants = Constants(
-            weights=DIGITS ** torch.arange(self.num_bytes - 1, -1, -1, device="cpu"),
-            back=self.num_bytes * torch.arange(1, MATCH_LENGTHS, device="cpu"),
-        )
+        self.constants = Constants(back=self.num_bytes * torch.arange(1, MATCH_LENGTHS, device="cpu"))
 
-    def forward(
-        self, context: torch.Tensor, batch: STLMBatch, num_past: torch.Tensor, slot: STLMPatchStateSlot | None
-    ) -> torch.Tensor:
-        """Embeddings (B, T, D).
+    def forward(self, history: ByteHistory) -> torch.Tensor:
+        """Embeddings (B, T, D)."""
+        known = history.last_bytes(self.num_bytes)
+        last, *longer = history.last_equal(known, self.num_bytes, self.doublings)
+        for place in longer:
+            last = torch.where(place >= 0, place, last)
+        return self.following(history.byte_after(last)) + self.length(self._length(history, known, last))
 
-        Args:
-            context (`torch.LongTensor` of shape `(B, C + T)`): C at least n - 1.
-            num_past (`torch.LongTensor` of shape `(B,)`): valid bytes of each row before this call.
-            slot (`STLMPatchStateSlot`, *optional*): keeps the grams of earlier calls.
-        """
-        index = num_past[:, None] + torch.arange(batch.num_bytes, device=context.device)  # (B, T) place in the row
-        grams = known = self._grams(context, batch, index)
-        if slot is not None:
-            known = slot.append_grams(grams, index)  # (B, S)
-        if known.shape[1] == 1:  # a first byte, which nothing follows
-            known = F.pad(known, (0, 1))
-        start = 0 if batch.positions is None else index - batch.positions  # of the document
-        last, longer = torch.full_like(index, -1), 0
-        for place in last_equal(known, grams, index, self.num_bytes, self.doublings):
-            last = torch.where(place >= start + longer, place, last)
-            longer = 2 * longer + self.num_bytes  # bytes that the next match has more than the gram
-        found = last >= start
-        last = last.clamp(min=0)
-        following = known.gather(1, last + 1) % DIGITS
-        length = self._length(known, index, last, batch.positions)
-        return self.following(following * found) + self.length(length * found)
-
-    def _grams(self, context: torch.Tensor, batch: STLMBatch, index: torch.Tensor) -> torch.Tensor:
-        """The gram that ends at each byte (B, T); the last digit is always that of the byte."""
-        n, tables = self.num_bytes, self.constants.on(context.device)
-        digits = context[:, context.shape[1] - batch.num_bytes - n + 1 :].clamp(-1, 256) + 1
-        digits = digits.unfold(1, n, 1)  # (B, T, n) oldest byte first
-        if batch.positions is not None:
-            back = torch.arange(n - 1, -1, -1, device=context.device)
-            digits = digits.masked_fill(batch.positions[..., None] < back, 0)
-        terms = digits * tables["weights"]
-        gram = _sum_by_pairs(terms) if is_torchdynamo_exporting() else terms.sum(-1)
-        return torch.where(digits.amin(-1) > 0, gram + COMPLETE, index * DIGITS + digits[..., -1])
-
-    def _length(self, known: torch.Tensor, index: torch.Tensor, last: torch.Tensor, positions) -> torch.Tensor:
-        """Class of length, 1 to `MATCH_LENGTHS`, of the matches between `index` and `last` (B, T)."""
+    def _length(self, history: ByteHistory, known: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
+        """Class of length, 1 to `MATCH_LENGTHS`, of the match of each byte with that at `last` (B, T); 0 for -1."""
         back = self.constants.on(known.device)["back"]  # where the grams before end
         # No gram before the start of a row is complete: what is cut off here is not equal.
-        here, there = (index[..., None] - back).clamp(min=1), (last[..., None] - back).clamp(min=0)
+        here, there = (history.index[..., None] - back).clamp(min=1), (last[..., None] - back).clamp(min=0)
         same = known.gather(1, here.flatten(1)) == known.gather(1, there.flatten(1))
         same = same.view_as(here)  # (B, T, classes - 1)
-        if positions is not None:
-            same = same & (there >= (index - positions)[..., None])
-        return 1 + F.pad(same.long(), (0, 1)).argmin(-1)  # the first that is not
+        if history.start is not None:
+            same = same & (there >= history.start[..., None])
+        return (1 + F.pad(same.long(), (0, 1)).argmin(-1)) * (last >= 0)  # the first that is not
+
+
+class STLMContextNgramEmbedding(nn.Module):
+    """Embeddings of the bytes that followed the last places where the same n bytes stood in the document, for several n.
+
+    N-gram heads ("In-Context Language Learning: Architectures and Algorithms", arXiv:2401.12973) over bytes, with an
+    embedding of what is found in place of its hidden state, and the last places in place of all: the mean over the
+    places, summed over the n-grams. A match embedding follows one long match; these are short, and tell how the document
+    goes on most of the time.
+    """
+
+    def __init__(self, config: STLMConfig):
+        super().__init__()
+        self.orders, self.num_places = config.context_ngram_orders, config.context_ngram_places
+        self.following = nn.Embedding(258 * len(self.orders), config.hidden_size)  # 0 of each 258: no such place
+        self.constants = Constants(offsets=258 * torch.arange(len(self.orders), device="cpu"))
+
+    def forward(self, history: ByteHistory, slot: STLMPatchStateSlot | None) -> torch.Tensor:
+        """Embeddings (B, T, D). The slot keeps the last place before each byte of earlier calls."""
+        places = [history.last_places(self.orders) + 1]  # (B, T, orders), 0 for none, for which 0 is kept, too
+        if slot is None:
+            known = F.pad(places[0], (0, 0, 1, 0))  # (B, 1 + S, orders)
+        else:
+            known = slot.append("places", places[0], history.index, num_before=1)
+        for _ in range(1, self.num_places):
+            places.append(known.gather(1, places[-1]))
+        rows = history.byte_after(torch.stack(places, dim=2) - 1) + self.constants.on(known.device)["offsets"]
+        return self.following(rows.flatten(2)).sum(2) / self.num_places
 
 
 def last_equal(
@@ -167,10 +242,15 @@ def last_equal(
 
     Then, for each doubling, the last place where twice as many of `known`, `step` places apart, are the same.
     """
-    is_short = not is_torchdynamo_compiling() and values.shape[1] <= MAX_COMPARED_BYTES
-    if is_torchdynamo_exporting() or values.shape[1] == 1 or is_short:  # ExecuTorch has no sort
-        return _last_by_comparing(known, values, index, step, doublings)
-    return _last_by_sorting(known, values, index, step, doublings)
+    find = _last_by_comparing if compares(values.shape[1]) else _last_by_sorting
+    return find(known, values, index, step, doublings)
+
+
+def compares(num_bytes: int) -> bool:
+    """Whether so many new bytes are compared with all earlier ones, and these not sorted."""
+    if is_torchdynamo_exporting() or num_bytes == 1:  # ExecuTorch has no sort
+        return True
+    return not is_torchdynamo_compiling() and num_bytes <= MAX_COMPARED_BYTES
 
 
 def _last_by_comparing(known, values, index, step: int, doublings: int) -> list[torch.Tensor]:

@@ -34,7 +34,7 @@ from .batching_stlm import STLMBatch
 from .budget_stlm import BudgetMixin
 from .cache_stlm import STLMPatchStateSlot
 from .configuration_stlm import STLMConfig
-from .embedding_stlm import STLMMatchEmbedding, STLMNgramEmbedding
+from .embedding_stlm import ByteHistory, STLMContextNgramEmbedding, STLMMatchEmbedding, STLMNgramEmbedding
 from .generation_stlm import STLMGenerationMixin
 from .layers_stlm import (
     ByteRows,
@@ -196,6 +196,8 @@ class STLMModel(STLMPreTrainedModel):
         has_ngrams = config.ngram_orders or config.ngram_word_bytes
         self.ngram_embedding = STLMNgramEmbedding(config) if has_ngrams else None
         self.match_embedding = STLMMatchEmbedding(config) if config.match_bytes else None
+        self.context_ngram_embedding = STLMContextNgramEmbedding(config) if config.context_ngram_orders else None
+        self.longest_lookup = config.longest_lookup
         slots, num_encoder = range(config.num_byte_layers), config.num_local_encoder_layers
         self.local_encoder = nn.ModuleList(STLMByteLayer(config, slot) for slot in slots[:num_encoder])
         self.patcher = STLMPatcher(config)
@@ -372,9 +374,13 @@ class STLMModel(STLMPreTrainedModel):
             raise ValueError(f"input_ids are between {low} and {high}, expected 0 to {size - 1}") from error
         if self.ngram_embedding is not None:
             hidden_states = hidden_states + self.ngram_embedding(context, batch)
-        if self.match_embedding is not None:
+        if self.longest_lookup:
             slot = None if cache is None else self._patch_slot(cache)
-            hidden_states = hidden_states + self.match_embedding(context, batch, state.num_bytes, slot)
+            history = ByteHistory.of(context, batch, state.num_bytes, slot, self.longest_lookup)
+            if self.match_embedding is not None:
+                hidden_states = hidden_states + self.match_embedding(history)
+            if self.context_ngram_embedding is not None:
+                hidden_states = hidden_states + self.context_ngram_embedding(history, slot)
         return hidden_states
 
     def _byte_rows(

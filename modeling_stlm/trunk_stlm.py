@@ -247,7 +247,7 @@ class STLMPatcher(nn.Module):
         self.start = STLMStart(config.hidden_size)
         self.is_causal, self.mask_token_id = config.is_causal, None if config.is_causal else config.mask_token_id
         self.window = config.trunk_window_patches
-        longest = max([*config.ngram_orders, config.ngram_word_bytes, config.match_bytes])
+        longest = max([*config.ngram_orders, config.ngram_word_bytes, config.longest_lookup])
         self.context_bytes = max(longest, self.rule.context_bytes)
         self.first_trunk_slot = config.num_byte_layers + 1
 

@@ -125,6 +125,18 @@ def matches(model, ids: list[int], t: int) -> torch.Tensor:
     return embedding.following.weight[found[0]] + embedding.length.weight[found[1]]
 
 
+def context_ngrams(model, ids: list[int], t: int) -> torch.Tensor:
+    """What followed the last places of the n-grams that end at byte t, added to its embedding: (D,)."""
+    config, embedding = model.config, model.context_ngram_embedding
+    ids, found = [min(id, 256) for id in ids], []
+    for table, n in enumerate(config.context_ngram_orders):
+        ends = [s for s in range(n - 1, t) if ids[s - n + 1 : s + 1] == ids[t - n + 1 : t + 1]] if t >= n - 1 else []
+        rows = [0] * config.context_ngram_places + [ids[s + 1] + 1 for s in ends]
+        rows = [row + 258 * table for row in rows[-config.context_ngram_places :]]
+        found.append(embedding.following.weight[rows].mean(0))
+    return sum(found)
+
+
 def rotate(x: torch.Tensor, position: int, theta: float) -> torch.Tensor:
     """Rotary embedding of one head (K,) at one position."""
     half = x.shape[-1] // 2
@@ -229,6 +241,8 @@ def hidden_states(model, ids: list[int]) -> torch.Tensor:
         x = torch.stack([row + ngrams(model, ids, t) for t, row in enumerate(x)])
     if model.match_embedding is not None:
         x = torch.stack([row + matches(model, ids, t) for t, row in enumerate(x)])
+    if model.context_ngram_embedding is not None:
+        x = torch.stack([row + context_ngrams(model, ids, t) for t, row in enumerate(x)])
     for layer in model.local_encoder:
         x = byte_layer(layer, x, config)
     patcher = model.patcher

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Match embeddings: for each byte, what followed the last time that the same bytes stood in its document."""
+"""Match embeddings and n-grams of the document: for each byte, what followed where the same bytes stood before."""
 
 import random
 
@@ -34,15 +34,21 @@ def telling_model(n: int, doublings: int = 0):
     return model
 
 
-def told(model, *calls: dict) -> list[list[tuple[int, int]]]:
-    """For each row, what each byte is told, over several calls with one cache."""
+def outputs_of(module: torch.nn.Module, model, calls) -> torch.Tensor:
+    """What a module of `model` gives over several calls with one cache: (B, T, D)."""
     found = []
-    handle = model.model.match_embedding.register_forward_hook(lambda module, inputs, output: found.append(output))
+    handle = module.register_forward_hook(lambda module, inputs, output: found.append(output))
     with torch.no_grad():
         for inputs in calls:
             model(**inputs)
     handle.remove()
-    return [[(int(byte), int(length)) for byte, length, *_ in row] for row in torch.cat(found, 1)]
+    return torch.cat(found, 1)
+
+
+def told(model, *calls: dict) -> list[list[tuple[int, int]]]:
+    """For each row, what each byte is told, over several calls with one cache."""
+    found = outputs_of(model.model.match_embedding, model, calls)
+    return [[(int(byte), int(length)) for byte, length, *_ in row] for row in found]
 
 
 def repetitive(num_bytes: int, seed: int = 0) -> list[int]:
@@ -134,3 +140,78 @@ def test_a_longer_match_stays_in_its_document():
     inputs = {"input_ids": torch.tensor([[*documents[0], *documents[1]]]), "position_ids": positions}
     expected = [slow_match(document, t, 2, 1) for document in documents for t in range(len(document))]
     assert told(telling_model(2, 1), inputs) == [expected]
+
+
+PLACES = 3
+
+
+def slow_followers(ids: list[int], t: int, n: int) -> list[int]:
+    """Ids plus one that followed the last `PLACES` places of the n ids up to t, sorted, zeros for what is missing."""
+    ends = [s for s in range(n - 1, t) if ids[s - n + 1 : s + 1] == ids[max(0, t - n + 1) : t + 1]]
+    found = [ids[s + 1] + 1 for s in ends[-PLACES:]]
+    return sorted([0] * (PLACES - len(found)) + found)
+
+
+def followers(ids: list[int], orders: list[int]) -> list[list[list[int]]]:
+    return [[slow_followers(ids, t, n) for n in orders] for t in range(len(ids))]
+
+
+LETTERS = [0, 97 + 1, 98 + 1, 256 + 1]  # of `repetitive`, plus one; 0 for no such place
+
+
+def counting_model(orders: list[int]):
+    """A model that is told how often each of `LETTERS` followed, for each length in channels of its own."""
+    model = tiny_model(context_ngram_orders=orders, context_ngram_places=PLACES)
+    table = model.model.context_ngram_embedding.following.weight.data.zero_()
+    for i in range(len(orders)):
+        for channel, letter in enumerate(LETTERS):
+            table[258 * i + letter, len(LETTERS) * i + channel] = PLACES
+    return model
+
+
+def counted(model, *calls: dict) -> list[list[list[list[int]]]]:
+    """For each row, byte and length, the ids that followed."""
+    found = outputs_of(model.model.context_ngram_embedding, model, calls)
+    num_orders = len(model.config.context_ngram_orders)
+    counts = found[..., : num_orders * len(LETTERS)].round().long().unflatten(-1, (num_orders, -1))
+    return [
+        [[[letter for letter, n in zip(LETTERS, order) for _ in range(n)] for order in byte] for byte in row]
+        for row in counts.tolist()
+    ]
+
+
+@pytest.mark.parametrize("orders", [[1, 2, 3, 4], [6, 3], [5]])
+@pytest.mark.parametrize("sizes", [[150], [1] * 150, [90, 1, 1, 17, 41]])
+def test_bytes_are_told_what_followed_the_last_places(orders, sizes):
+    ids, model = repetitive(150), counting_model(orders)
+    expected = followers(ids, orders)
+    assert all(any(byte[i][j] for byte in expected) for i in range(len(orders)) for j in range(PLACES))
+    cache, calls = DynamicCache(config=model.config), torch.tensor([ids]).split(sizes, dim=1)
+    assert counted(model, *({"input_ids": call, "cache": cache} for call in calls)) == [expected]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_is_not_followed(side):
+    texts, model = [repetitive(60), repetitive(35, seed=1)], counting_model([2, 3])
+    inputs = batch(texts, side)
+    rows = counted(model, inputs | {"cache": DynamicCache(config=model.config)})  # compact: valid bytes first
+    for text, row in zip(texts, rows):
+        assert row[: len(text)] == followers(text, [2, 3])
+
+
+def test_places_stay_in_their_document():
+    documents, model = [repetitive(30), repetitive(25), repetitive(40)], counting_model([1, 3])
+    inputs = {
+        "input_ids": torch.cat([torch.tensor(ids) for ids in documents])[None],
+        "position_ids": torch.cat([torch.arange(len(ids)) for ids in documents])[None],
+    }
+    assert counted(model, inputs) == [[byte for ids in documents for byte in followers(ids, [1, 3])]]
+
+
+def test_places_are_found_again_after_a_crop():
+    ids, model = repetitive(120), counting_model([1, 2, 4])
+    cache = DynamicCache(config=model.config)
+    counted(model, {"input_ids": torch.tensor([ids[:80] + [97] * 30]), "cache": cache})
+    cache.crop(-40)
+    rest = counted(model, {"input_ids": torch.tensor([ids[70:]]), "cache": cache})
+    assert rest[0][-50:] == followers(ids, [1, 2, 4])[70:]

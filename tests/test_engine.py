@@ -62,7 +62,7 @@ MODELS = {
     **{f"patches {name}": options for name, options in PATCHING.items() if options},
     **{f"mixers {name}": options for name, options in MIXERS.items() if options},
     "n-grams summed": {"ngram_embedding_size": None, "match_bytes": 3},
-    "no tables": {"ngram_orders": [], "ngram_word_bytes": 0, "match_bytes": 0},
+    "no tables": {"ngram_orders": [], "ngram_word_bytes": 0, "match_bytes": 0, "context_ngram_orders": []},
     "silu": {"hidden_act": "silu", "match_bytes": 6, "conv_kernel_size": 1},
     "relu": {"hidden_act": "relu", "match_bytes": 4, "trunk_head_dim": 18},
 }
@@ -258,9 +258,9 @@ def test_a_text_ends_where_the_model_ends_it(tiny, tmp_path):
     engine = engine_of(model, tmp_path)
     model.generation_config.eos_token_id = 258
     first = greedy.tolist().index(int(greedy[12]))
-    assert engine.generate(b"x", max_new_tokens=30) == bytes(i for i in greedy[: first + 1].tolist() if i < 256)
+    text = bytes(i for i in greedy[: first + 1].tolist() if i < 256)
+    assert engine.generate(b"x", max_new_tokens=30) == text == b"".join(engine.stream(b"x", max_new_tokens=30))
     before = bytes(i for i in greedy[:first].tolist() if i < 256)
-    assert b"".join(engine.stream(b"x", max_new_tokens=30)) == before
     assert engine.complete(b"x", 30).startswith(before) and len(engine.complete(b"x", 30)) <= len(before) + 1
 
 
@@ -733,15 +733,17 @@ def test_a_model_with_more_weights_than_its_configuration_says_is_refused(tmp_pa
     with pytest.raises(ValueError, match=r"unlike those of its configuration: objectives\."):
         export_gguf(with_objectives(tiny_model(), [(MultiByte(2), 0.5)]), tmp_path / "model.gguf")
     export_gguf(wrapped.merge_and_unload(), tmp_path / "model.gguf")
-    assert len(Engine(tmp_path / "model.gguf").generate("x", 3)) == 3
+    assert len(Engine(tmp_path / "model.gguf").score("abc")) == 3
 
 
-FIRST_VERSION = {"match_doublings": 2, "trunk_window_patches": 3}  # whose engines know such a field
+# The first version whose engines know such a field, and a value that needs it.
+FIRST_VERSION = {"match_doublings": (2, 1), "trunk_window_patches": (3, 1), "context_ngram_orders": (4, [2])}
+WITHOUT = {"match_doublings": 0, "trunk_window_patches": None, "context_ngram_orders": []}
 
 
 @pytest.mark.parametrize("field", FIRST_VERSION)
 def test_files_of_before_a_field_are_read_as_they_were(field, tmp_path):
-    model = tiny_model(**{"match_doublings": 0, field: 0 if field == "match_doublings" else None})
+    model = tiny_model(**WITHOUT)
     export_gguf(model, tmp_path / "model.gguf", "f32")
     data = (tmp_path / "model.gguf").read_bytes()
     version = b"stlm.format_version" + struct.pack("<II", 4, 1)  # of type uint32: 1
@@ -751,9 +753,10 @@ def test_files_of_before_a_field_are_read_as_they_were(field, tmp_path):
     text = b"one two; a two, one two; one two; a two"
     now, before = (Engine(tmp_path / name).score(text) for name in ("model.gguf", "before.gguf"))
     assert (now == before).all()
-    newer = tiny_model(**{"match_doublings": 0, field: 1})
+    first_version, value = FIRST_VERSION[field]
+    newer = tiny_model(**WITHOUT | {field: value})
     export_gguf(newer, tmp_path / "newer.gguf", "f32")  # an engine of before refuses it
-    expected = b"stlm.format_version" + struct.pack("<II", 4, FIRST_VERSION[field])
+    expected = b"stlm.format_version" + struct.pack("<II", 4, first_version)
     assert expected in (tmp_path / "newer.gguf").read_bytes()
 
 

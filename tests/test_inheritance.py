@@ -124,6 +124,7 @@ def hide(small: STLMModel, large: STLMModel) -> tuple[torch.Tensor, torch.Tensor
     place(large.ngram_embedding.ngram_proj, small.ngram_embedding.ngram_proj, width, inputs)
     place(large.match_embedding.following, small.match_embedding.following, None, width)
     place(large.match_embedding.length, small.match_embedding.length, None, width)
+    place(large.context_ngram_embedding.following, small.context_ngram_embedding.following, None, width)
     for kind in ("local_encoder", "local_decoder"):
         for theirs, ours in zip(getattr(large, kind), getattr(small, kind), strict=True):
             place_byte_layer(theirs, ours, width)
@@ -230,6 +231,16 @@ def test_match_embeddings_may_be_added(make):
     torch.testing.assert_close(with_matches(IDS).logits, model(IDS).logits, atol=1e-6, rtol=0)
     with pytest.raises(ValueError, match=r"cannot (inherit|grow): expected match_bytes=2, got 0"):
         make(tiny_model(), tiny_config(match_bytes=0))
+
+
+@pytest.mark.parametrize("make", [inherit, grow])
+def test_ngrams_of_the_document_may_be_added(make):
+    model = tiny_model(context_ngram_orders=[])
+    larger = make(model, tiny_config(context_ngram_orders=[2, 4], context_ngram_places=5))
+    assert larger.model.context_ngram_embedding.following.weight.shape[0] == 2 * 258
+    torch.testing.assert_close(larger(IDS).logits, model(IDS).logits, atol=1e-6, rtol=0)
+    with pytest.raises(ValueError, match=r"cannot (inherit|grow): expected context_ngram_orders=\[1, 3\], got \[1\]"):
+        make(tiny_model(), tiny_config(context_ngram_orders=[1]))
 
 
 def test_layers_are_sampled_evenly_with_first_and_last():

@@ -283,7 +283,12 @@ def test_the_card_says_what_is_matched(tmp_path):
             {"match_bytes": 4, "match_doublings": 2},
             "; match embedding: the byte that followed the same 4 or 8 or 16 bytes\n",
         ),
+        (
+            {"match_bytes": 0, "context_ngram_orders": [2, 3]},
+            "; n-grams of the document: the bytes that followed the last 3 places of the same 2 or 3 bytes\n",
+        ),
     ):
+        options = {"context_ngram_orders": []} | options
         assert words in text_of(tiny_model(**options), tmp_path)
 
 

@@ -222,9 +222,12 @@ def test_what_is_read_for_a_byte_are_all_weights_but_the_tables(files):
     model, folder = files
     config = model.config
     found = file_types.traffic(folder / "f32.gguf")
-    tables = [weight for name, weight in model.named_parameters() if "ngram_tables" in name or "match_emb" in name]
-    # The rows of the tables: one for each order of n-grams and the word; what followed a match, and its length.
-    rows = config.ngram_embedding_size * (len(config.ngram_orders) + 1) + 2 * config.hidden_size
+    names = ("ngram_tables", "match_embedding", "context_ngram_embedding")
+    tables = [weight for name, weight in model.named_parameters() if any(part in name for part in names)]
+    # The rows of the tables: one for each order of n-grams and the word; what followed a match, and its length; what
+    # followed each place of an n-gram of the document.
+    wide = 2 + len(config.context_ngram_orders) * config.context_ngram_places
+    rows = config.ngram_embedding_size * (len(config.ngram_orders) + 1) + wide * config.hidden_size
     weights = model.num_parameters() - sum(weight.numel() for weight in tables) + rows
     periods = sum(4 * n // 2 for n in (config.head_dim, config.trunk_head_dim))  # of rotary embeddings
     assert found["byte"] + found["patch"] == 4 * weights + periods

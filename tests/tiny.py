@@ -64,6 +64,8 @@ def tiny_config(**overrides) -> STLMConfig:
         "ngram_embedding_size": 6,
         "match_bytes": 2,
         "match_doublings": 2,
+        "context_ngram_orders": [1, 3],
+        "context_ngram_places": 3,
         "max_patch_bytes": 12,
         "trunk_hidden_size": 24,
         "trunk_intermediate_size": 32,

@@ -113,8 +113,15 @@ def traffic(path: Path) -> dict[str, int]:
             size = size // 18 * 20  # scales are float32 in memory
         elif kind == "I8":
             size += 4 * int(tensor.shape[1])  # sums of the rows
-        if "ngram_tables" in name or name.startswith("match_embedding"):
-            looked_up = len(entry["ngram_orders"]) + 1 if "ngram_tables" in name else 1
+        if (
+            name.partition(".")[0] in ("ngram_embedding", "match_embedding", "context_ngram_embedding")
+            and "proj" not in name
+        ):
+            looked_up = 1
+            if name.startswith("ngram"):
+                looked_up = len(entry["ngram_orders"]) + 1
+            elif name.startswith("context"):
+                looked_up = len(entry["context_ngram_orders"]) * entry["context_ngram_places"]
             found["byte"] += size // int(tensor.shape[-1]) * looked_up
         elif name.startswith("trunk."):
             _, blocks, index, *_ = name.split(".")

@@ -37,7 +37,7 @@ from .archive import output
 from .cli import writable
 
 
-FORMAT_VERSION = 3  # files say the first whose engines know all that they use
+FORMAT_VERSION = 4  # files say the first whose engines know all that they use
 TYPES = ("f32", "bf16", "q8", "q4_0")
 SYNONYMS = {"q8_0": "q8"}  # what llama.cpp calls its 8 bits, which have a scale per 32 inputs
 # Nine tenths of the weights. The byte layers and the head are small, and lose most where they are rounded to four bits.
@@ -60,6 +60,7 @@ SIZES = {
     "ngram_embedding_size": (0, 2048),
     "match_bytes": (0, 6),
     "match_doublings": (0, 4),
+    "context_ngram_places": (1, 1024),
     "patch_bytes": (1, 1 << 20),
     "max_patch_bytes": (1, 1 << 20),
     "max_patch_characters": (1, 1 << 20),
@@ -71,7 +72,8 @@ SIZES = {
     "trunk_window_patches": (0, 1 << 27),
     "bos_token_id": (0, 65534),
 }
-MAX_PASSES, MAX_INPUTS, MAX_ORDERS, MAX_ORDER, MAX_ENDS = 1024, 32768, 15, 64, 64
+MAX_PASSES, MAX_INPUTS, MAX_ORDERS, MAX_ORDER, MAX_LOOKUPS, MAX_ENDS = 1024, 32768, 15, 64, 8, 64
+LATER = {"trunk_window_patches", "context_ngram_places"}  # sizes that came after the first fingerprints
 CHECKSUM = b"stlm.checksum"
 MERGE = "merge adapters first (merge_and_unload), and take objectives off (plain)"
 
@@ -92,12 +94,13 @@ def fingerprint(model: STLMForCausalLM, rounded: dict[str, np.ndarray] | None = 
         "hidden_act",
         "ngram_orders",
     )
-    window = model.config.trunk_window_patches  # left out without one, as in files of before
-    names = [name for name in names if name != "trunk_window_patches"]
+    config = model.config
+    window, lookups = config.trunk_window_patches, config.context_ngram_orders
     settings = [
-        model.config.trunk_schedule,
-        *(getattr(model.config, name) for name in names),
-        *([window] if window else []),
+        config.trunk_schedule,
+        *(getattr(config, name) for name in names if name not in LATER),
+        *([window] if window else []),  # left out without one, as in files of before
+        *([[lookups, config.context_ngram_places]] if lookups else []),
     ]
     digest = hashlib.sha256(json.dumps(settings).encode())
     for name, tensor in sorted(model.state_dict().items()):
@@ -128,6 +131,7 @@ def check(model: STLMForCausalLM) -> None:
     sizes["layers of the trunk"] = (len(config.trunk_schedule), 1, MAX_PASSES)
     sizes["lengths of n-grams"] = (len(config.ngram_orders), 0, MAX_ORDERS)
     sizes["the longest of ngram_orders"] = (max(config.ngram_orders, default=0), 0, MAX_ORDER)
+    sizes["lengths of n-grams of the document"] = (len(config.context_ngram_orders), 0, MAX_LOOKUPS)
     sizes["tokens that end a text"] = (len(ends_of(model)), 0, MAX_ENDS)
     inputs = [module.in_features for module in model.modules() if isinstance(module, torch.nn.Linear)]
     sizes["inputs of a matrix"] = (max(inputs), 1, MAX_INPUTS)
@@ -194,7 +198,8 @@ def export_gguf(
     config, kinds = model.config, gguf.GGMLQuantizationType
     writer = gguf.GGUFWriter(None, "stlm")
     writer.add_uint32(CHECKSUM.decode(), 0)
-    version = 3 if config.trunk_window_patches else 2 if config.match_doublings else 1
+    has = (config.match_doublings, config.trunk_window_patches, config.context_ngram_orders)  # from version 2, 3, 4 on
+    version = 1 + max((i for i, field in enumerate(has, 1) if field), default=0)
     writer.add_uint32("stlm.format_version", version)
     writer.add_string("stlm.config", config.to_json_string(use_diff=False))
     if license:
@@ -206,6 +211,8 @@ def export_gguf(
     writer.add_string("stlm.hidden_act", config.hidden_act)
     writer.add_array("stlm.eos_token_ids", ends_of(model))
     writer.add_array("stlm.ngram_orders", config.ngram_orders)
+    if config.context_ngram_orders:
+        writer.add_array("stlm.context_ngram_orders", config.context_ngram_orders)
     writer.add_array("stlm.byte_mixers", [int(mixer == "attention") for mixer in config.byte_mixers])
     attention, feed_forward = zip(*config.trunk_schedule)
     writer.add_array("stlm.trunk_attention_schedule", list(attention))

@@ -21,7 +21,7 @@
 #pragma STDC FP_CONTRACT OFF  // GCC: -std=c99 or -ffp-contract=off
 #endif
 
-enum { LANES = 16, MAX_TOKENS = 64, MAX_CONTEXT = 64, PART = 128, MAX_BYTES = 1 << 27, MAX_DOUBLINGS = 4, FORMAT_VERSION = 3 };
+enum { LANES = 16, MAX_TOKENS = 64, MAX_CONTEXT = 64, PART = 128, MAX_BYTES = 1 << 27, MAX_DOUBLINGS = 4, MAX_LOOKUPS = 8, FORMAT_VERSION = 4 };
 
 #ifndef __GNUC__
 #error "compile with GCC or Clang (clang-cl on Windows): vectors are written with their extension of C"
@@ -137,6 +137,8 @@ struct stlm_model {
   int64_t powers[MAX_CONTEXT];
   int match_bytes, match_doublings;
   Table match_following, match_length;
+  int num_lookups, lookups[MAX_LOOKUPS], lookup_places;  // n-grams of the document, and how many places of each
+  Table lookup_following;
   ByteLayer *byte_layers;
   Rule rule;
   int cap_bytes, cap_characters, num_edges;
@@ -174,6 +176,7 @@ typedef struct {
   uint16_t *ids;  // (bytes)
   uint64_t *digests;  // (bytes) of the text up to each byte, to know it again
   Index matches[MAX_DOUBLINGS + 1];  // of grams of match_bytes, twice and four times as many, ...
+  Index lookups[MAX_LOOKUPS];
   int byte_room, patch_room;
   int32_t *patch_ends;  // (patches) bytes up to the end of each
   char **pages;  // keys and values of PART patches each, of all passes; NULL past the last that was needed
@@ -768,6 +771,19 @@ INLINE void match_embedding(const stlm_model *m, Row *row, int t, float *to, con
   k->add_row(&m->match_length, place >= 0 ? times_equal(row, t, place, m->match_bytes, 6) : 0, to);
 }
 
+// The mean over what followed the last places where the last n bytes up to byte t stood, summed over n.
+INLINE void context_ngrams(const stlm_model *m, Row *row, int t, float *to, float *sum, const Kernels *k) {
+  memset(sum, 0, sizeof(float) * (size_t)m->width);
+  for (int a = 0; a < m->num_lookups; a++) {
+    int place = enter_gram(row, row->lookups + a, t, m->lookups[a], 1);
+    for (int i = 0; i < m->lookup_places; i++) {
+      k->add_row(&m->lookup_following, 258 * a + (place >= 0 ? lane_of(row->ids[place + 1]) : 0), sum);
+      if (place >= 0) place = row->lookups[a].earlier[place] - 1;
+    }
+  }
+  for (int i = 0; i < m->width; i++) to[i] += sum[i] / (float)m->lookup_places;
+}
+
 INLINE void embed(stlm_batch *b, int n, const Kernels *k) {
   const stlm_model *m = b->model;
   const int num_ngram = m->ngram_proj.out ? m->ngram_proj.in : m->width;
@@ -780,6 +796,7 @@ INLINE void embed(stlm_batch *b, int n, const Kernels *k) {
     row->digests[t] = ((t ? row->digests[t - 1] : 0xcbf29ce484222325u) ^ (uint64_t)(b->id_of[i] + 1)) * 0x100000001b3u;
     k->add_row(&m->embedding, b->id_of[i], b->hidden + i * m->width);
     if (m->match_bytes) match_embedding(m, row, t, b->hidden + i * m->width, k);
+    if (m->num_lookups) context_ngrams(m, row, t, b->hidden + i * m->width, b->part, k);
     if (m->num_orders) ngram_embeddings(m, row, t, m->ngram_proj.out ? b->x + i * num_ngram : b->hidden + i * m->width, k);
   }
   if (m->num_orders && m->ngram_proj.out) {
@@ -1533,6 +1550,12 @@ static void read_embeddings(File *f, stlm_model *m) {
     m->match_following = read_table(f, "match_embedding.following.weight", 258, m->width);
     m->match_length = read_table(f, "match_embedding.length.weight", 7, m->width);
   }
+  if (!seek(f, "stlm.context_ngram_orders", INT32_ARRAY, 0, MAX_LOOKUPS)) return;  // files before version 4 have none
+  const int32_t *lookups = read_ints(f, "stlm.context_ngram_orders", 6, 0, MAX_LOOKUPS, &m->num_lookups);
+  for (int i = 0; i < m->num_lookups; i++)
+    if ((m->lookups[i] = lookups[i]) < 1) fail(f, "stlm.context_ngram_orders has the item 0, expected 1 to 6");
+  m->lookup_places = read_int(f, "stlm.context_ngram_places", 1, 1024);
+  m->lookup_following = read_table(f, "context_ngram_embedding.following.weight", 258 * m->num_lookups, m->width);
 }
 
 static void read_patching(File *f, stlm_model *m) {
@@ -1671,6 +1694,7 @@ void stlm_close(stlm_batch *b) {
     for (int i = 0; i < row->patch_room / PART; i++) free(row->pages[i]);
     free(row->pages), free(row->patch_ends), free(row->state);
     for (int i = 0; i <= MAX_DOUBLINGS; i++) free(row->matches[i].earlier), free(row->matches[i].slots);
+    for (int i = 0; i < MAX_LOOKUPS; i++) free(row->lookups[i].earlier), free(row->lookups[i].slots);
     free(row->ids), free(row->digests);
   }
   free(b->rows), free(b->hidden), free(b->quantized), free(b->block_sums), free(b->scores);
@@ -1737,6 +1761,9 @@ static int reserve(stlm_batch *b, Row *row, int more) {
     for (int i = 0; m->match_bytes && i <= m->match_doublings; i++)
       if (!resize(&row->matches[i].earlier, used, room, sizeof *row->matches[i].earlier))
         return refuse(b, "not enough memory for %d bytes", bytes);
+    for (int i = 0; i < m->num_lookups; i++)
+      if (!resize(&row->lookups[i].earlier, used, room, sizeof *row->lookups[i].earlier))
+        return refuse(b, "not enough memory for %d bytes", bytes);
     row->byte_room = (int)room;
   }
   if (patches > row->patch_room) {
@@ -1760,6 +1787,9 @@ static int reserve(stlm_batch *b, Row *row, int more) {
   }
   for (int i = 0; m->match_bytes && i <= m->match_doublings; i++)
     if (!reserve_grams(row, row->matches + i, more, m->match_bytes, 1 << i))
+      return refuse(b, "not enough memory for %d bytes", bytes);
+  for (int i = 0; i < m->num_lookups; i++)
+    if (!reserve_grams(row, row->lookups + i, more, m->lookups[i], 1))
       return refuse(b, "not enough memory for %d bytes", bytes);
   return 0;
 }
@@ -1956,9 +1986,12 @@ int stlm_rewind(stlm_batch *b, int r, const stlm_snapshot *snapshot) {
   const int bytes = snapshot->at.num_bytes;
   if (snapshot->model != b->model || bytes > row->at.num_bytes || digest_of(row, bytes) != snapshot->digest)
     return refuse(b, "row %d does not begin with the %d bytes of the snapshot", r, bytes);
-  const int n = b->model->match_bytes;
-  for (int t = row->at.num_bytes - 1; n && t >= bytes; t--)
-    for (int i = 0; i <= b->model->match_doublings; i++) leave_gram(row, row->matches + i, t, n, 1 << i);
+  const stlm_model *m = b->model;
+  for (int t = row->at.num_bytes - 1; t >= bytes; t--) {
+    for (int i = 0; m->match_bytes && i <= m->match_doublings; i++)
+      leave_gram(row, row->matches + i, t, m->match_bytes, 1 << i);
+    for (int i = 0; i < m->num_lookups; i++) leave_gram(row, row->lookups + i, t, m->lookups[i], 1);
+  }
   row->at = snapshot->at;  // keys and values of later patches are overwritten before they are read
   memcpy(row->state, snapshot->state, sizeof(float) * b->model->state_floats);
   return 0;

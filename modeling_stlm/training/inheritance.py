@@ -34,6 +34,7 @@ SAME = (
     "conv_kernel_size",
     "is_causal",
     "match_bytes",
+    "context_ngram_orders",
     "trunk_head_dim",
     "trunk_window_patches",
     "num_labels",
@@ -67,6 +68,11 @@ FREE_TO_GROW = {
     "max_position_embeddings",
     "use_cache",
 }
+# What a model without them may get: the field that says so, the module, and a field that tells more. They start at zero.
+ADDED = {
+    "match_bytes": ("match_embedding", "match_doublings"),
+    "context_ngram_orders": ("context_ngram_embedding", "context_ngram_places"),
+}
 
 Scores = dict[str, torch.Tensor]
 Block = tuple[str, int]  # list of blocks and index
@@ -83,8 +89,8 @@ def inherit(
     Stored blocks of the trunk, and layers of the local encoder and decoder, are sampled evenly; the first and the last
     one are kept. Feed-forward neurons, channels of convolutions and heads (key/value heads with their best queries) are
     chosen in each layer; `hidden_size`, `trunk_hidden_size` and `ngram_embedding_size` once for all matrices that share
-    them. With a config of the same sizes and lengths of patches the function stays the same. Match embeddings that
-    `model` does not have start at zero.
+    them. With a config of the same sizes and lengths of patches the function stays the same. Embeddings of
+    matches and of n-grams of the document that `model` does not have start at zero.
 
     N-gram tables of another number of rows: see [`merge_rows`] and, given `data`, [`rehash`].
 
@@ -138,7 +144,7 @@ def check_sizes(larger: STLMConfig, smaller: STLMConfig) -> None:
     check_own_matrices(larger, smaller)
     has_attention = "attention" in smaller.byte_mixers
     for name, value in kinds_of(larger, has_attention).items():
-        if name == "match_bytes" and value == 0:
+        if name in ADDED and not value:
             continue  # new ones start at zero
         if value != (got := kinds_of(smaller, has_attention)[name]):
             raise ValueError(f"cannot inherit: expected {name}={value!r}, got {got!r}")
@@ -175,11 +181,11 @@ def sizes_of(config: STLMConfig, has_attention: bool) -> dict[str, int]:
 
 
 def present(sources: dict[str, str], model: STLMPreTrainedModel) -> dict[str, str]:
-    """`sources` without those of match embeddings that are new; raise a `ValueError` if `model` lacks any other."""
+    """`sources` without those of `ADDED` that are new; raise a `ValueError` if `model` lacks any other."""
     weights = dict(model.named_parameters())
     missing = {name: source for name, source in sources.items() if source not in weights}
     for name, source in missing.items():
-        if "match_embedding." not in name or model.config.match_bytes:
+        if not any(f"{module}." in name and not getattr(model.config, field) for field, (module, _) in ADDED.items()):
             raise ValueError(f"the model has no parameter {source}: merge adapters first")
     return {name: source for name, source in sources.items() if name not in missing}
 
@@ -405,19 +411,19 @@ def grow(model: STLMPreTrainedModel, config: STLMConfig) -> STLMPreTrainedModel:
 
     Passes of the larger depth run copies of the blocks of `model` in their order. Blocks in between are copies of the
     block before them whose output projection is zero: the identity until they are trained. Depth and layer sharing may
-    change in any way that leaves room for that; a block that is stored once and shared cannot run more often. Match
-    embeddings may be added: they start at zero.
+    change in any way that leaves room for that; a block that is stored once and shared cannot run more often. Embeddings
+    of matches and of n-grams of the document may be added: they start at zero.
 
     Args:
-        config (`STLMConfig`): equal to that of `model` but for depth, layer sharing and dropout; match embeddings may be
-            added where there are none.
+        config (`STLMConfig`): equal to that of `model` but for depth, layer sharing and dropout; embeddings of matches and
+            of n-grams of the document may be added where there are none.
 
     Raises:
         ValueError: if another field differs, if no choice of new blocks leaves the function as it is, or if `model` has
             adapters that are not merged.
     """
     check_own_matrices(model.config, config)
-    free = FREE_TO_GROW if model.config.match_bytes else FREE_TO_GROW | {"match_bytes", "match_doublings"}
+    free = FREE_TO_GROW.union(*({field, of} for field, (_, of) in ADDED.items() if not getattr(model.config, field)))
     for name in sorted(STLMConfig.__annotations__.keys() - free | {"num_labels"}):
         expected, got = (getattr(one, name) for one in (model.config, config))
         if expected != got:

@@ -392,6 +392,12 @@ def _architecture(config: STLMConfig, task: Task) -> str:
     if config.match_bytes:
         lengths = (config.match_bytes << doubling for doubling in range(config.match_doublings + 1))
         matches = f"the byte that followed the same {' or '.join(map(str, lengths))} bytes"
+    recent = ""
+    if config.context_ngram_orders:
+        lengths, places = " or ".join(map(str, config.context_ngram_orders)), config.context_ngram_places
+        recent = (
+            f"; n-grams of the document: the bytes that followed the last {places} places of the same {lengths} bytes"
+        )
     way = "causal: a byte sees nothing after it" if config.is_causal else "bidirectional: a byte sees the whole text"
     window = ""
     if config.trunk_window_patches is not None:
@@ -403,7 +409,7 @@ def _architecture(config: STLMConfig, task: Task) -> str:
             f"- {way}",
             f"- bytes: {config.num_local_encoder_layers} + {config.num_local_decoder_layers} layers of width "
             f"{config.hidden_size} before and after the trunk ({', '.join(sorted(set(config.byte_mixers)))}); hashed n-grams: {ngrams}; "
-            f"match embedding: {matches}",
+            f"match embedding: {matches}{recent}",
             f"- patches (`{config.patching}`): they end {patches}; the trunk reads mean and last byte",
             f"- trunk, once per patch: {config.num_trunk_layers} passes over {stored} of width "
             f"{config.trunk_hidden_size}, {sharing}{window}",
