@@ -192,9 +192,9 @@ class STLMPatchStateSlot(STLMSlot):
     """The state of patching, a tuple `state` of tensors (exporters cannot map a NamedTuple), and the byte history.
 
     `history` (B, seen) holds the id at every position, negative where there is none; `grams` (B, S) the gram that ends
-    at each valid byte, from the left, and `places` (B, 1 + S, n) where its n-grams stood last before (`embedding_stlm.py`),
-    both stale past a row's count. While recording, `recent` holds the state before the last call, and `recent_bytes`
-    what it did at each byte, a tuple of (B, T, ...).
+    at each valid byte, from the left, and `places` (B, 1 + S, n), after a zero, one plus the last earlier place of the
+    n-grams that end there, 0 for none (`embedding_stlm.py`); both stale past a row's count. While recording, `recent`
+    holds the state before the last call, and `recent_bytes` what it did at each byte, a tuple of (B, T, ...).
     """
 
     _layer_type = PATCH_STATE_SLOT
@@ -224,8 +224,15 @@ class STLMPatchStateSlot(STLMSlot):
         self.is_cropped = True
 
     def append(self, name: str, new: torch.Tensor, index: torch.Tensor, num_before: int = 0) -> torch.Tensor:
-        """Store what is `new (B, T, ...)` at the `index (B, T)` of its bytes in the row, and return that of all (B, S, ...),
-        after `num_before` zeros."""
+        """Write `new (B, T, ...)`, one entry for each new byte, to the attribute `name`; returns the entries of all bytes.
+
+        Args:
+            index (`torch.LongTensor` of shape `(B, T)`): of the new bytes in their row.
+            num_before (`int`, defaults to 0): zeros before the entry of the first byte.
+
+        Returns:
+            `torch.Tensor` of shape `(B, num_before + S, ...)`.
+        """
         store = getattr(self, name)
         if store is None:
             store = new.new_zeros(new.shape[0], num_before + self.initial_room, *new.shape[2:])

@@ -46,8 +46,8 @@ class STLMConfig(PreTrainedConfig):
         match_doublings (`int`, defaults to 0):
             Prefer the last place where twice, four times, ... so many bytes are the same, up to so many doublings.
         context_ngram_orders (`list[int]`, *optional*):
-            Lengths in bytes (1 to 6) of n-grams whose last places in the document so far are looked up, to add the mean of
-            embeddings of the bytes that followed there (n-gram heads, arXiv:2401.12973). Defaults to `[]`, none.
+            Different lengths in bytes (1 to 6) of n-grams whose last places in the document so far are looked up, to add
+            the mean of embeddings of the bytes that followed there (n-gram heads, arXiv:2401.12973). Defaults to `[]`.
         context_ngram_places (`int`, defaults to 4): how many places of each n-gram.
         patching (`str`, defaults to `"spacelike"`):
             Where patches end. `"spacelike"`: at the first byte after a word that is neither letter, digit nor part of
@@ -242,10 +242,11 @@ class STLMConfig(PreTrainedConfig):
                 f"ngram_orders={self.ngram_orders} and ngram_word_bytes={self.ngram_word_bytes} must be at least 2 "
                 "(a byte has its own embedding), or [] and 0 for none"
             )
-        if any(not 1 <= order <= 6 for order in self.context_ngram_orders):
+        orders = self.context_ngram_orders
+        if len(set(orders)) < len(orders) or any(not 1 <= order <= 6 for order in orders):
             raise ValueError(
-                f"context_ngram_orders={self.context_ngram_orders} must be from 1 to 6, or [] for none: match_bytes and "
-                "match_doublings look up longer ones"
+                f"context_ngram_orders={orders} must be different lengths from 1 to 6, or [] for none: match_bytes and "
+                "match_doublings look up longer n-grams"
             )
         if len(self.byte_mixers) != self.num_byte_layers:
             raise ValueError(

@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM
 import modeling_stlm
 from modeling_stlm.inference.engine import Engine, Rows
 from modeling_stlm.inference.export import export_gguf
-from modeling_stlm.inference.server import Completion, Server, cut
+from modeling_stlm.inference.server import Completion, Server, cut, serve
 
 from .tiny import TEXT, tiny_model
 
@@ -604,6 +604,16 @@ def test_serve_ends_while_all_rows_are_busy(where, stlm, engine):
         assert process.wait(60) == 130 and process.stderr.read() == b""
         assert b"the server has stopped" in answer.read()
     process.stdout.close()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_serve_fails_where_its_loop_does(engine, monkeypatch):
+    def fail(self):
+        raise OSError("no more files")
+
+    monkeypatch.setattr(Server, "service_actions", fail)
+    with pytest.raises(RuntimeError, match="ended by itself"):
+        serve(engine, "127.0.0.1", 0, 1)
 
 
 @pytest.mark.parametrize(

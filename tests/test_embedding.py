@@ -181,7 +181,7 @@ def counted(model, *calls: dict) -> list[list[list[list[int]]]]:
 
 
 @pytest.mark.parametrize("orders", [[1, 2, 3, 4], [6, 3], [5]])
-@pytest.mark.parametrize("sizes", [[150], [1] * 150, [90, 1, 1, 17, 41]])
+@pytest.mark.parametrize("sizes", [[150], [1] * 150, [90, 1, 1, 17, 41], [2, 16, 5, 60, 16, 3, 48]])
 def test_bytes_are_told_what_followed_the_last_places(orders, sizes):
     ids, model = repetitive(150), counting_model(orders)
     expected = followers(ids, orders)
@@ -206,6 +206,14 @@ def test_places_stay_in_their_document():
         "position_ids": torch.cat([torch.arange(len(ids)) for ids in documents])[None],
     }
     assert counted(model, inputs) == [[byte for ids in documents for byte in followers(ids, [1, 3])]]
+
+
+@pytest.mark.parametrize("document", [[97] * 3, [97, 98] * 3, [97] * 4 + [98]])
+def test_places_stay_in_their_document_in_a_short_call(document):
+    model, num_bytes = counting_model([1, 2]), 2 * len(document)
+    assert num_bytes <= 16  # which are compared, not sorted
+    inputs = {"input_ids": torch.tensor([2 * document]), "position_ids": torch.arange(len(document)).repeat(1, 2)}
+    assert counted(model, inputs) == [2 * followers(document, [1, 2])]
 
 
 def test_places_are_found_again_after_a_crop():

@@ -99,7 +99,12 @@ def test_offloaded_weights_write_the_same_bytes(kind, tmp_path):
     else:
         device_map = {"model.embed_tokens": "cpu", "model.ngram_embedding": "disk", "model.local_encoder": "disk"}
         device_map |= {"model.patcher": "disk", "model.local_decoder": "disk"}
-        device_map |= {"model.match_embedding": "disk", "model.final_norm": "disk", "lm_head": "cpu"}
+        device_map |= {
+            "model.match_embedding": "disk",
+            "model.context_ngram_embedding": "disk",
+            "model.final_norm": "disk",
+            "lm_head": "cpu",
+        }
         if "half" in kind:
             device_map |= {"model.trunk.attention_blocks": "cpu", "model.trunk.feed_forward_blocks": "disk"}
             device_map["model.trunk.final_norm"] = "disk"

@@ -241,6 +241,9 @@ def test_ngrams_of_the_document_may_be_added(make):
     torch.testing.assert_close(larger(IDS).logits, model(IDS).logits, atol=1e-6, rtol=0)
     with pytest.raises(ValueError, match=r"cannot (inherit|grow): expected context_ngram_orders=\[1, 3\], got \[1\]"):
         make(tiny_model(), tiny_config(context_ngram_orders=[1]))
+    for field, value, got in (("context_ngram_places", 3, 5), ("match_doublings", 2, 1)):
+        with pytest.raises(ValueError, match=f"cannot (inherit|grow): expected {field}={value}, got {got}"):
+            make(tiny_model(), tiny_config(**{field: got}))
 
 
 def test_layers_are_sampled_evenly_with_first_and_last():

@@ -485,7 +485,7 @@ def test_flops_of_attention_are_those_of_the_pairs_that_attend(is_causal, window
         for layers in (outputs.attentions, outputs.patch_attentions)
     )
     attention = 4 * (pairs * config.head_dim + patch_pairs * config.trunk_head_dim)
-    assert attention > counted / 6
+    assert attention > counted / 5
     patch = ids.shape[1] / outputs.boundaries.sum().item()
     expected = (counted + attention) / ids.shape[1]
     assert model.flops_per_byte(patch, ids.shape[1]) == pytest.approx(expected, rel=0.01)

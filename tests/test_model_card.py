@@ -287,6 +287,10 @@ def test_the_card_says_what_is_matched(tmp_path):
             {"match_bytes": 0, "context_ngram_orders": [2, 3]},
             "; n-grams of the document: the bytes that followed the last 3 places of the same 2 or 3 bytes\n",
         ),
+        (
+            {"context_ngram_orders": [2], "context_ngram_places": 1},
+            "; n-grams of the document: the bytes that followed the last place of the same 2 bytes\n",
+        ),
     ):
         options = {"context_ngram_orders": []} | options
         assert words in text_of(tiny_model(**options), tmp_path)

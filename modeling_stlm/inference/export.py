@@ -60,7 +60,6 @@ SIZES = {
     "ngram_embedding_size": (0, 2048),
     "match_bytes": (0, 6),
     "match_doublings": (0, 4),
-    "context_ngram_places": (1, 1024),
     "patch_bytes": (1, 1 << 20),
     "max_patch_bytes": (1, 1 << 20),
     "max_patch_characters": (1, 1 << 20),
@@ -72,8 +71,7 @@ SIZES = {
     "trunk_window_patches": (0, 1 << 27),
     "bos_token_id": (0, 65534),
 }
-MAX_PASSES, MAX_INPUTS, MAX_ORDERS, MAX_ORDER, MAX_LOOKUPS, MAX_ENDS = 1024, 32768, 15, 64, 8, 64
-LATER = {"trunk_window_patches", "context_ngram_places"}  # sizes that came after the first fingerprints
+MAX_PASSES, MAX_INPUTS, MAX_ORDERS, MAX_ORDER, MAX_PLACES, MAX_ENDS = 1024, 32768, 15, 64, 1024, 64
 CHECKSUM = b"stlm.checksum"
 MERGE = "merge adapters first (merge_and_unload), and take objectives off (plain)"
 
@@ -98,7 +96,7 @@ def fingerprint(model: STLMForCausalLM, rounded: dict[str, np.ndarray] | None = 
     window, lookups = config.trunk_window_patches, config.context_ngram_orders
     settings = [
         config.trunk_schedule,
-        *(getattr(config, name) for name in names if name not in LATER),
+        *(getattr(config, name) for name in names if name != "trunk_window_patches"),
         *([window] if window else []),  # left out without one, as in files of before
         *([[lookups, config.context_ngram_places]] if lookups else []),
     ]
@@ -131,7 +129,8 @@ def check(model: STLMForCausalLM) -> None:
     sizes["layers of the trunk"] = (len(config.trunk_schedule), 1, MAX_PASSES)
     sizes["lengths of n-grams"] = (len(config.ngram_orders), 0, MAX_ORDERS)
     sizes["the longest of ngram_orders"] = (max(config.ngram_orders, default=0), 0, MAX_ORDER)
-    sizes["lengths of n-grams of the document"] = (len(config.context_ngram_orders), 0, MAX_LOOKUPS)
+    if config.context_ngram_orders:
+        sizes["context_ngram_places"] = (config.context_ngram_places, 1, MAX_PLACES)
     sizes["tokens that end a text"] = (len(ends_of(model)), 0, MAX_ENDS)
     inputs = [module.in_features for module in model.modules() if isinstance(module, torch.nn.Linear)]
     sizes["inputs of a matrix"] = (max(inputs), 1, MAX_INPUTS)
@@ -213,6 +212,7 @@ def export_gguf(
     writer.add_array("stlm.ngram_orders", config.ngram_orders)
     if config.context_ngram_orders:
         writer.add_array("stlm.context_ngram_orders", config.context_ngram_orders)
+        writer.add_uint32("stlm.context_ngram_places", config.context_ngram_places)
     writer.add_array("stlm.byte_mixers", [int(mixer == "attention") for mixer in config.byte_mixers])
     attention, feed_forward = zip(*config.trunk_schedule)
     writer.add_array("stlm.trunk_attention_schedule", list(attention))

@@ -517,5 +517,6 @@ def serve(engine: Engine, host: str, port: int, num_rows: int) -> None:
             print(f"http://{f'[{host}]' if ':' in host else host}:{server.server_port}/v1", flush=True)
             while loop.is_alive():
                 loop.join(1)  # on Windows, a wait without an end cannot be interrupted
+            raise RuntimeError("the server has ended by itself")  # after the traceback of its thread
         finally:
             server.shutdown()

@@ -21,7 +21,7 @@
 #pragma STDC FP_CONTRACT OFF  // GCC: -std=c99 or -ffp-contract=off
 #endif
 
-enum { LANES = 16, MAX_TOKENS = 64, MAX_CONTEXT = 64, PART = 128, MAX_BYTES = 1 << 27, MAX_DOUBLINGS = 4, MAX_LOOKUPS = 8, FORMAT_VERSION = 4 };
+enum { LANES = 16, MAX_TOKENS = 64, MAX_CONTEXT = 64, PART = 128, MAX_BYTES = 1 << 27, MAX_DOUBLINGS = 4, MAX_LOOKUPS = 6, FORMAT_VERSION = 4 };
 
 #ifndef __GNUC__
 #error "compile with GCC or Clang (clang-cl on Windows): vectors are written with their extension of C"
@@ -1551,9 +1551,12 @@ static void read_embeddings(File *f, stlm_model *m) {
     m->match_length = read_table(f, "match_embedding.length.weight", 7, m->width);
   }
   if (!seek(f, "stlm.context_ngram_orders", INT32_ARRAY, 0, MAX_LOOKUPS)) return;  // files before version 4 have none
-  const int32_t *lookups = read_ints(f, "stlm.context_ngram_orders", 6, 0, MAX_LOOKUPS, &m->num_lookups);
-  for (int i = 0; i < m->num_lookups; i++)
-    if ((m->lookups[i] = lookups[i]) < 1) fail(f, "stlm.context_ngram_orders has the item 0, expected 1 to 6");
+  const int32_t *lookups = read_ints(f, "stlm.context_ngram_orders", INT32_MAX, 0, MAX_LOOKUPS, &m->num_lookups);
+  for (int i = 0; i < m->num_lookups; i++) {
+    m->lookups[i] = lookups[i];
+    if (lookups[i] < 1 || lookups[i] > 6)
+      fail(f, "stlm.context_ngram_orders has the item %d, expected 1 to 6", (int)lookups[i]);
+  }
   m->lookup_places = read_int(f, "stlm.context_ngram_places", 1, 1024);
   m->lookup_following = read_table(f, "context_ngram_embedding.following.weight", 258 * m->num_lookups, m->width);
 }

@@ -34,7 +34,9 @@ SAME = (
     "conv_kernel_size",
     "is_causal",
     "match_bytes",
+    "match_doublings",
     "context_ngram_orders",
+    "context_ngram_places",
     "trunk_head_dim",
     "trunk_window_patches",
     "num_labels",
@@ -144,13 +146,18 @@ def check_sizes(larger: STLMConfig, smaller: STLMConfig) -> None:
     check_own_matrices(larger, smaller)
     has_attention = "attention" in smaller.byte_mixers
     for name, value in kinds_of(larger, has_attention).items():
-        if name in ADDED and not value:
+        if name in fields_to_add(larger):
             continue  # new ones start at zero
         if value != (got := kinds_of(smaller, has_attention)[name]):
             raise ValueError(f"cannot inherit: expected {name}={value!r}, got {got!r}")
     for name, size in sizes_of(larger, has_attention).items():
         if size < (got := sizes_of(smaller, has_attention)[name]):
             raise ValueError(f"cannot inherit: expected {name} of at most {size}, got {got}")
+
+
+def fields_to_add(config: STLMConfig) -> set[str]:
+    """Those of embeddings that a model of `config` does not have."""
+    return {name for field, (_, of) in ADDED.items() if not getattr(config, field) for name in (field, of)}
 
 
 def check_own_matrices(*configs: STLMConfig) -> None:
@@ -423,7 +430,7 @@ def grow(model: STLMPreTrainedModel, config: STLMConfig) -> STLMPreTrainedModel:
             adapters that are not merged.
     """
     check_own_matrices(model.config, config)
-    free = FREE_TO_GROW.union(*({field, of} for field, (_, of) in ADDED.items() if not getattr(model.config, field)))
+    free = FREE_TO_GROW | fields_to_add(model.config)
     for name in sorted(STLMConfig.__annotations__.keys() - free | {"num_labels"}):
         expected, got = (getattr(one, name) for one in (model.config, config))
         if expected != got:

@@ -395,9 +395,8 @@ def _architecture(config: STLMConfig, task: Task) -> str:
     recent = ""
     if config.context_ngram_orders:
         lengths, places = " or ".join(map(str, config.context_ngram_orders)), config.context_ngram_places
-        recent = (
-            f"; n-grams of the document: the bytes that followed the last {places} places of the same {lengths} bytes"
-        )
+        where = f"the last {places} places" if places > 1 else "the last place"
+        recent = f"; n-grams of the document: the bytes that followed {where} of the same {lengths} bytes"
     way = "causal: a byte sees nothing after it" if config.is_causal else "bidirectional: a byte sees the whole text"
     window = ""
     if config.trunk_window_patches is not None:
