@@ -20,7 +20,14 @@ from .patching_stlm import LEAD4, MISSING, NUM_KINDS, SPACE, SPECIAL, WORD, Cons
 HASH_BASE, HASH_PRIME = 65599, 2**31 - 1
 DIGITS, BEYOND_DIGITS = 512, 2**60  # base of the numbers that stand for grams, and a bit beyond all of theirs
 MATCH_LENGTHS = 6  # classes: a match of at least n, 2 n, ... bytes
+MAX_GRAM_BYTES = 6  # whose digits a number holds
 MAX_COMPARED_BYTES = 16  # up to which comparing with all earlier bytes is faster than sorting them
+
+
+GRAMS = Constants(
+    back=torch.arange(MAX_GRAM_BYTES - 1, -1, -1, device="cpu"),  # of each digit, oldest first, from the last one
+    weights=DIGITS ** torch.arange(MAX_GRAM_BYTES - 1, -1, -1, device="cpu"),
+)
 
 
 class STLMNgramEmbedding(nn.Module):
@@ -88,6 +95,12 @@ def _sum_by_pairs(terms: torch.Tensor) -> torch.Tensor:
     return terms[..., 0]
 
 
+def _last_digits(grams: torch.Tensor, n: int) -> torch.Tensor:
+    """The number that the last n digits of each of `grams` stand for."""
+    # Masks take a fifth of the time on a CPU; exported graphs have what they had.
+    return grams % DIGITS**n if is_torchdynamo_exporting() else grams & (DIGITS**n - 1)
+
+
 class ByteHistory(NamedTuple):
     """All bytes of each row so far, for embeddings that look up where the last ones stood before."""
 
@@ -112,19 +125,20 @@ class ByteHistory(NamedTuple):
             context (`torch.LongTensor` of shape `(B, C + T)`): C at least `longest` - 1.
             num_past (`torch.LongTensor` of shape `(B,)`): valid bytes of each row before this call.
             slot (`STLMPatchStateSlot`, *optional*): keeps the grams of earlier calls.
-            longest (`int`): at most 6, whose digits a number holds.
+            longest (`int`): at most `MAX_GRAM_BYTES`.
         """
         index = num_past[:, None] + torch.arange(batch.num_bytes, device=context.device)
         start = None if batch.positions is None else index - batch.positions
         digits = context[:, context.shape[1] - batch.num_bytes - longest + 1 :].clamp(-1, 256) + 1
         digits = digits.unfold(1, longest, 1)  # (B, T, n) oldest byte first
-        oldest_first = torch.arange(longest, device=context.device)
+        tables = GRAMS.on(context.device)
+        back, weights = (tables[name][MAX_GRAM_BYTES - longest :] for name in ("back", "weights"))
         if batch.positions is not None:
-            digits = digits.masked_fill(batch.positions[..., None] < longest - 1 - oldest_first, 0)
-        terms = digits * DIGITS ** (longest - 1 - oldest_first)
+            digits = digits.masked_fill(batch.positions[..., None] < back, 0)
+        terms = digits * weights
         grams = _sum_by_pairs(terms) if is_torchdynamo_exporting() else terms.sum(-1)
-        num_missing = torch.where(digits > 0, 0, 1 + oldest_first).amax(-1)  # the last such, and what is older
-        grams = grams + (longest - num_missing) * DIGITS**longest
+        num_present = torch.where(digits > 0, longest, back).amin(-1)  # after the last one that is not there
+        grams = grams + num_present * DIGITS**longest
         if slot is not None:
             grams = slot.append("grams", grams, index)
         if grams.shape[1] == 1:  # a first byte, which nothing follows
@@ -134,7 +148,7 @@ class ByteHistory(NamedTuple):
     def last_bytes(self, n: int) -> torch.Tensor:
         """A number (B, S) for the last n bytes up to each one; where one of them is not there, it has no equal."""
         place = torch.arange(self.grams.shape[1], device=self.grams.device)
-        return torch.where(self.grams >= n * DIGITS**self.longest, self.grams % DIGITS**n, -3 - place)
+        return torch.where(self.grams >= n * DIGITS**self.longest, _last_digits(self.grams, n), -3 - place)
 
     def last_equal(self, known: torch.Tensor, n: int, doublings: int = 0) -> list[torch.Tensor]:
         """The last earlier place (B, T) with the same n bytes; then with twice, four times, ... as many. -1 if none.
@@ -167,7 +181,7 @@ class ByteHistory(NamedTuple):
     def byte_after(self, place: torch.Tensor) -> torch.Tensor:
         """The id plus one, 257 for special tokens, of the byte after each `place (B, ...)`; 0 for -1."""
         after = (place.clamp(min=0) + 1).flatten(1)
-        return self.grams.gather(1, after).view_as(place) % DIGITS * (place >= 0)
+        return _last_digits(self.grams.gather(1, after).view_as(place), 1) * (place >= 0)
 
 
 class STLMMatchEmbedding(nn.Module):
