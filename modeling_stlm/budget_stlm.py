@@ -18,7 +18,7 @@ class BudgetMixin:
             "byte embedding": [base.embed_tokens],
             "n-gram embedding": [*filter(None, [base.ngram_embedding])],
             "match embedding": [*filter(None, [base.match_embedding])],
-            "embedding of n-grams of the document": [*filter(None, [base.context_ngram_embedding])],
+            "in-context n-gram embedding": [*filter(None, [base.context_ngram_embedding])],
             "local encoder": [base.local_encoder],
             "patching": [base.patcher],
             "trunk": [base.trunk],

@@ -97,12 +97,12 @@ def _sum_by_pairs(terms: torch.Tensor) -> torch.Tensor:
 
 def _last_digits(grams: torch.Tensor, n: int) -> torch.Tensor:
     """The number that the last n digits of each of `grams` stand for."""
-    # Masks take a fifth of the time on a CPU; exported graphs have what they had.
+    # A mask is faster on a CPU, but not every exporter knows it.
     return grams % DIGITS**n if is_torchdynamo_exporting() else grams & (DIGITS**n - 1)
 
 
 class ByteHistory(NamedTuple):
-    """All bytes of each row so far, for embeddings that look up where the last ones stood before."""
+    """All bytes of each row so far, for embeddings that look up earlier places of the last ones."""
 
     grams: torch.Tensor  # (B, S) int64 the last `longest` bytes up to each one, and how many of them are there
     index: torch.Tensor  # (B, T) which of its row each byte of this call is

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Match embeddings and n-grams of the document: for each byte, what followed where the same bytes stood before."""
+"""Match embeddings and in-context n-grams: for each byte, what followed where the same bytes stood before."""
 
 import random
 

@@ -285,11 +285,11 @@ def test_the_card_says_what_is_matched(tmp_path):
         ),
         (
             {"match_bytes": 0, "context_ngram_orders": [2, 3]},
-            "; n-grams of the document: the bytes that followed the last 3 places of the same 2 or 3 bytes\n",
+            "; in-context n-grams: the bytes that followed the last 3 places of the same 2 or 3 bytes\n",
         ),
         (
             {"context_ngram_orders": [2], "context_ngram_places": 1},
-            "; n-grams of the document: the bytes that followed the last place of the same 2 bytes\n",
+            "; in-context n-grams: the bytes that followed the last place of the same 2 bytes\n",
         ),
     ):
         options = {"context_ngram_orders": []} | options

@@ -225,7 +225,7 @@ def test_what_is_read_for_a_byte_are_all_weights_but_the_tables(files):
     names = ("ngram_tables", "match_embedding", "context_ngram_embedding")
     tables = [weight for name, weight in model.named_parameters() if any(part in name for part in names)]
     # The rows of the tables: one for each order of n-grams and the word; what followed a match, and its length; what
-    # followed each place of an n-gram of the document.
+    # followed each place of an in-context n-gram.
     wide = 2 + len(config.context_ngram_orders) * config.context_ngram_places
     rows = config.ngram_embedding_size * (len(config.ngram_orders) + 1) + wide * config.hidden_size
     weights = model.num_parameters() - sum(weight.numel() for weight in tables) + rows

@@ -106,6 +106,11 @@ def traffic(path: Path) -> dict[str, int]:
     reader = gguf.GGUFReader(path)
     entry = {name.removeprefix("stlm."): field.contents() for name, field in reader.fields.items()}
     found, is_float = {"byte": 0, "patch": 0}, True
+    num_rows = {  # of each table that are looked up for a byte
+        "ngram_embedding.ngram_tables": len(entry["ngram_orders"]) + 1,
+        "match_embedding": 1,
+        "context_ngram_embedding": len(entry.get("context_ngram_orders", [])) * entry.get("context_ngram_places", 0),
+    }
     for tensor in reader.tensors:
         name, size, kind = tensor.name.removeprefix("model."), int(tensor.n_bytes), tensor.tensor_type.name
         is_float &= kind in ("F32", "BF16")
@@ -113,16 +118,8 @@ def traffic(path: Path) -> dict[str, int]:
             size = size // 18 * 20  # scales are float32 in memory
         elif kind == "I8":
             size += 4 * int(tensor.shape[1])  # sums of the rows
-        if (
-            name.partition(".")[0] in ("ngram_embedding", "match_embedding", "context_ngram_embedding")
-            and "proj" not in name
-        ):
-            looked_up = 1
-            if name.startswith("ngram"):
-                looked_up = len(entry["ngram_orders"]) + 1
-            elif name.startswith("context"):
-                looked_up = len(entry["context_ngram_orders"]) * entry["context_ngram_places"]
-            found["byte"] += size // int(tensor.shape[-1]) * looked_up
+        if table := next((table for table in num_rows if name.startswith(table)), None):
+            found["byte"] += size // int(tensor.shape[-1]) * num_rows[table]
         elif name.startswith("trunk."):
             _, blocks, index, *_ = name.split(".")
             schedule = entry.get(f"trunk_{blocks.removesuffix('_blocks')}_schedule", [])

@@ -137,7 +137,7 @@ struct stlm_model {
   int64_t powers[MAX_CONTEXT];
   int match_bytes, match_doublings;
   Table match_following, match_length;
-  int num_lookups, lookups[MAX_LOOKUPS], lookup_places;  // n-grams of the document, and how many places of each
+  int num_lookups, lookups[MAX_LOOKUPS], lookup_places;  // in-context n-grams, and how many places of each
   Table lookup_following;
   ByteLayer *byte_layers;
   Rule rule;

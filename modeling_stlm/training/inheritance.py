@@ -92,7 +92,7 @@ def inherit(
     one are kept. Feed-forward neurons, channels of convolutions and heads (key/value heads with their best queries) are
     chosen in each layer; `hidden_size`, `trunk_hidden_size` and `ngram_embedding_size` once for all matrices that share
     them. With a config of the same sizes and lengths of patches the function stays the same. Embeddings of
-    matches and of n-grams of the document that `model` does not have start at zero.
+    matches and of in-context n-grams that `model` does not have start at zero.
 
     N-gram tables of another number of rows: see [`merge_rows`] and, given `data`, [`rehash`].
 
@@ -419,11 +419,11 @@ def grow(model: STLMPreTrainedModel, config: STLMConfig) -> STLMPreTrainedModel:
     Passes of the larger depth run copies of the blocks of `model` in their order. Blocks in between are copies of the
     block before them whose output projection is zero: the identity until they are trained. Depth and layer sharing may
     change in any way that leaves room for that; a block that is stored once and shared cannot run more often. Embeddings
-    of matches and of n-grams of the document may be added: they start at zero.
+    of matches and of in-context n-grams may be added: they start at zero.
 
     Args:
         config (`STLMConfig`): equal to that of `model` but for depth, layer sharing and dropout; embeddings of matches and
-            of n-grams of the document may be added where there are none.
+            of in-context n-grams may be added where there are none.
 
     Raises:
         ValueError: if another field differs, if no choice of new blocks leaves the function as it is, or if `model` has

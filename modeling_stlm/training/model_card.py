@@ -396,7 +396,7 @@ def _architecture(config: STLMConfig, task: Task) -> str:
     if config.context_ngram_orders:
         lengths, places = " or ".join(map(str, config.context_ngram_orders)), config.context_ngram_places
         where = f"the last {places} places" if places > 1 else "the last place"
-        recent = f"; n-grams of the document: the bytes that followed {where} of the same {lengths} bytes"
+        recent = f"; in-context n-grams: the bytes that followed {where} of the same {lengths} bytes"
     way = "causal: a byte sees nothing after it" if config.is_causal else "bidirectional: a byte sees the whole text"
     window = ""
     if config.trunk_window_patches is not None:
