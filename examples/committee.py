@@ -107,6 +107,9 @@ def labelled(file: Path, args: argparse.Namespace) -> Dataset:
     rows = load_dataset(kind, data_files=escape(str(file)), split="train")
     if not {args.column, "label"} <= set(rows.column_names):
         raise SystemExit(f"{file} has the columns {rows.column_names}, expected {args.column} (--column) and label")
+    for number, text in enumerate(rows[args.column], start=1):
+        if not isinstance(text, str):
+            raise SystemExit(f"row {number} of {file} has the {args.column} {text!r}, expected a text")
     return Dataset.from_dict({"input_ids": encode(list(rows[args.column]), args.max_bytes), "labels": rows["label"]})
 
 

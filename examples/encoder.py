@@ -160,7 +160,6 @@ def main(args: argparse.Namespace):
             lr_scheduler_type="constant",
             per_device_train_batch_size=per_device(args.batch_size),
             train_sampling_strategy="group_by_length",
-            remove_unused_columns=False,
             logging_steps=25,
             save_strategy="no",  # by time
             save_total_limit=1,

@@ -92,6 +92,9 @@ def summary_example(row: dict, text_bytes: int) -> dict:
         raise SystemExit("a row has an empty `dialogue`: leave it out")
     if not text or not references:
         raise SystemExit(f"a row has the fields {sorted(row)}, expected `dialogue` and `summary`, or those of QMSum")
+    for value in (text, *references):
+        if not isinstance(value, str):
+            raise SystemExit(f"a row has {value!r} where a dialogue or a summary should be, expected a text")
     text = text.encode("utf-8")[:text_bytes].decode("utf-8", errors="ignore")
     prompt = f"<bos>{text}\n\nSummary:"
     return {"text": text, "prompt": prompt, "completion": f" {references[0].strip()}", "references": references}

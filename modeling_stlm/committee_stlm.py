@@ -96,6 +96,7 @@ class STLMCommitteeConfig(PreTrainedConfig):
     use_cache: bool = True
 
     def __post_init__(self, **kwargs):
+        kwargs.pop("num_hidden_layers", None)  # of a config of another kind, which the committee then refuses in words
         super().__post_init__(**kwargs)
         self.auto_map = {
             "AutoConfig": "committee_stlm.STLMCommitteeConfig",
@@ -131,6 +132,8 @@ class STLMCommittee(PreTrainedModel):
     - Answers: mean of the softmax over the bytes of the row, for the first and for the last byte.
 
     Without the hidden states and attentions of the members: ask those. Trained as a unit, the loss is that of the mean.
+    Adapters of peft on `target_modules="all-linear"` need `exclude_modules=r".*\.lm_head"`: peft leaves out one head alone,
+    and each head shares its matrix with an embedding, so that merged weights would be those of another model.
 
     Args:
         config ([`STLMCommitteeConfig`]).

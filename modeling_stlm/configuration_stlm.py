@@ -178,8 +178,7 @@ class STLMConfig(PreTrainedConfig):
         default("trunk_num_key_value_heads", self.trunk_num_attention_heads)
         default("trunk_head_dim", self.trunk_hidden_size // max(1, self.trunk_num_attention_heads))
         default("num_unique_trunk_layers", self.num_trunk_layers)
-        # Whatever was passed: a saved value must not outlive a change of `num_trunk_layers`.
-        self.num_hidden_layers = self.num_byte_layers + 1 + self.num_trunk_layers
+        self.derive_slots()
         super().__post_init__(**kwargs)
         # A checkpoint of any head loads through every Auto class, also where the package is not installed.
         self.auto_map = {
@@ -188,6 +187,10 @@ class STLMConfig(PreTrainedConfig):
             "AutoModelForCausalLM": "modeling_stlm.STLMForCausalLM",
             **{f"AutoModelFor{head}": f"heads_stlm.STLMFor{head}" for head in HEADS},
         }
+
+    def derive_slots(self) -> None:
+        """Set `num_hidden_layers`, whatever it was: a value must not outlive a change of the layers that it counts."""
+        self.num_hidden_layers = self.num_byte_layers + 1 + self.num_trunk_layers
 
     @property
     def num_byte_layers(self) -> int:

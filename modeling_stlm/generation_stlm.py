@@ -138,7 +138,17 @@ class STLMGenerationMixin(GenerationMixin):
             extracted |= {name: value for name, value in given.items() if value is not None and name in accepted}
         return extracted
 
-    def _get_candidate_generator(self, *args, model_kwargs, **kwargs):
+    def _get_candidate_generator(self, *args, generation_config, model_kwargs, **kwargs):
+        # Before the library lowers the number of slots, which it would not restore.
+        if (slots := generation_config.assistant_early_exit) is not None:
+            first = getattr(self.config, "num_byte_layers", None)
+            if first is None:
+                raise ValueError("a committee has no assistant_early_exit: its members leave at different slots")
+            if slots <= first:
+                raise ValueError(
+                    f"assistant_early_exit={slots} counts cache slots, expected at least {first + 1}: one for each of the "
+                    f"{first} byte layers, one for patches, and one for each pass of the trunk that runs"
+                )
         fixed, release = DRAFTS_AFTER_A_CACHE_FIXED_IN, tuple(map(int, transformers.__version__.split(".")[:2]))
         is_broken = fixed is None or release < fixed
         if is_broken and (num_past := model_kwargs["cache"].get_seq_length()):
@@ -146,7 +156,9 @@ class STLMGenerationMixin(GenerationMixin):
                 f"the cache holds {num_past} bytes, after which transformers {transformers.__version__} would read the whole "
                 "text again: with drafts (assistant_model, prompt_lookup_num_tokens), start with an empty cache"
             )
-        return super()._get_candidate_generator(*args, model_kwargs=model_kwargs, **kwargs)
+        return super()._get_candidate_generator(
+            *args, generation_config=generation_config, model_kwargs=model_kwargs, **kwargs
+        )
 
     def _prepare_generation_config(self, generation_config, *, valid_utf8: bool | None = None, **kwargs):
         generation_config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)

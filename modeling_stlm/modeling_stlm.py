@@ -64,6 +64,8 @@ class STLMOutput(ModelOutput):
     """A cheaper `__setattr__`: the base class scans all fields, which costs microseconds per byte."""
 
     def __setattr__(self, name, value):
+        if name in ("past_key_values", "cache_params"):  # the old names, as in the base class
+            name = "cache"
         if value is not None and name in self.__dataclass_fields__:
             self[name] = value
         else:
@@ -191,6 +193,9 @@ class STLMModel(STLMPreTrainedModel):
     """
 
     def __init__(self, config: STLMConfig):
+        # Fields may have been set since the config was made, as `from_pretrained(..., num_trunk_layers=6)` does.
+        config.derive_slots()
+        config.validate()
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         has_ngrams = config.ngram_orders or config.ngram_word_bytes
@@ -443,7 +448,7 @@ class STLMModel(STLMPreTrainedModel):
             raise ValueError(
                 f"the cache has slots {kinds}, but this model needs {self.config.layer_types}: make it with "
                 "DynamicCache(config=model.config). Keys and values from elsewhere (prefix tuning) do not fit patches: use "
-                "prompt tuning or LoRA"
+                "LoRA, or prompt tuning, which generates with use_cache=False"
             )
 
     def _state_of(self, cache: Cache | None, input_ids: torch.Tensor) -> PatchState:

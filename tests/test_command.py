@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -177,6 +178,33 @@ def test_what_is_wrong_is_said_in_one_line(stlm, engine, tmp_path):
     for cold in (-1, "nan"):
         code, output, errors = end_of(stlm("run", engine.path, "-p", "x", "--temperature", cold))
         assert code == 2 and output == b"" and f"argument --temperature: {cold} must be at least 0" in errors
+
+
+@pytest.mark.parametrize("closed", [0, 1, 2])
+def test_a_closed_standard_stream_is_no_other_file(stlm, engine, tmp_path, closed):
+    (tmp_path / "in.txt").write_text(TEXT)
+    model = ["--model", engine.path]
+
+    def end(*arguments, given=b"") -> tuple[int, bytes, str]:
+        return end_of(stlm(*arguments, preexec_fn=lambda: os.close(closed)), given)
+
+    if closed == 2:
+        code, archive, errors = end("zip", "in.txt", "-", *model)
+        assert (code, errors) == (0, "")
+        assert end_of(stlm("unzip", "-", "-", *model), archive) == (0, TEXT.encode(), "")
+        assert end("run", "none.gguf") == (1, b"", "")
+    elif closed == 1:
+        for arguments in (
+            ["run", engine.path, "-p", "x"],
+            ["zip", "in.txt", "-", *model],
+            ["bench", engine.path, "--repeats", 1],
+        ):
+            assert end(*arguments) == (1, b"", "stlm: Bad file descriptor\n")
+    else:
+        for arguments in (["zip", "-", "out.z", *model], ["run", engine.path]):
+            code, output, errors = end(*arguments)
+            assert (code, output, errors) == (1, b"", "stlm: Bad file descriptor\n")
+    assert {path.name for path in tmp_path.iterdir()} == {"in.txt"}
 
 
 def test_the_command_is_a_module_too():
@@ -352,12 +380,44 @@ def test_models_and_health(url):
         assert json.load(answer) == {"status": "ok"}
 
 
+def test_a_model_is_found_under_its_name_as_an_address_writes_it(engine, tmp_path):
+    (tmp_path / "mein Modell é.gguf").symlink_to(engine.path)
+    with serving(Engine(tmp_path / "mein Modell é.gguf")) as (_, address):
+        with urllib.request.urlopen(f"{address}/v1/models", timeout=60) as answer:
+            (model,) = json.load(answer)["data"]
+        assert model["id"] == "mein Modell é"
+        for name in (urllib.parse.quote(model["id"]), "mein%20Modell%20%c3%a9"):
+            with urllib.request.urlopen(f"{address}/v1/models/{name}", timeout=60) as answer:
+                assert json.load(answer) == model
+        with pytest.raises(urllib.error.HTTPError, match="404") as refusal:
+            urllib.request.urlopen(f"{address}/v1/models/other", timeout=60)
+        assert "/v1/models/mein%20Modell%20%C3%A9" in json.load(refusal.value)["error"]["message"]
+
+
+def test_a_body_of_any_depth_is_refused_in_words(url):
+    found = set()
+    for depth in range(850, 1050):  # up to and beyond the depth that can just be read
+        with pytest.raises(urllib.error.HTTPError) as refusal:
+            post(url, b'{"prompt": [' + b"[" * depth + b"]" * depth + b"]}")
+        assert refusal.value.code == 400
+        found.add(json.load(refusal.value)["error"]["message"][:20])
+    assert found == {"prompt should be a s", "the body is nested t"}
+
+
+@pytest.mark.timeout(60)
+def test_a_stop_that_cannot_match_yet_takes_no_time():
+    stop = b"x" * 2**21
+    assert cut(b"a" + b"x" * 8, [stop]) == (b"a", b"x" * 8, False)
+    assert cut(b"a" * 8, [stop]) == (b"a" * 8, b"", False)
+    assert cut(stop[:99], [stop]) == (b"", stop[:99], False)
+
+
 @pytest.mark.parametrize(
     ("body", "status", "words"),
     [
         (b"{", 400, "the body is not JSON"),
         (b"\xff\xfe", 400, "the body is not JSON"),
-        (b"[" * 100000, 400, "the body is not JSON"),
+        (b"[" * 100000, 400, "the body is nested too deeply"),
         ([1], 400, "should be a JSON object"),
         ({"prompt": 3}, 400, "prompt should be a string, a list of ids, or a list of such, got 3"),
         ({"prompt": ["a", 3]}, 400, "prompt should be a string, a list of ids, or a list of such, got 3"),

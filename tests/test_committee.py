@@ -35,7 +35,7 @@ from .hub_server import Hub
 from .test_distributed import run as launch
 from .test_examples import ROOT, run
 from .test_hub import client
-from .tiny import PATCHING, TEXT, WITHOUT_PACKAGES, batch, ids_of, randomize, tiny_config
+from .tiny import PATCHING, TEXT, WITHOUT_PACKAGES, batch, ids_of, randomize, tiny_config, tiny_model
 from .trainers import RAGGED, TOKENIZER, arguments, losses, weights
 
 
@@ -384,6 +384,9 @@ def test_what_a_committee_cannot_do_is_refused(tmp_path):
     for field, value in {"num_labels": 5, "vocab_size": 384, "pad_token_id": 0}.items():
         with pytest.raises(ValueError, match=rf"member 0 has {field}=\d+, expected {value} as the committee"):
             STLMCommittee.from_pretrained(tmp_path, **{field: value})
+    tiny_model().save_pretrained(tmp_path / "alone")
+    with pytest.raises(ValueError, match="this is the config of a committee of 0 with the head 'CausalLM'"):
+        STLMCommittee.from_pretrained(tmp_path / "alone")
     with pytest.raises(ValueError, match="resize those of its members"):
         committee.resize_token_embeddings(400)
     assert not hasattr(committee, "generate")

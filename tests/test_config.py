@@ -4,12 +4,13 @@
 import json
 
 import pytest
+import torch
 from huggingface_hub.errors import StrictDataclassClassValidationError, StrictDataclassFieldValidationError
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from modeling_stlm import STLMConfig
 
-from .tiny import tiny_config
+from .tiny import SHARING, TEXT, ids_of, tiny_config, tiny_model
 
 
 PRESETS = ["stlm-3m", "stlm-10m", "stlm-10m-wide", "stlm-50m", "stlm-100m"]
@@ -99,6 +100,33 @@ def test_contradictions_are_named(fields, message):
 def test_the_number_of_cache_slots_follows_the_depth():
     saved = tiny_config(layer_sharing="cycle", num_trunk_layers=2, num_unique_trunk_layers=1).to_dict()
     assert tiny_config(**(saved | {"num_trunk_layers": 6})).num_hidden_layers == 3 + 1 + 6
+
+
+def test_a_depth_that_is_set_later_is_that_of_the_model(tmp_path):
+    model = tiny_model(**SHARING["middle"])
+    model.save_pretrained(tmp_path / "saved")
+    deeper = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", num_trunk_layers=6)
+    config = AutoConfig.from_pretrained(tmp_path / "saved")
+    config.num_trunk_layers = 6
+    assert config.num_hidden_layers < AutoModelForCausalLM.from_config(config).config.num_hidden_layers == 3 + 1 + 6
+    runs = []
+    for block in deeper.model.trunk.attention_blocks:
+        block.register_forward_hook(lambda *_: runs.append(1))
+    ids = torch.tensor([ids_of(TEXT[:60])])
+    logits = deeper(ids).logits
+    assert len(runs) == 6 and (logits - model(ids).logits).abs().max() > 0.01
+    deeper.save_pretrained(tmp_path / "deeper")
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "deeper")(ids).logits, logits)
+    for fields, message in (
+        ({"num_trunk_layers": 1}, "num_unique_trunk_layers="),
+        ({"num_local_encoder_layers": 3}, "byte_mixers has 3 entries for 4 byte layers"),
+    ):
+        with pytest.raises(StrictDataclassClassValidationError, match=message):
+            AutoModelForCausalLM.from_pretrained(tmp_path / "saved", **fields)
+    loaded = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "saved", num_hidden_layers=3
+    )  # derived, whatever is given
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from peft import PromptTuningConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
@@ -435,6 +436,19 @@ def teachers(folder) -> dict:
     stored = StoredTeacher(store_teacher(folder / "teacher.bin", tiny_model(), data()))
     subwords = SubwordTeacher(llama(byte_level_bpe()), byte_level_bpe())
     return {"model": tiny_model(), "committee": committee, "stored": stored, "subwords": subwords}
+
+
+def test_a_prompt_is_tuned_after_a_teacher(tmp_path):
+    student = tiny_model()
+    distributions = student(torch.tensor([RAGGED[0][:40]])).logits[0, :-1, :256].log_softmax(-1)
+    model = get_peft_model(student, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
+    trainer = DistillationTrainer(model, arguments(tmp_path), teacher=tiny_model(), teacher_weight=1.0)
+    ids = torch.tensor([RAGGED[0][:40]])
+    loss = trainer.compute_loss(model.train(), {"input_ids": ids, "labels": ids}).item()
+    with torch.no_grad():
+        tuned = model(ids).logits[0, 4:-1, :256].log_softmax(-1)
+    expected = (distributions.exp() * (distributions - tuned)).sum(-1).mean().item()
+    assert loss == pytest.approx(expected, rel=1e-4) and expected > 0.01
 
 
 @pytest.mark.parametrize("name", ["model", "committee", "stored", "subwords"])

@@ -565,6 +565,11 @@ def test_rows_on_several_threads_are_refused_as_on_one(tiny):
         (rows.logits, "row 0 is empty"),
         (lambda: rows.score([[], [], [], [1]]), "row 3 is empty"),
         (lambda: rows.write([tiny[1].sampling()] * 4, range(4), bytearray(b"\0\0\1\0"), 1), "row 2 is empty"),
+        (
+            lambda: rows.write([tiny[1].sampling()] * 4, [0], bytearray(b"\1" * 4), 1),
+            "4 samplings, 1 seeds and 4 flags",
+        ),
+        (lambda: rows.write([tiny[1].sampling()], range(4), bytearray(b"\1" * 4), 1), "1 samplings, 4 seeds and 4"),
     ):
         with pytest.raises(ValueError, match=words):
             call()

@@ -19,7 +19,7 @@ from transformers import (
     set_seed,
 )
 
-from modeling_stlm import STLMTokenizer
+from modeling_stlm import STLMCommittee, STLMTokenizer
 
 from .test_examples import ROOT
 from .test_generate import PROMPT, ROWS, generate
@@ -452,5 +452,13 @@ def test_caches_of_generate_have_the_slots_of_the_config():
 
 
 def test_leaving_early_is_refused_in_words():
-    with pytest.raises(ValueError, match="the cache has slots"):
-        generate(tiny_model(), {"input_ids": PROMPT}, True, **GREEDY, assistant_early_exit=1)
+    model = tiny_model()
+    expected = model(PROMPT).logits
+    for exit in (1, model.config.num_byte_layers):
+        with pytest.raises(ValueError, match=f"assistant_early_exit={exit} counts cache slots, expected at least 4"):
+            generate(model, {"input_ids": PROMPT}, True, **GREEDY, assistant_early_exit=exit)
+        assert model.config.num_hidden_layers == len(tiny_model().config.layer_types)
+        assert torch.equal(model(PROMPT).logits, expected)
+    committee = STLMCommittee.from_members([tiny_model(), tiny_model()])
+    with pytest.raises(ValueError, match="a committee has no assistant_early_exit"):
+        committee.generate(PROMPT, **GREEDY, use_cache=True, assistant_early_exit=4)

@@ -83,6 +83,26 @@ def test_passages_are_whole_sentences_of_a_paragraph():
         assert text.startswith("Sentence") and text.endswith("here.")
 
 
+def test_passages_of_one_paragraph_and_without_spaces():
+    paragraph = (
+        "The first sentence of a paragraph. The second one is longer than that. And a third one, which ends it."
+    )
+    japanese = (
+        "東京都は日本の首都であり、世界最大の都市圏の一つである。人口は約一千四百万人で、経済の中心地となっている。"
+    )
+    for document, text, titles in (
+        (paragraph, paragraph, [""]),
+        (f"The title\n{paragraph}", paragraph, ["", "The title "]),
+        (f"標題\n{japanese}", japanese, ["", "標題 "]),
+        ("a word and " * 60, "a word and " * 60, [""]),  # one sentence longer than a passage
+    ):
+        found = {passage for seed in range(30) for passage in passages_of(document, 110, random.Random(seed))}
+        assert found and all(len(passage.encode()) <= 110 + len("The title ") for passage in found)
+        assert all(any(passage.removeprefix(title) in text for title in titles) for passage in found)
+        assert {title for title in titles if any(passage.startswith(title) for passage in found)} == set(titles)
+    assert passages_of(japanese, 400, random.Random(0)) == [japanese]
+
+
 def test_passages_of_a_document_without_text():
     assert passages_of("", 100, random.Random(0)) == passages_of("A title alone", 100, random.Random(0)) == []
 
@@ -99,6 +119,19 @@ def test_compressed_embeddings_keep_the_cosines_they_can_keep():
         for size in (1, 3)
     ]
     assert kept[1].mean() < kept[0].mean()
+
+
+def test_an_embedding_of_zeros_trains_nothing_and_a_narrow_teacher_is_refused(tmp_path):
+    embeddings = np.random.default_rng(0).normal(size=(24, 32))
+    embeddings[3] = 0
+    small = compress(embeddings, 16)
+    np.testing.assert_allclose(np.linalg.norm(small, axis=1), np.arange(24) != 3, atol=1e-6)
+    data = EmbeddedPassages(ANIMALS + TOOLS, small, TOKENIZER)
+    model = STLMForMaskedLM(tiny_config(is_causal=False))
+    EmbeddingTrainer(model, arguments(tmp_path, max_steps=4), train_dataset=data, data_collator=data.collate).train()
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+    with pytest.raises(ValueError, match="embeddings have width 8, expected at least 16"):
+        compress(embeddings[:, :8], 16)
 
 
 def test_rows_are_damaged_always_in_the_same_way():
@@ -127,7 +160,6 @@ def arguments(folder, **options) -> TrainingArguments:
     return TrainingArguments(
         str(folder),
         per_device_train_batch_size=6,
-        remove_unused_columns=False,
         report_to="none",
         use_cpu=True,
         disable_tqdm=True,

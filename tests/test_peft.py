@@ -11,7 +11,7 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from transformers import Trainer
 
-from modeling_stlm import STLMForCausalLM
+from modeling_stlm import STLMCommittee, STLMForCausalLM
 from modeling_stlm.training.corpus import PackedWindows, write_corpus
 
 from .tiny import SHARING, TEXT, assert_equal, ids_of, randomize, tiny_config
@@ -72,6 +72,18 @@ def test_all_linear_is_every_matrix_but_the_head():
         "trunk",
         "local_decoder",
     }
+
+
+def test_adapters_of_a_committee_leave_the_heads_of_its_members_alone():
+    committee = STLMCommittee.from_members([tiny_base(), tiny_base()])
+    untouched = logits_of(committee)
+    model = adapted(committee, exclude_modules=r".*\.lm_head", task_type="CAUSAL_LM")
+    found = {name for name, module in model.get_base_model().named_modules() if isinstance(module, LoraLayer)}
+    linear = {name for name, module in committee.named_modules() if type(module) is torch.nn.Linear}
+    assert not any("lm_head" in name for name in found) and {"members.0.lm_head", "members.1.lm_head"} <= linear
+    expected = logits_of(model)
+    assert (expected - untouched).abs().max() > 0.1
+    assert_equal(logits_of(model.merge_and_unload()), expected)
 
 
 @KINDS

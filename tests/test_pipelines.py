@@ -283,6 +283,9 @@ def test_an_empty_text_in_a_batch():
     tag = pipeline("token-classification", model=tagger, aggregation_strategy="first", **options)
     alone, batched = tag(texts), tag(texts, batch_size=3)
     assert alone[1] == batched[1] == [] and alone[0]
+    left = STLMTokenizer(padding_side="left")  # as that of a causal checkpoint
+    tag = pipeline("token-classification", model=tagger, aggregation_strategy="first", **options | {"tokenizer": left})
+    assert tag(texts, batch_size=3) == batched and left.padding_side == "left"
     assert [[entry["word"] for entry in row] for row in batched] == [[entry["word"] for entry in row] for row in alone]
 
 

@@ -348,6 +348,10 @@ def test_layers_that_change_are_not_compiled(tmp_path, capsys):
     with pytest.raises(SystemExit):
         parse([*arguments, "--compile", "--dropout", "linear", "0.1"])
     assert "--compile and a --dropout that changes" in capsys.readouterr().err
+    timed = [*arguments[:-2], "--max_minutes", "1", "--dropout", "linear", "0.1"]
+    with pytest.raises(SystemExit):
+        parse(timed)
+    assert "--dropout and --max_minutes" in capsys.readouterr().err
 
 
 def test_fields_that_do_not_exist_are_named(small_text, tmp_path):

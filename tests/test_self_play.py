@@ -3,6 +3,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -239,8 +240,13 @@ def test_two_processes_share_the_prompts(tmp_path):
 def test_bad_input_is_refused_in_words(tmp_path):
     with pytest.raises(ValueError, match="needs texts `prompt` and `completion`, got no rows"):
         self_play(tmp_path, 1, [])
-    with pytest.raises(ValueError, match=r"needs texts `prompt` and `completion`, got \['answer', 'prompt'\]"):
-        self_play(tmp_path, 1, [{"prompt": "a", "answer": "b"}])
+    for row, found in (
+        ({"prompt": "a", "answer": "b"}, {"answer": "str", "prompt": "str"}),
+        ({"prompt": "a", "completion": None}, {"completion": "NoneType", "prompt": "str"}),
+    ):
+        message = re.escape(f"row 1 of the dataset needs texts `prompt` and `completion`, got {found}")
+        with pytest.raises(ValueError, match=message):
+            self_play(tmp_path, 1, [ROWS[0], row])
     game = self_play(tmp_path, 0)
     game.train()
     with pytest.raises(ValueError, match="holds rounds of an earlier self-play"):

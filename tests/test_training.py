@@ -15,12 +15,15 @@ import evaluate
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from datasets import Dataset
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from tokenizers import Tokenizer
 from tokenizers.models import BPE, WordLevel
+from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from transformers import (
     ByT5Tokenizer,
+    DataCollatorForLanguageModeling,
     DataCollatorWithFlattening,
     EvalPrediction,
     PreTrainedTokenizerFast,
@@ -39,7 +42,7 @@ from modeling_stlm.training.patch_curriculum import PatchLengthCurriculum
 from modeling_stlm.training.time_budget import TimeBudget
 
 from .tiny import SHARING, TEXT, ids_of, tiny_config, tiny_model
-from .trainers import TOKENIZER, arguments, losses
+from .trainers import RAGGED, TOKENIZER, arguments, losses
 
 
 DOCUMENTS = [TEXT, "short", "a b c d e. " * 40, "", "Zoë 東京"]
@@ -80,6 +83,10 @@ def test_any_file_of_bytes_is_a_corpus(tmp_path):
         PackedWindows(tmp_path / "nothing", TOKENIZER, block_size=1)
     with pytest.raises(ValueError, match="every document is empty"):
         write_corpus(tmp_path / "empty.bin", ["", ""], TOKENIZER)
+    with pytest.raises(ValueError, match="got one text, expected an iterable of documents"):
+        write_corpus(tmp_path / "one.bin", "a text", TOKENIZER)
+    with pytest.raises(ValueError, match="document 2 is a NoneType, expected str or bytes"):
+        write_corpus(tmp_path / "none.bin", ["a", None], TOKENIZER)
     assert not list(tmp_path.glob("empty*"))
 
 
@@ -451,6 +458,53 @@ def test_ids_that_are_no_bytes_are_refused():
     prediction = EvalPrediction(predictions=np.ones((1, 3)), label_ids=np.array([[1, 320, 2]]))
     with pytest.raises(ValueError, match=r"label 320 is not in the byte vocabulary of 320 ids: give .* token_bytes"):
         evaluator(prediction)
+
+
+@pytest.mark.parametrize("streams", ["eval", "train"])
+def test_bits_per_byte_of_and_beside_a_stream(tmp_path, streams):
+    rows = [{"input_ids": ids} for ids in RAGGED]
+    stream = Dataset.from_list(rows).to_iterable_dataset()
+    evaluator = metric.BitsPerByteEvaluator()
+    options = {"batch_eval_metrics": True} if streams == "eval" else {"eval_strategy": "steps", "eval_steps": 1}
+    trainer = Trainer(
+        tiny_model(),
+        arguments(tmp_path, max_steps=2, learning_rate=0.0, **options),
+        data_collator=DataCollatorForLanguageModeling(TOKENIZER, mlm=False),
+        train_dataset=stream,
+        eval_dataset=stream if streams == "eval" else rows,
+        compute_metrics=evaluator,
+        preprocess_logits_for_metrics=evaluator.nats,
+    )
+    if streams == "train":
+        trainer.train()
+        found = [log for log in trainer.state.log_history if "eval_bytes" in log]
+    else:
+        found = [trainer.evaluate(), trainer.evaluate()]
+    alone = [tiny_model()(torch.tensor([ids]), labels=torch.tensor([ids])).loss.item() for ids in RAGGED if ids[1:]]
+    nats = sum(loss * (len(ids) - 1) for loss, ids in zip(alone, [ids for ids in RAGGED if ids[1:]], strict=True))
+    num_bytes = sum(len(ids) - 1 for ids in RAGGED)
+    for scores in found:
+        assert scores["eval_bytes"] == num_bytes
+        assert scores["eval_bits_per_byte"] == pytest.approx(nats / math.log(2) / num_bytes, rel=1e-5)
+    assert len(found) == 2
+
+
+def test_bits_per_byte_with_virtual_tokens_are_those_of_the_rows_alone(tmp_path):
+    model = get_peft_model(tiny_model(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)).eval()
+    ids = torch.tensor([RAGGED[0][:40], RAGGED[5][:40]])
+    with torch.no_grad():
+        expected = F.cross_entropy(model(ids).logits[:, 4:-1].flatten(0, 1), ids[:, 1:].flatten()).item()
+    evaluator = metric.BitsPerByteEvaluator()
+    trainer = Trainer(
+        model,
+        arguments(tmp_path, batch_eval_metrics=True),
+        eval_dataset=[{"input_ids": row, "labels": row} for row in ids],
+        compute_metrics=evaluator,
+        preprocess_logits_for_metrics=evaluator.nats,
+    )
+    found = trainer.evaluate()
+    assert found["eval_bits_per_byte"] == pytest.approx(expected / math.log(2), rel=1e-5)
+    assert found["eval_bytes"] == 2 * 39
 
 
 class FailsOnce(torch.utils.data.Dataset):

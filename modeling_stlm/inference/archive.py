@@ -145,6 +145,7 @@ def output(path: str) -> Iterator[BinaryIO]:
     """The file `path`, which appears when all of it is written; standard output for `-`, devices and pipes as they are."""
     if path == "-":
         yield sys.stdout.buffer
+        sys.stdout.buffer.flush()
         return
     if os.path.exists(path) and not os.path.isfile(path):
         with open(path, "wb") as file:

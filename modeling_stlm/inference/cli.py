@@ -197,13 +197,31 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
+def open_standard_streams() -> None:
+    """Stand-ins for standard streams that are closed, whose numbers the next files would get.
+
+    Reading and writing them is refused, as of closed ones, but messages go nowhere.
+    """
+    streams = (("stdin", "r", os.O_WRONLY), ("stdout", "w", os.O_RDONLY), ("stderr", "w", os.O_WRONLY))
+    for number, (name, mode, access) in enumerate(streams):
+        if getattr(sys, name) is None:
+            os.open(os.devnull, access)  # the lowest number that is free, which is this one
+            setattr(sys, name, open(number, mode, closefd=False))
+
+
+def let_go_of_output() -> None:
+    """Leave nothing that Python would flush at its end, and fail to."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def main() -> int:
+    open_standard_streams()
     args = parser().parse_args()
     try:
         args.function(args)
         sys.stdout.flush()
-    except BrokenPipeError:  # somebody read enough: leave nothing that Python would flush at its end
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # somebody read enough
+        let_go_of_output()
         return 141  # 128 + SIGPIPE, as shells have it
     except KeyboardInterrupt:
         return 130
@@ -211,6 +229,10 @@ def main() -> int:
         words = getattr(error, "strerror", None) or error  # without the number of the error
         name = getattr(error, "filename", None)
         print(f"stlm: {name}: {words}" if name else f"stlm: {words}", file=sys.stderr)
+        try:
+            sys.stdout.flush()
+        except OSError:  # the error that was told
+            let_go_of_output()
         return 1
     return 0
 

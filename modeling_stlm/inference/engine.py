@@ -270,9 +270,17 @@ class Rows:
         """Up to `count` more ids of the rows r with `active[r]`, those of each row.
 
         A row whose text ended is no longer active. `seeds` are from 0 to 2**64 - 1.
+
+        Raises:
+            ValueError: if a sequence is not as long as there are rows, or if an active row has read nothing.
         """
+        size = self.num_rows
+        if not len(samplings) == len(seeds) == len(active) == size:
+            raise ValueError(
+                f"got {len(samplings)} samplings, {len(seeds)} seeds and {len(active)} flags, expected {size}: one for each row"
+            )
         self._refuse_empty(row for row, is_active in enumerate(active) if is_active)
-        size, ids = self.num_rows, array("i", bytes(4 * self.num_rows * count))
+        ids = array("i", bytes(4 * size * count))
         options, numbers = (_Sampling * size)(*samplings), array("Q", seeds)
         flags = (ctypes.c_uint8 * size).from_buffer(active)
 

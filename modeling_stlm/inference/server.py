@@ -26,6 +26,7 @@ from collections.abc import Callable, Iterator, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from queue import Empty, SimpleQueue
+from urllib.parse import quote, unquote
 
 from .engine import Engine, Rows, _Sampling, _written
 
@@ -160,6 +161,14 @@ class Writer(threading.Thread):
             if text is not self.nothing:
                 text.put(b"", refusal)
                 self.texts[row] = self.nothing
+
+
+def parsed(body: bytes):
+    """The value of a body of JSON."""
+    try:
+        return json.loads(body)
+    except ValueError as error:
+        raise Refusal(f"the body is not JSON: {error}") from None
 
 
 def field(body: dict, name: str, kinds: type | tuple[type, ...], default, words: str):
@@ -326,7 +335,9 @@ def cut(text: bytes, stops: list[bytes]) -> tuple[bytes, bytes, bool]:
     places = [at for stop in stops if (at := text.find(stop)) >= 0]
     if places:
         return text[: min(places)], b"", True
-    held = max((n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
+    held = max(
+        (n for stop in stops for n in range(1, min(len(stop), len(text) + 1)) if text.endswith(stop[:n])), default=0
+    )
     return text[: len(text) - held], text[len(text) - held :], False
 
 
@@ -373,9 +384,10 @@ class Handler(BaseHTTPRequestHandler):
             return
         model = {"id": self.server.model, "object": "model", "created": self.server.created, "owned_by": "stlm"}
         answers = {"/health": {"status": "ok"}, "/v1/models": {"object": "list", "data": [model]}}
-        answers[f"/v1/models/{self.server.model}"] = model
-        if self.path in answers:
-            self.send(answers[self.path])
+        answers[f"/v1/models/{quote(self.server.model)}"] = model
+        path = quote(unquote(self.path))  # however it was written
+        if path in answers:
+            self.send(answers[path])
         else:
             self.refuse(Refusal(f"there is nothing at {self.path[:80]}: GET {', '.join(answers)}", status=404))
 
@@ -453,10 +465,9 @@ class Handler(BaseHTTPRequestHandler):
                 f"the Content-Type should be application/json, got {kind}: `curl --json` sends it", status=415
             )
         try:
-            body = json.loads(body)
-        except (RecursionError, ValueError) as error:
-            raise Refusal(f"the body is not JSON: {error}") from None
-        return Completion(self.server.engine, self.server.model, body)
+            return Completion(self.server.engine, self.server.model, parsed(body))
+        except RecursionError:  # of reading, or of quoting what could just be read
+            raise Refusal("the body is nested too deeply") from None
 
     def refuse(self, refusal: Refusal) -> None:
         self.send(refusal.answer, refusal.status)

@@ -9,6 +9,7 @@ tagger = pipeline("token-classification", "runs/spans", pipeline_class=SpanPipel
 ```
 """
 
+import copy
 import re
 import warnings
 from collections.abc import Iterator
@@ -84,6 +85,12 @@ class SpanPipeline(TokenClassificationPipeline):
     span begins or ends with a space, and `word` is its text. Under `"none"` and `"simple"` labels are read as in the library.
     Exact F1 with and without these rules: `examples/research/LOG.md`.
     """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        # On the left, the library pads an empty text with a whole row. Padding of either side changes no output.
+        self.tokenizer = copy.copy(self.tokenizer)
+        self.tokenizer.padding_side = "right"
 
     def _sanitize_parameters(self, stride: int | None = None, **kwargs):
         if stride is not None:

@@ -74,6 +74,8 @@ class BitsPerByteEvaluator:
     )
     ```
 
+    With `metric_for_best_model="bits_per_byte"`, give `greater_is_better=False`: the library takes more for better.
+
     Args:
         token_bytes (`torch.Tensor` of shape `(V,)`, *optional*):
             Number of bytes of each id, 0 for special tokens. Needed unless ids are bytes.
@@ -93,6 +95,7 @@ class BitsPerByteEvaluator:
         """
         if isinstance(logits, tuple):
             logits = logits[0]
+        logits = logits[:, -labels.shape[1] :]  # prompt tuning has virtual tokens before the labels
         nats = F.cross_entropy(logits[:, :-1].float().transpose(1, 2), labels[:, 1:], reduction="none")
         is_first = ((labels != -100).cumsum(1)[:, :-1] == 0) & (logits[:, :-1] == 0).all(-1)
         return F.pad(nats.masked_fill(is_first, -1), (1, 0))
@@ -126,4 +129,5 @@ def running_evaluation() -> tuple:
     Each has a dataloader of its own, unless the workers are persistent; then accelerate lists it again.
     """
     loaders = GradientState().dataloader_references
-    return len(loaders), loaders[-1] and weakref.ref(loaders[-1])
+    # `is None`: the truth of a loader is its length, which a stream does not have.
+    return len(loaders), None if loaders[-1] is None else weakref.ref(loaders[-1])

@@ -32,8 +32,10 @@ def write_corpus(path: str | Path, documents: Iterable[str | bytes], tokenizer: 
     several processes write it at once.
 
     Raises:
-        ValueError: if the vocabulary needs more than 16 bits, or if there is no text.
+        ValueError: if the vocabulary needs more than 16 bits, if a document is no text, or if there is no text.
     """
+    if isinstance(documents, (str, bytes)):
+        raise ValueError("got one text, expected an iterable of documents, such as a list of texts")
     path = Path(path)
     dtype = dtype_of(tokenizer)
     as_bytes = dtype == np.uint8
@@ -45,7 +47,9 @@ def write_corpus(path: str | Path, documents: Iterable[str | bytes], tokenizer: 
     starts = [0]
     try:
         with partial.open("wb") as file:
-            for document in documents:
+            for number, document in enumerate(documents, start=1):
+                if not isinstance(document, (str, bytes)):
+                    raise ValueError(f"document {number} is a {type(document).__name__}, expected str or bytes")
                 if as_bytes:
                     ids = document.encode("utf-8") if isinstance(document, str) else document
                 else:

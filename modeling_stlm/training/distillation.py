@@ -561,7 +561,9 @@ class DistillationTrainer(Trainer):
             labels = without_first_bytes(labels, inputs.get("attention_mask"))[:, 1:]
             counted = (labels >= 0) & (labels < NUM_BYTES)
             log_probs = teacher_log_probs(self.teacher, inputs)[:, :-1][counted]
-            divergences = divergence(log_probs, outputs.logits[:, :-1][counted], self.temperature)
+            # Prompt tuning has virtual tokens before the labels.
+            logits = outputs.logits[:, -labels.shape[1] - 1 : -1][counted]
+            divergences = divergence(log_probs, logits, self.temperature)
             if num_items_in_batch is None:
                 follows = divergences.sum() / (labels != -100).sum().clamp(min=1)
             else:

@@ -72,6 +72,7 @@ class ReplayRounds(TrainerCallback, ExportableState):
 
     arguments = {
         "remove_unused_columns": False,  # the index of a window travels with it
+        "dataloader_drop_last": False,  # every window of round 1 gets its loss
         "train_sampling_strategy": "sequential",
     }
 
@@ -168,6 +169,7 @@ class ReplayRounds(TrainerCallback, ExportableState):
 
 def window_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Nats per label of each row (B,), given `logits (B, T, V)` and `labels (B, T)`, which are shifted here."""
+    logits = logits[:, -labels.shape[1] :]  # prompt tuning has virtual tokens before the labels
     nats = F.cross_entropy(logits[:, :-1].float().transpose(1, 2), labels[:, 1:], reduction="none")
     return nats.sum(1) / (labels[:, 1:] != -100).sum(1).clamp(min=1)
 

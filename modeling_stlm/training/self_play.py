@@ -17,7 +17,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import denumpify_detensorize, get_last_checkpoint
 from trl import DPOConfig, DPOTrainer
 
 
@@ -56,7 +56,7 @@ class SelfPlayTrainer:
             Called with the model before the first round and after each one.
 
     Raises:
-        ValueError: if the dataset is empty or lacks a column, or if the output folder holds rounds that are not resumed.
+        ValueError: if the dataset is empty or a row lacks a text, or if the output folder holds rounds that are not resumed.
     """
 
     def __init__(
@@ -73,9 +73,12 @@ class SelfPlayTrainer:
                 "adapters first"
             )
         self.rows = [dict(row) for row in train_dataset]
-        if not self.rows or not self.rows[0].keys() >= {"prompt", "completion"}:
-            found = sorted(self.rows[0]) if self.rows else "no rows"
-            raise ValueError(f"the dataset needs texts `prompt` and `completion`, got {found}")
+        if not self.rows:
+            raise ValueError("the dataset needs texts `prompt` and `completion`, got no rows")
+        for number, row in enumerate(self.rows):
+            if not all(isinstance(row.get(name), str) for name in ("prompt", "completion")):
+                found = {name: type(value).__name__ for name, value in sorted(row.items())}
+                raise ValueError(f"row {number} of the dataset needs texts `prompt` and `completion`, got {found}")
         self.model, self.args, self.processing_class = model, args, processing_class
         self.compute_round_metrics = compute_round_metrics
         self.history: list[dict] = []
@@ -153,7 +156,7 @@ class SelfPlayTrainer:
         self.model.config.use_cache = True  # Trainer turns it off, and would save it so
         model = self.model.eval()
         metrics = self.compute_round_metrics(model) if self.compute_round_metrics else {}
-        self.history.append({"round": index, **metrics})
+        self.history.append({"round": index, **denumpify_detensorize(metrics)})
         if PartialState().is_main_process:
             model.save_pretrained(self.folder(index))
             self.processing_class.save_pretrained(self.folder(index))

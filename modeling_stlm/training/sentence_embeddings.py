@@ -33,37 +33,66 @@ from modeling_stlm.modeling_stlm import STLMPreTrainedModel
 from modeling_stlm.training.objectives import NUM_BYTES, random_spans
 
 
+# A full stop and spaces end a sentence, as do the wide ones of Chinese and Japanese without any.
+SENTENCE = re.compile(".+?(?:[.!?](?: +|$)|[\u3002\uff01\uff1f]+|$)")
 NUM_FITTED = 49_152  # embeddings that tell the main directions: more may be added later
 
 
 def passages_of(document: str, max_bytes: int, generator: random.Random) -> list[str]:
     """Runs of whole sentences of a paragraph, up to a random length between 40 and `max_bytes` bytes.
 
-    A third of them start with the first line of the document, its title. Of n passages about the square root of n are
-    taken, so that long documents do not outweigh all others.
+    A third of them start with the first line of the document, its title, if there are others. A sentence longer than
+    `max_bytes` is cut. Of n passages about the square root of n are taken, so that long documents do not outweigh all
+    others.
     """
-    title, *paragraphs = document.split("\n")
+    title, *paragraphs = document.strip().split("\n")
+    if not paragraphs:
+        title, paragraphs = "", [title]
     found = []
     for paragraph in paragraphs:
         passage, limit = "", generator.randint(40, max_bytes)
-        for sentence in re.split(r"(?<=[.!?]) +", paragraph.strip()):
-            if passage and len(f"{passage} {sentence}".encode()) > limit:
-                found.append(passage)
+        for sentence in sentences_of(paragraph.strip(), max_bytes):
+            if passage and len((passage + sentence).encode()) > limit:
+                found.append(passage.strip())
                 passage, limit = "", generator.randint(40, max_bytes)
-            passage = f"{passage} {sentence}".strip()
-        found.append(passage)
+            passage += sentence
+        found.append(passage.strip())
     found = [passage for passage in found if 30 <= len(passage.encode()) <= max_bytes]
     chosen = generator.sample(found, round(len(found) ** 0.5))
-    return [f"{title} {passage}" if generator.random() < 1 / 3 and len(title) < 80 else passage for passage in chosen]
+    return [
+        f"{title} {passage}" if generator.random() < 1 / 3 and 0 < len(title) < 80 else passage for passage in chosen
+    ]
+
+
+def sentences_of(paragraph: str, max_bytes: int) -> list[str]:
+    """Sentences with the spaces after them; pieces of at most `max_bytes` bytes of those that are longer."""
+    pieces = []
+    for sentence in re.findall(SENTENCE, paragraph):
+        encoded = sentence.encode()
+        while len(encoded) > max_bytes:
+            piece = encoded[:max_bytes].decode(errors="ignore")
+            pieces.append(piece)
+            encoded = encoded[len(piece.encode()) :]
+        pieces.append(encoded.decode())
+    return pieces
 
 
 def compress(embeddings: np.ndarray, size: int) -> np.ndarray:
-    """Embeddings (N, E) on the `size` main directions of the first of them, of length one: float32 (N, size)."""
+    """Embeddings (N, E) on the `size` main directions of the first of them, of length one: float32 (N, size).
+
+    An embedding of zeros stays one.
+
+    Raises:
+        ValueError: if E is less than `size`.
+    """
+    if embeddings.shape[1] < size:
+        raise ValueError(f"the teacher's embeddings have width {embeddings.shape[1]}, expected at least {size}")
     embeddings = embeddings.astype(np.float32)
     sample = embeddings[:NUM_FITTED]
     _, directions = np.linalg.eigh(sample.T @ sample)  # ascending
     projected = embeddings @ directions[:, : -size - 1 : -1]
-    return projected / np.linalg.norm(projected, axis=1, keepdims=True)
+    lengths = np.linalg.norm(projected, axis=1, keepdims=True)
+    return projected / np.maximum(lengths, np.finfo(np.float32).tiny)
 
 
 class EmbeddedPassages(Dataset):
@@ -138,6 +167,11 @@ class EmbeddingTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.model_accepts_loss_kwargs = False  # a mean over rows and one over bytes: no common count
         self.embedding_weight = embedding_weight
+
+    def _set_signature_columns_if_needed(self):
+        super()._set_signature_columns_if_needed()
+        if "embeddings" not in self._signature_columns:  # no argument of the model, and `Trainer` would remove it
+            self._signature_columns.append("embeddings")
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         embeddings, labels = inputs.pop("embeddings"), inputs.pop("labels")
