@@ -80,7 +80,7 @@ def split_rows(
     return tuple(first), tuple(second)
 
 
-def summary_example(row: dict, text_bytes: int) -> dict:
+def summary_example(row: dict, text_bytes: int, name: str = "a row") -> dict:
     """Prompt, completion and references of a row of DialogSum or QMSum, whose text is cut to its first `text_bytes`."""
     if "meeting_transcripts" in row:
         text = "\n".join(f"{turn['speaker']}: {turn['content']}" for turn in row["meeting_transcripts"])
@@ -88,13 +88,14 @@ def summary_example(row: dict, text_bytes: int) -> dict:
     else:
         text = row.get("dialogue")
         references = [row[key] for key in ("summary", "summary1", "summary2", "summary3") if key in row]
-    if text == "":
-        raise SystemExit("a row has an empty `dialogue`: leave it out")
-    if not text or not references:
-        raise SystemExit(f"a row has the fields {sorted(row)}, expected `dialogue` and `summary`, or those of QMSum")
+    if not references or ("dialogue" not in row and "meeting_transcripts" not in row):
+        raise SystemExit(f"{name} has the fields {sorted(row)}, expected `dialogue` and `summary`, or those of QMSum")
     for value in (text, *references):
         if not isinstance(value, str):
-            raise SystemExit(f"a row has {value!r} where a dialogue or a summary should be, expected a text")
+            kind = type(value).__name__
+            raise SystemExit(f"{name} has a {kind} where a dialogue or a summary should be, expected a text")
+    if not text:
+        raise SystemExit(f"{name} has an empty `dialogue`: leave it out")
     text = text.encode("utf-8")[:text_bytes].decode("utf-8", errors="ignore")
     prompt = f"<bos>{text}\n\nSummary:"
     return {"text": text, "prompt": prompt, "completion": f" {references[0].strip()}", "references": references}
@@ -102,7 +103,8 @@ def summary_example(row: dict, text_bytes: int) -> dict:
 
 def read_summaries(path: Path, limit: int | None, text_bytes: int) -> list[dict]:
     """`prompt`, `completion` and all `references` of each row, and its `text`."""
-    return [summary_example(row, text_bytes) for row in read_json_lines(path)[:limit]]
+    rows = enumerate(read_json_lines(path)[:limit], start=1)
+    return [summary_example(row, text_bytes, f"row {number} of {path}") for number, row in rows]
 
 
 def summary_sets(args: argparse.Namespace) -> tuple[list[dict], list[dict]]:

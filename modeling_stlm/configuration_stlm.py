@@ -192,6 +192,16 @@ class STLMConfig(PreTrainedConfig):
         """Set `num_hidden_layers`, whatever it was: a value must not outlive a change of the layers that it counts."""
         self.num_hidden_layers = self.num_byte_layers + 1 + self.num_trunk_layers
 
+    def settle(self) -> None:
+        """Derive and check again, for a model: fields may have been set since the config was made.
+
+        Not `validate`, which refuses `output_attentions` once a model has chosen its attention.
+        """
+        self.derive_slots()
+        self.validate_sizes()
+        self.validate_patching()
+        self.validate_trunk()
+
     @property
     def num_byte_layers(self) -> int:
         return self.num_local_encoder_layers + self.num_local_decoder_layers

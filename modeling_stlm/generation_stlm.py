@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What `generate` does with bytes: text that is always well-formed UTF-8 (RFC 3629)."""
 
+import functools
 import inspect
 from collections.abc import Iterable
 
@@ -118,7 +119,7 @@ class STLMGenerationMixin(GenerationMixin):
     It never writes ids of tokens added to a tokenizer, which the model does not know: for those pass
     `logits_processor=LogitsProcessorList([UTF8LogitsProcessor(max_length, ids)])` in its place.
 
-    The library has no public way to add an option or to check one, so this extends four of its private methods. They
+    The library has no public way to add an option or to check one, so this extends five of its private methods. They
     stand here together, and `tests/test_private_api.py` says what changed when one of them does.
     """
 
@@ -139,7 +140,6 @@ class STLMGenerationMixin(GenerationMixin):
         return extracted
 
     def _get_candidate_generator(self, *args, generation_config, model_kwargs, **kwargs):
-        # Before the library lowers the number of slots, which it would not restore.
         if (slots := generation_config.assistant_early_exit) is not None:
             first = getattr(self.config, "num_byte_layers", None)
             if first is None:
@@ -159,6 +159,16 @@ class STLMGenerationMixin(GenerationMixin):
         return super()._get_candidate_generator(
             *args, generation_config=generation_config, model_kwargs=model_kwargs, **kwargs
         )
+
+    @functools.wraps(GenerationMixin._assisted_decoding)  # whose parameters the library looks up
+    def _assisted_decoding(self, *args, **kwargs):
+        # An early exit lowers the number of slots for each draft, and one that fails would leave it so.
+        num_slots = self.config.num_hidden_layers
+        try:
+            return super()._assisted_decoding(*args, **kwargs)
+        finally:
+            if self.config.num_hidden_layers != num_slots:
+                self.config.num_hidden_layers = num_slots
 
     def _prepare_generation_config(self, generation_config, *, valid_utf8: bool | None = None, **kwargs):
         generation_config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)

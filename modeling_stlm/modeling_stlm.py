@@ -193,9 +193,7 @@ class STLMModel(STLMPreTrainedModel):
     """
 
     def __init__(self, config: STLMConfig):
-        # Fields may have been set since the config was made, as `from_pretrained(..., num_trunk_layers=6)` does.
-        config.derive_slots()
-        config.validate()
+        config.settle()  # `from_pretrained(..., num_trunk_layers=6)` sets fields of a config that is made
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         has_ngrams = config.ngram_orders or config.ngram_word_bytes

@@ -200,6 +200,19 @@ def test_a_closed_standard_stream_is_no_other_file(stlm, engine, tmp_path, close
             ["bench", engine.path, "--repeats", 1],
         ):
             assert end(*arguments) == (1, b"", "stlm: Bad file descriptor\n")
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        process = stlm("serve", engine.path, "--port", port, preexec_fn=lambda: os.close(closed))
+        for _ in range(600):  # it tells nobody when it is there
+            with (
+                contextlib.suppress(urllib.error.URLError),
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=60) as answer,
+            ):
+                assert json.load(answer) == {"status": "ok"}
+                break
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        assert end_of(process) == (130, b"", "")
     else:
         for arguments in (["zip", "-", "out.z", *model], ["run", engine.path]):
             code, output, errors = end(*arguments)
@@ -392,6 +405,16 @@ def test_a_model_is_found_under_its_name_as_an_address_writes_it(engine, tmp_pat
         with pytest.raises(urllib.error.HTTPError, match="404") as refusal:
             urllib.request.urlopen(f"{address}/v1/models/other", timeout=60)
         assert "/v1/models/mein%20Modell%20%C3%A9" in json.load(refusal.value)["error"]["message"]
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="names of files are UTF-8 there")
+def test_a_model_may_have_a_name_that_is_no_text(engine, tmp_path):
+    path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/m\xff.gguf"))
+    path.symlink_to(engine.path)
+    with serving(Engine(path)) as (_, address):
+        for page in ("/health", "/v1/models", "/v1/models/m%FF"):
+            with urllib.request.urlopen(address + page, timeout=60) as answer:
+                assert json.load(answer)
 
 
 def test_a_body_of_any_depth_is_refused_in_words(url):

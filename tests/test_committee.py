@@ -33,7 +33,7 @@ from modeling_stlm import (
 
 from .hub_server import Hub
 from .test_distributed import run as launch
-from .test_examples import ROOT, run
+from .test_examples import ROOT, refused, run
 from .test_hub import client
 from .tiny import PATCHING, TEXT, WITHOUT_PACKAGES, batch, ids_of, randomize, tiny_config, tiny_model
 from .trainers import RAGGED, TOKENIZER, arguments, losses, weights
@@ -394,6 +394,13 @@ def test_what_a_committee_cannot_do_is_refused(tmp_path):
     assert learned(torch.tensor([ids_of(TEXT)])).logits.isfinite().all()
     with pytest.raises(ValueError, match="train them apart"):
         learned.train()(torch.tensor([ids_of(TEXT)]))
+
+
+def test_the_example_names_a_row_without_a_text(tmp_path):
+    (tmp_path / "rows.csv").write_text("text,label\na,0\n,1\n")
+    arguments = {"text": __file__, "train": "rows.csv", "test": "rows.csv", "output": "x", "articles": 1}
+    options = [word for name, value in arguments.items() for word in (f"--{name}", value)]
+    assert refused("committee.py", *options, cwd=tmp_path) == "row 2 of rows.csv has the text None, expected a text"
 
 
 def test_the_example_compares_depth_pretraining_and_committees(tmp_path):

@@ -121,11 +121,11 @@ def test_a_depth_that_is_set_later_is_that_of_the_model(tmp_path):
         ({"num_trunk_layers": 1}, "num_unique_trunk_layers="),
         ({"num_local_encoder_layers": 3}, "byte_mixers has 3 entries for 4 byte layers"),
     ):
-        with pytest.raises(StrictDataclassClassValidationError, match=message):
+        with pytest.raises(ValueError, match=message):
             AutoModelForCausalLM.from_pretrained(tmp_path / "saved", **fields)
-    loaded = AutoModelForCausalLM.from_pretrained(
-        tmp_path / "saved", num_hidden_layers=3
-    )  # derived, whatever is given
+    assert AutoModelForCausalLM.from_config(tiny_config(output_attentions=True)).config.output_attentions
+    # Derived, whatever is given.
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", num_hidden_layers=3)
     assert torch.equal(loaded(ids).logits, model(ids).logits)
 
 

@@ -459,6 +459,20 @@ def test_leaving_early_is_refused_in_words():
             generate(model, {"input_ids": PROMPT}, True, **GREEDY, assistant_early_exit=exit)
         assert model.config.num_hidden_layers == len(tiny_model().config.layer_types)
         assert torch.equal(model(PROMPT).logits, expected)
+
+    for count in (1, 4):  # in the first draft, or in a later one
+        slots = []
+
+        def fails(ids, scores, slots=slots, count=count):
+            slots.append(model.config.num_hidden_layers)
+            if len(slots) == count:
+                raise InterruptedError
+            return scores
+
+        with pytest.raises(InterruptedError):
+            generate(model, {"input_ids": PROMPT}, True, **GREEDY, assistant_early_exit=4, logits_processor=[fails])
+        assert slots[-1] == 4 and model.config.num_hidden_layers == len(tiny_model().config.layer_types)
+        assert torch.equal(model(PROMPT).logits, expected)
     committee = STLMCommittee.from_members([tiny_model(), tiny_model()])
     with pytest.raises(ValueError, match="a committee has no assistant_early_exit"):
         committee.generate(PROMPT, **GREEDY, use_cache=True, assistant_early_exit=4)

@@ -186,6 +186,15 @@ def test_hidden_states_and_attentions_of_padded_rows_stand_at_their_bytes():
             assert_equal(ours[b][:, at][:, :, at], expected[0])
 
 
+def test_the_old_name_of_the_cache_may_be_set():
+    output = tiny_model()(torch.tensor([ids_of("One")]), use_cache=True)
+    cache = output.cache
+    output.past_key_values = None
+    assert output.cache is None
+    output.past_key_values = cache
+    assert output.cache is output["cache"] is cache
+
+
 @pytest.mark.parametrize("window", [None, 3])
 @torch.no_grad()
 def test_patch_outputs_have_one_entry_a_patch(window):

@@ -34,6 +34,10 @@ def test_the_methods_of_generate_that_are_extended_are_still_there_and_called():
             called.append("_extract_generation_mode_kwargs")
             return super()._extract_generation_mode_kwargs(*args, **kwargs)
 
+        def _assisted_decoding(self, *args, inputs_tensor=None, **kwargs):
+            called.append("_assisted_decoding")
+            return super()._assisted_decoding(*args, inputs_tensor=inputs_tensor, **kwargs)
+
         def _get_candidate_generator(self, *args, **kwargs):
             called.append("_get_candidate_generator")
             return super()._get_candidate_generator(*args, **kwargs)

@@ -351,7 +351,8 @@ def test_layers_that_change_are_not_compiled(tmp_path, capsys):
     timed = [*arguments[:-2], "--max_minutes", "1", "--dropout", "linear", "0.1"]
     with pytest.raises(SystemExit):
         parse(timed)
-    assert "--dropout and --max_minutes" in capsys.readouterr().err
+    assert "--max_minutes and a --dropout that changes" in capsys.readouterr().err
+    assert parse([*timed[:-2], "constant", "0.1"]).max_minutes == 1
 
 
 def test_fields_that_do_not_exist_are_named(small_text, tmp_path):

@@ -6,6 +6,7 @@ import math
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
@@ -125,7 +126,7 @@ class CutAt(TrainerCallback):
 def test_a_resumed_game_is_one_that_was_not_cut(tmp_path, where, monkeypatch):
     def metrics(model):
         with torch.no_grad():
-            return {"likelihood": log_probability(model, "say ", "this").item()}
+            return {"likelihood": np.float32(log_probability(model, "say ", "this").item())}
 
     expected = self_play(tmp_path / "whole", 2, compute_round_metrics=metrics).train()
     assert [row["round"] for row in expected] == [0, 1, 2]
@@ -244,7 +245,7 @@ def test_bad_input_is_refused_in_words(tmp_path):
         ({"prompt": "a", "answer": "b"}, {"answer": "str", "prompt": "str"}),
         ({"prompt": "a", "completion": None}, {"completion": "NoneType", "prompt": "str"}),
     ):
-        message = re.escape(f"row 1 of the dataset needs texts `prompt` and `completion`, got {found}")
+        message = re.escape(f"row 2 of the dataset needs texts `prompt` and `completion`, got {found}")
         with pytest.raises(ValueError, match=message):
             self_play(tmp_path, 1, [ROWS[0], row])
     game = self_play(tmp_path, 0)

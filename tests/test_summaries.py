@@ -63,9 +63,15 @@ def test_rows_of_both_sets_are_read(tmp_path):
         rows.read_summaries(tmp_path / "empty.jsonl", None, 6)
     with pytest.raises(SystemExit, match=r"fields \['dialogue', 'text'\], expected"):
         rows.summary_example({"dialogue": "a", "text": "b"}, 6)
-    for row in ({"dialogue": "a", "summary": None}, {"dialogue": ["a"], "summary": "b"}):
-        with pytest.raises(SystemExit, match="where a dialogue or a summary should be, expected a text"):
-            rows.summary_example(row, 6)
+    for kind, row in (
+        ("NoneType", {"dialogue": "a", "summary": None}),
+        ("NoneType", {"dialogue": None, "summary": "b"}),
+        ("list", {"dialogue": ["a"], "summary": "b"}),
+    ):
+        (tmp_path / "bad.jsonl").write_text("".join(json.dumps(each) + "\n" for each in (read[0], row)))
+        message = f"row 2 of .*bad.jsonl has a {kind} where a dialogue or a summary should be, expected a text"
+        with pytest.raises(SystemExit, match=message):
+            rows.read_summaries(tmp_path / "bad.jsonl", None, 6)
 
 
 def test_only_the_summary_and_its_end_are_targets():

@@ -80,8 +80,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     if args.compile and args.dropout and args.dropout[0] != "constant":
         parser.error("--compile and a --dropout that changes: layers would be compiled again at every change")
-    if args.dropout and args.max_minutes is not None:
-        parser.error("--dropout and --max_minutes: its schedule is one of steps, give --max_bytes or --max_steps")
+    if args.max_minutes is not None and args.dropout and args.dropout[0] != "constant":
+        parser.error("--max_minutes and a --dropout that changes: by steps, so give --max_bytes or --max_steps")
     try:
         objectives_of(args.objective)
     except (TypeError, ValueError) as error:  # before the corpora are written

@@ -19,6 +19,7 @@ import json
 import os
 import re
 import socket
+import sys
 import threading
 import time
 import traceback
@@ -384,8 +385,9 @@ class Handler(BaseHTTPRequestHandler):
             return
         model = {"id": self.server.model, "object": "model", "created": self.server.created, "owned_by": "stlm"}
         answers = {"/health": {"status": "ok"}, "/v1/models": {"object": "list", "data": [model]}}
-        answers[f"/v1/models/{quote(self.server.model)}"] = model
-        path = quote(unquote(self.path))  # however it was written
+        names = {"errors": "surrogateescape"}  # of files may be any bytes
+        answers[f"/v1/models/{quote(self.server.model, **names)}"] = model
+        path = quote(unquote(self.path, **names), **names)  # however it was written
         if path in answers:
             self.send(answers[path])
         else:
@@ -513,6 +515,14 @@ class Server(ThreadingHTTPServer):
             time.sleep(0.01)
 
 
+def tell(line: str) -> None:
+    """Print a line; to nobody where standard output is closed, as of a service that is started so."""
+    try:
+        print(line, flush=True)
+    except OSError:
+        sys.stdout = open(os.devnull, "w")
+
+
 def serve(engine: Engine, host: str, port: int, num_rows: int) -> None:
     try:
         server = Server(engine, host, port, num_rows)
@@ -525,7 +535,7 @@ def serve(engine: Engine, host: str, port: int, num_rows: int) -> None:
         loop = threading.Thread(target=server.serve_forever, name="stlm-server", daemon=True)
         loop.start()
         try:
-            print(f"http://{f'[{host}]' if ':' in host else host}:{server.server_port}/v1", flush=True)
+            tell(f"http://{f'[{host}]' if ':' in host else host}:{server.server_port}/v1")
             while loop.is_alive():
                 loop.join(1)  # on Windows, a wait without an end cannot be interrupted
             raise RuntimeError("the server has ended by itself")  # after the traceback of its thread

@@ -88,7 +88,8 @@ class SpanPipeline(TokenClassificationPipeline):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        # On the left, the library pads an empty text with a whole row. Padding of either side changes no output.
+        # On the left, the library pads an empty text with a whole row. Padding of either side changes no output, and the
+        # tokenizer that was given stays as it is.
         self.tokenizer = copy.copy(self.tokenizer)
         self.tokenizer.padding_side = "right"
 

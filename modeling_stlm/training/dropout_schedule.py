@@ -21,7 +21,8 @@ class DropoutSchedule(TrainerCallback):
     """Sets `hidden_dropout` of an STLM before every step; the config keeps its own value.
 
     Nothing is counted here: the probability follows from the step, so that a resumed training has that of an
-    uninterrupted one. `max_steps` has to be the length of the training, so not with [`TimeBudget`], which has none.
+    uninterrupted one. `max_steps` has to be the length of the training: with
+    [`TimeBudget`], which has none, a schedule stays where it starts.
 
     Args:
         schedule (`str` or `list[tuple[float, float]]`):

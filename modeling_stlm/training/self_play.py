@@ -75,7 +75,7 @@ class SelfPlayTrainer:
         self.rows = [dict(row) for row in train_dataset]
         if not self.rows:
             raise ValueError("the dataset needs texts `prompt` and `completion`, got no rows")
-        for number, row in enumerate(self.rows):
+        for number, row in enumerate(self.rows, start=1):
             if not all(isinstance(row.get(name), str) for name in ("prompt", "completion")):
                 found = {name: type(value).__name__ for name, value in sorted(row.items())}
                 raise ValueError(f"row {number} of the dataset needs texts `prompt` and `completion`, got {found}")

@@ -33,8 +33,8 @@ from modeling_stlm.modeling_stlm import STLMPreTrainedModel
 from modeling_stlm.training.objectives import NUM_BYTES, random_spans
 
 
-# A full stop and spaces end a sentence, as do the wide ones of Chinese and Japanese without any.
-SENTENCE = re.compile(".+?(?:[.!?](?: +|$)|[\u3002\uff01\uff1f]+|$)")
+# A full stop and spaces end a sentence, as do the wide ones of Chinese and Japanese, and closing marks after these.
+SENTENCE = re.compile(".+?(?:[.!?](?: +|$)|[\u3002\uff01\uff1f\uff61]+[\u300d\u300f\uff09\u201d]*|$)")
 NUM_FITTED = 49_152  # embeddings that tell the main directions: more may be added later
 
 
