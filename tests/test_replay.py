@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import PromptTuningConfig, get_peft_model
+from torch.nn import functional as F
 from transformers import Trainer, TrainerCallback
 
 from modeling_stlm import STLMForCausalLM
@@ -145,6 +147,22 @@ def test_the_first_round_records_every_window_and_the_second_draws_half(windows,
     drawn = draw(rounds.losses[first], 2, 2, generator)
     assert {first[i] for i in drawn.tolist()} == set(seen[2])
     assert not trainer.model._forward_hooks and not trainer.model._forward_pre_hooks
+
+
+@pytest.mark.filterwarnings("ignore:Position ids are not supported")
+def test_the_losses_of_a_tuned_prompt_are_those_of_the_labels(windows, tmp_path):
+    model = get_peft_model(fresh_model(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
+    options = {"max_steps": -1, "num_train_epochs": 3, "learning_rate": 0.0} | ReplayRounds.arguments
+    rounds = ReplayRounds(parts=2)
+    Trainer(model, arguments(tmp_path, **options), train_dataset=ReplayWindows(windows), callbacks=[rounds]).train()
+    seen = rounds.losses.isfinite().nonzero()[:, 0].tolist()
+    assert len(seen) == 16
+    for window in seen:
+        ids, labels = (windows[window][name][None] for name in ("input_ids", "labels"))
+        with torch.no_grad():
+            logits = model.eval()(ids).logits[:, 4:]
+        expected = F.cross_entropy(logits[0, :-1], labels[0, 1:]).item()
+        assert rounds.losses[window].item() == pytest.approx(expected, rel=1e-4)
 
 
 def test_later_rounds_draw_again(windows, tmp_path):
